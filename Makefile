@@ -1,0 +1,48 @@
+# `make test` and `make demo` do all the set-up they need, in .venv; the second time they start at once.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo clean
+
+help:
+	@echo "make demo    train a small model, compress it, heal it and compare (a few minutes)"
+	@echo "make test    linters, types and tests"
+	@echo "make lint    linters and types only"
+	@echo "make format  rewrite the sources in the project's format"
+	@echo "make clean   remove .venv, caches and the demo's output"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV), once (PyTorch is large: this takes some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "torch==2.13.0"
+	@$(PIP) -e ".[dev,plots]"
+	@touch $@
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# One thread a worker: two workers with two threads each are slower on two cores.
+test: lint
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+format: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+demo: $(READY)
+	@$(BIN)/mea-compress demo
+
+clean:
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
