@@ -1,0 +1,154 @@
+"""Configuration of models with Multi-head Explicit Attention (MEA, arXiv 2601.19611).
+
+Every class is the configuration of a stock family plus one section, ``mea``, that says what each layer caches and
+how the key/value heads that the queries see are composed from it. This file needs nothing but transformers and is
+copied into every checkpoint that uses it.
+
+The section::
+
+    {"format": 1,
+     "head_norm": false,           RMSNorm over head_dim on every query head's attention output
+     "qk_norm": false,             RMSNorm over head_dim on queries and on composed keys, before RoPE
+     "bias": {"query": false, "key": false, "value": false, "output": false},
+     "layers": [{"key_composition": "head", "key_components": 2,
+                 "value_composition": "head", "value_components": 2}, ...]}
+
+``key_components`` and ``value_components`` count component heads: the layer caches that many times ``head_dim``
+numbers a token. A layer with ``frequency`` keys also lists ``rotary_components``, the number of complex components
+of each rotary pair. Compositions: ``none`` (every head is cached), ``pool`` (a component is shared by the heads of
+one group, as in grouped-query attention), ``head``, ``prune`` and ``share`` (a matrix of components x heads),
+``frequency`` (complex, a matrix for each rotary pair; keys only) and ``latent`` (a matrix of channels x rank).
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+FORMAT = 1
+KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "latent")
+VALUE_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "latent")
+
+
+def complete_section(section: dict[str, Any] | None, config: Any, *, qk_norm: bool, bias: dict[str, bool]) -> dict[str, Any]:
+    """Fills in what a ``mea`` section leaves out and refuses what cannot be run.
+
+    Args:
+        section: The section as given; ``None`` for a native model with as many components as heads.
+        config: The configuration that it belongs to (head counts and depth are read from it).
+        qk_norm: Whether the family normalises queries and keys unless the section says otherwise.
+        bias: Which projections of the family have a bias unless the section says otherwise.
+
+    Raises:
+        ValueError: The section is of another format or disagrees with the configuration.
+    """
+    section = dict(section or {})
+    if section.setdefault("format", FORMAT) != FORMAT:
+        raise ValueError(f"mea section has format {section['format']}, this code reads format {FORMAT}")
+    section.setdefault("head_norm", False)
+    section.setdefault("qk_norm", qk_norm)
+    section["bias"] = {**bias, **section.get("bias", {})}
+    heads, depth = config.num_key_value_heads, config.num_hidden_layers
+    whole = {"key_composition": "head", "key_components": heads, "value_composition": "head", "value_components": heads}
+    layers = section.setdefault("layers", [dict(whole) for _ in range(depth)])
+    if len(layers) != depth:
+        raise ValueError(f"mea section describes {len(layers)} layers, the model has {depth}")
+    for index, layer in enumerate(layers):
+        for side, known in (("key", KEY_COMPOSITIONS), ("value", VALUE_COMPOSITIONS)):
+            composition, components = layer.get(f"{side}_composition"), layer.get(f"{side}_components")
+            if composition not in known:
+                raise ValueError(f"mea layer {index}: unknown {side}_composition {composition!r}")
+            if not isinstance(components, int) or not 1 <= components <= heads:
+                raise ValueError(f"mea layer {index}: {side}_components must lie between 1 and {heads}, not {components!r}")
+            if composition == "none" and components != heads:
+                raise ValueError(f"mea layer {index}: composition none caches all {heads} heads, not {components}")
+            if composition == "pool" and heads % components:
+                raise ValueError(f"mea layer {index}: {components} pooled components do not divide {heads} heads")
+    return section
+
+
+def _no_bias(config: Any) -> dict[str, bool]:
+    flag = bool(getattr(config, "attention_bias", False))
+    return {"query": flag, "key": flag, "value": flag, "output": flag}
+
+
+class MeaLlamaConfig(LlamaConfig):
+    """Llama with a ``mea`` section; also the native MEA architecture."""
+
+    model_type = "mea_llama"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+class MeaMistralConfig(MistralConfig):
+    """Mistral with a ``mea`` section."""
+
+    model_type = "mea_mistral"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+class MeaQwen2Config(Qwen2Config):
+    """Qwen2 and Qwen2.5 with a ``mea`` section: biases on queries, keys and values."""
+
+    model_type = "mea_qwen2"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        bias = {"query": True, "key": True, "value": True, "output": False}
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=bias)
+
+
+class MeaQwen3Config(Qwen3Config):
+    """Qwen3 with a ``mea`` section: queries and composed keys are normalised."""
+
+    model_type = "mea_qwen3"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
+
+
+class MeaQwen3MoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE with a ``mea`` section: queries and composed keys are normalised."""
+
+    model_type = "mea_qwen3_moe"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
+
+
+class MeaPhi3Config(Phi3Config):
+    """Phi-3 with a ``mea`` section; its fused projection is stored split."""
+
+    model_type = "mea_phi3"
+    base_model_tp_plan = None
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+__all__ = [
+    "MeaLlamaConfig",
+    "MeaMistralConfig",
+    "MeaPhi3Config",
+    "MeaQwen2Config",
+    "MeaQwen3Config",
+    "MeaQwen3MoeConfig",
+]

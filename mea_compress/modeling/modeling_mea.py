@@ -1,0 +1,512 @@
+"""Models with Multi-head Explicit Attention (MEA, arXiv 2601.19611) as transformers models.
+
+A layer projects its input to component heads, caches those, and composes from them the key/value heads that the
+queries see. RoPE is linear and the same for all heads, so components are cached after RoPE and composed afterwards:
+the cache that ``generate`` fills holds components only. This file needs nothing but torch and transformers and is
+copied into every checkpoint that uses it.
+
+Shapes: B batch, T tokens, D hidden size, d head_dim, Hq query heads, H key/value heads, C component heads, P rotary
+pairs, N complex lanes (the sum of a layer's components over its rotary pairs).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Phi3ForCausalLM,
+    Phi3Model,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from .configuration_mea import (
+    MeaLlamaConfig,
+    MeaMistralConfig,
+    MeaPhi3Config,
+    MeaQwen2Config,
+    MeaQwen3Config,
+    MeaQwen3MoeConfig,
+)
+
+
+def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
+    """The two channels of every pair of a head: RoPE turns (p, p + rotary_dim/2); what it leaves alone is paired alike."""
+    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    first = [*range(half), *range(rotary_dim, rotary_dim + rest)]
+    second = [*range(half, rotary_dim), *range(rotary_dim + rest, head_dim)]
+    return first, second
+
+
+def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on heads: x (B, T, heads, d); cos, sin (B, T, rotary_dim), the two halves of which are the same."""
+    rotary_dim = cos.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+    return torch.cat((turned, rest), dim=-1)
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over head_dim, with one weight for all heads."""
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """1/rms of x (..., d) in float32 or wider: (..., 1)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises x (..., d)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * self.scale(x)).to(x.dtype)
+
+
+class HeadComposition(nn.Module):
+    """Head-level linear composition: head h = sum over c of weight[c, h] * component c (weight: C x H)."""
+
+    def __init__(self, components: int, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(components, heads))
+
+    def reset(self) -> None:
+        """Component c is head c, and the further heads reuse them in turn."""
+        components, heads = self.weight.shape
+        start = torch.zeros(components, heads)
+        start[torch.arange(heads) % components, torch.arange(heads)] = 1.0
+        init.copy_(self.weight, start)
+
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
+        """(B, T, C * d) -> (B, T, H, d)."""
+        return torch.einsum("btcd,ch->bthd", components.unflatten(-1, (self.weight.shape[0], -1)), self.weight)
+
+
+class FrequencyComposition(nn.Module):
+    """Complex composition for every rotary pair: K[h, p] = sum over lanes l of pair p of w[l, h] * lane l.
+
+    A complex factor commutes with RoPE, so lanes are cached after RoPE like component heads. Lanes are sorted by pair;
+    a vector of lanes holds all real parts, then all imaginary parts. The weight is (2, N, H): real, imaginary.
+    """
+
+    def __init__(self, rotary_components: list[int], heads: int, head_dim: int, rotary_dim: int):
+        super().__init__()
+        self.rotary_components = list(rotary_components)
+        self.first, self.second = rotary_pairs(head_dim, rotary_dim)
+        self.weight = nn.Parameter(torch.empty(2, sum(rotary_components), heads))
+        pair, slot = self._tables()
+        self.pair_of_lane = nn.Buffer(pair, persistent=False)  # (N,)
+        self.slot_of_lane = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
+        order = torch.argsort(torch.tensor(self.first + self.second, device="cpu"))
+        self.channel_order = nn.Buffer(order.to(pair.device), persistent=False)  # (d,): from (first, second) halves to channels
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        most = max(self.rotary_components)
+        pair = [p for p, count in enumerate(self.rotary_components) for _ in range(count)]
+        slot = [p * most + i for p, count in enumerate(self.rotary_components) for i in range(count)]
+        return torch.tensor(pair), torch.tensor(slot)
+
+    def reset(self) -> None:
+        """Real composition, a head after another; also refills the tables, which no checkpoint stores."""
+        pair, slot = self._tables()
+        init.copy_(self.pair_of_lane, pair)
+        init.copy_(self.slot_of_lane, slot)
+        init.copy_(self.channel_order, torch.argsort(torch.tensor(self.first + self.second)))
+        start = torch.zeros(self.weight.shape)
+        most, heads = max(self.rotary_components), self.weight.shape[-1]
+        for head in range(heads):
+            start[0, slot % most == head % most, head] = 1.0
+        init.copy_(self.weight, start)
+
+    def rotate(self, lanes: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """RoPE on lanes (B, T, 2N), each at the frequency of its pair; pairs that RoPE leaves alone stay as they are."""
+        half = cos.shape[-1] // 2
+        turning = (self.pair_of_lane < half).to(cos.dtype)
+        index = self.pair_of_lane.clamp(max=half - 1)
+        cos = cos[..., index] * turning + (1 - turning)  # (B, T, N)
+        sin = sin[..., index] * turning
+        real, imaginary = lanes.chunk(2, dim=-1)
+        return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+
+    def forward(self, lanes: torch.Tensor) -> torch.Tensor:
+        """(B, T, 2N) -> (B, T, H, d)."""
+        pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
+        shape = lanes.shape[:-1]
+        # Lanes and weights laid out as (pair, position), so that every pair is one small matrix product.
+        padded = lanes.new_zeros(*shape, 2, pairs * most).index_copy(-1, self.slot_of_lane, lanes.unflatten(-1, (2, -1)))
+        real, imaginary = padded.unflatten(-1, (pairs, most)).unbind(-3)  # (B, T, P, most)
+        weight = self.weight.new_zeros(2, pairs * most, heads).index_copy(1, self.slot_of_lane, self.weight)
+        weight_real, weight_imaginary = weight.view(2, pairs, most, heads).unbind(0)
+        head_real = torch.einsum("btpc,pch->bthp", real, weight_real) - torch.einsum(
+            "btpc,pch->bthp", imaginary, weight_imaginary
+        )
+        head_imaginary = torch.einsum("btpc,pch->bthp", imaginary, weight_real) + torch.einsum(
+            "btpc,pch->bthp", real, weight_imaginary
+        )
+        return torch.cat((head_real, head_imaginary), dim=-1)[..., self.channel_order]
+
+
+class LatentComposition(nn.Module):
+    """Low rank over all heads at once: head h = weight[h] @ latent (weight: H * d x m)."""
+
+    def __init__(self, rank: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(heads * head_dim, rank))
+
+    def reset(self) -> None:
+        """The latent is the first heads, and the further heads reuse them in turn."""
+        start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
+        init.copy_(self.weight, start[: self.weight.shape[0]])
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """(B, T, m) -> (B, T, H, d)."""
+        return nn.functional.linear(latent, self.weight).unflatten(-1, (self.heads, -1))
+
+
+def key_positions(
+    position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions of all cached tokens, for keys that are cached before RoPE.
+
+    Positions grow by one from one visible token to the next, so those of cached tokens follow from the last query's
+    position and from which tokens it sees (padding is skipped).
+
+    Args:
+        position_ids: (B or 1, new tokens).
+        length: Number of cached tokens, the new ones among them.
+        attention_mask: (B, 1, new tokens, >= length), boolean or additive, (B, length), or None.
+
+    Returns:
+        (B or 1, length), int64.
+    """
+    new = position_ids.shape[-1]
+    if new == length:
+        return position_ids
+    if attention_mask is None:
+        after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
+    else:
+        row = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, -1]
+        row = row[:, :length]
+        # Additive masks are 0 where a token is seen and hugely negative elsewhere.
+        visible = row > -1 if row.is_floating_point() else row != 0
+        after = visible.flip(-1).cumsum(-1).flip(-1) - 1
+    return position_ids[:, -1:] - after
+
+
+class MeaAttention(nn.Module):
+    """Explicit attention over composed heads (arXiv 2601.19611), grouped queries, optional head norm and QK-norm.
+
+    With QK-norm the cache holds, beside the components of the weighted keys, 1/rms of every composed head:
+    the norm divides by one number a token and head, so it commutes with composition and RoPE.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        section = config.mea
+        spec, bias = section["layers"][layer_idx], section["bias"]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.query_heads = config.num_attention_heads
+        self.heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.layer_type = config.layer_types[layer_idx] if getattr(config, "layer_types", None) else None
+        window = getattr(config, "sliding_window", None)
+        self.sliding_window = window if self.layer_type in (None, "sliding_attention") else None
+        self.key_kind, self.value_kind = spec["key_composition"], spec["value_composition"]
+        # Pooled keys and values are plain grouped-query attention, with fewer heads than the configuration names.
+        self.plain_heads = spec["key_components"] if self.key_kind == self.value_kind == "pool" else self.heads
+        self.num_key_value_groups = self.query_heads // self.plain_heads
+        self.key_width = spec["key_components"] * self.head_dim
+        self.value_width = spec["value_components"] * self.head_dim
+
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.query_heads * self.head_dim, bias=bias["query"])
+        self.k_proj = nn.Linear(hidden, self.key_width, bias=bias["key"])
+        self.v_proj = nn.Linear(hidden, self.value_width, bias=bias["value"])
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, hidden, bias=bias["output"])
+        if section["qk_norm"]:
+            self.q_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = section["qk_norm"]
+        if section["head_norm"]:
+            self.head_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.has_head_norm = section["head_norm"]
+        self.key_composition = self._composition(self.key_kind, spec["key_components"], spec.get("rotary_components"))
+        self.value_composition = self._composition(self.value_kind, spec["value_components"], None)
+
+    def _composition(self, kind: str, components: int, rotary_components: list[int] | None) -> nn.Module | None:
+        if kind in ("head", "prune", "share"):
+            return HeadComposition(components, self.heads)
+        if kind == "frequency":
+            return FrequencyComposition(rotary_components or [], self.heads, self.head_dim, self.rotary_dim)
+        if kind == "latent":
+            return LatentComposition(components * self.head_dim, self.heads, self.head_dim)
+        return None
+
+    def _heads(self, cached: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+        """What is cached (B, groups, T, width) as heads (B, heads, T, d)."""
+        if composition is not None:
+            return composition(cached[:, 0]).transpose(1, 2)
+        return cached.repeat_interleave(self.plain_heads // cached.shape[1], dim=1)
+
+    def _flat(self, x: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+        """Projected components (B, T, width) as the cache holds them: one wide head, or plain heads (B, heads, T, d)."""
+        if composition is not None:
+            return x[:, None]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _keys_to_cache(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        components = self.k_proj(hidden_states)  # (B, T, width)
+        composition = self.key_composition
+        if composition is None:
+            heads = components.unflatten(-1, (-1, self.head_dim))
+            return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
+        if isinstance(composition, LatentComposition):
+            return components[:, None]
+        if isinstance(composition, FrequencyComposition):
+            turned = composition.rotate(components, cos, sin)
+            if self.qk_norm:  # lanes compose weight * key, so the weight is divided out before the norm is taken
+                scale = self.k_norm.scale(composition(components) / self.k_norm.weight)
+                turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
+            return turned[:, None]
+        heads = components.unflatten(-1, (-1, self.head_dim))
+        turned = rotate_heads(self.k_norm.weight * heads if self.qk_norm else heads, cos, sin).flatten(-2)
+        if self.qk_norm:
+            scale = self.k_norm.scale(composition(components))  # (B, T, H, 1)
+            turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
+        return turned[:, None]
+
+    def _composed_keys(
+        self, cached: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rotary: Any
+    ) -> torch.Tensor:
+        """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
+        if isinstance(self.key_composition, LatentComposition):
+            keys = self.key_composition(cached[:, 0])  # (B, T, H, d)
+            if self.qk_norm:
+                keys = self.k_norm(keys)
+            positions = key_positions(position_ids, cached.shape[-2], attention_mask)
+            return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
+        if self.key_composition is None or not self.qk_norm:
+            return self._heads(cached, self.key_composition)
+        components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
+        return self._heads(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends from every new token to all cached ones.
+
+        Args:
+            hidden_states: (B, T, D), the layer's normed input.
+            position_embeddings: cos and sin, each (B, T, rotary_dim).
+            attention_mask: As the configured attention implementation wants it.
+            past_key_values: Cache of components, or None.
+            **kwargs: Handed to the attention implementation.
+
+        Returns:
+            The block's output (B, T, D) and the attention weights where the implementation returns them.
+        """
+        cos, sin = position_embeddings
+        queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
+        if self.qk_norm:
+            queries = self.q_norm(queries)
+        queries = rotate_heads(queries, cos, sin).transpose(1, 2)
+        keys = self._keys_to_cache(hidden_states, cos, sin)
+        values = self._flat(self.v_proj(hidden_states), self.value_composition)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+
+        keys = self._composed_keys(keys, kwargs.get("position_ids"), attention_mask, self.rotary)
+        values = self._heads(values, self.value_composition)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )  # (B, T, Hq, d)
+        if self.has_head_norm:
+            output = self.head_norm(output)
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class MeaMixin:
+    """Initialises what a model of this file has and a stock one has not."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HeadComposition | FrequencyComposition | LatentComposition):
+            module.reset()
+
+
+class MeaModelMixin(MeaMixin):
+    """A stock decoder whose attention is MEA's."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = MeaAttention(config, index)
+            # Keys that are cached before RoPE are turned when they are read. Not a submodule: it belongs to the model.
+            object.__setattr__(layer.self_attn, "rotary", self.rotary_emb)
+        self.post_init()
+
+
+class MeaForCausalLMMixin(MeaMixin):
+    """A stock causal language model over an MEA decoder."""
+
+    decoder: type
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = self.decoder(config)
+        self.post_init()
+
+
+class MeaLlamaModel(MeaModelMixin, LlamaModel):
+    """Llama's decoder with explicit attention; the native MEA model."""
+
+    config_class = MeaLlamaConfig
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MeaAttention}
+
+
+class MeaLlamaForCausalLM(MeaForCausalLMMixin, LlamaForCausalLM):
+    """Llama with explicit attention; the native MEA language model."""
+
+    config_class = MeaLlamaConfig
+    decoder = MeaLlamaModel
+
+
+class MeaMistralModel(MeaModelMixin, MistralModel):
+    """Mistral's decoder with explicit attention."""
+
+    config_class = MeaMistralConfig
+    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MeaAttention}
+
+
+class MeaMistralForCausalLM(MeaForCausalLMMixin, MistralForCausalLM):
+    """Mistral with explicit attention."""
+
+    config_class = MeaMistralConfig
+    decoder = MeaMistralModel
+
+
+class MeaQwen2Model(MeaModelMixin, Qwen2Model):
+    """Qwen2's decoder with explicit attention."""
+
+    config_class = MeaQwen2Config
+    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MeaAttention}
+
+
+class MeaQwen2ForCausalLM(MeaForCausalLMMixin, Qwen2ForCausalLM):
+    """Qwen2 with explicit attention."""
+
+    config_class = MeaQwen2Config
+    decoder = MeaQwen2Model
+
+
+class MeaQwen3Model(MeaModelMixin, Qwen3Model):
+    """Qwen3's decoder with explicit attention."""
+
+    config_class = MeaQwen3Config
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer, "attentions": MeaAttention}
+
+
+class MeaQwen3ForCausalLM(MeaForCausalLMMixin, Qwen3ForCausalLM):
+    """Qwen3 with explicit attention."""
+
+    config_class = MeaQwen3Config
+    decoder = MeaQwen3Model
+
+
+class MeaQwen3MoeModel(MeaModelMixin, Qwen3MoeModel):
+    """Qwen3-MoE's decoder with explicit attention."""
+
+    config_class = MeaQwen3MoeConfig
+    _can_record_outputs = {
+        "router_logits": Qwen3MoeModel._can_record_outputs["router_logits"],
+        "hidden_states": Qwen3MoeDecoderLayer,
+        "attentions": MeaAttention,
+    }
+
+
+class MeaQwen3MoeForCausalLM(MeaForCausalLMMixin, Qwen3MoeForCausalLM):
+    """Qwen3-MoE with explicit attention."""
+
+    config_class = MeaQwen3MoeConfig
+    decoder = MeaQwen3MoeModel
+
+
+class MeaPhi3Model(MeaModelMixin, Phi3Model):
+    """Phi-3's decoder with explicit attention."""
+
+    config_class = MeaPhi3Config
+    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": MeaAttention}
+
+
+class MeaPhi3ForCausalLM(MeaForCausalLMMixin, Phi3ForCausalLM):
+    """Phi-3 with explicit attention."""
+
+    config_class = MeaPhi3Config
+    decoder = MeaPhi3Model
+
+
+# Experts are stored one by one and run fused: the family's own conversion, under this model type.
+register_checkpoint_conversion_mapping(
+    "mea_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
+
+__all__ = [
+    "MeaAttention",
+    "MeaLlamaForCausalLM",
+    "MeaLlamaModel",
+    "MeaMistralForCausalLM",
+    "MeaMistralModel",
+    "MeaPhi3ForCausalLM",
+    "MeaPhi3Model",
+    "MeaQwen2ForCausalLM",
+    "MeaQwen2Model",
+    "MeaQwen3ForCausalLM",
+    "MeaQwen3Model",
+    "MeaQwen3MoeForCausalLM",
+    "MeaQwen3MoeModel",
+]
