@@ -1,0 +1,434 @@
+"""What the user asks for: one validated description of a compression, from YAML, flags or Python.
+
+The fields of `Recipe` are declared once; the command line builds its options from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mea_compress.errors import RequestError
+
+KeyComposition = Literal["head", "frequency", "latent", "pool", "prune", "share"]
+ValueComposition = Literal["head", "latent", "pool", "prune", "share"]
+Fit = Literal["weights", "activations", "aligned"]
+DType = Literal["float64", "float32", "float16", "bfloat16"]
+LaxPath = Annotated[Path, Field(strict=False)]
+
+_LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
+_DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
+
+
+class _Settings(BaseModel):
+    """Strict, immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _group(name: str, metavar: str | None = None) -> dict[str, Any]:
+    """How the command line shows a field: the heading of its help section and the placeholder of its value."""
+    return {"group": name} | ({"metavar": metavar} if metavar else {})
+
+
+class HealRecipe(_Settings):
+    """How the compressed checkpoint is distilled from its original; see `mea_compress.healing`."""
+
+    text: LaxPath | None = Field(
+        None,
+        description="Text to distil on, .txt or .jsonl; without it text is sampled from the original.",
+        json_schema_extra=_group("Data", "FILE"),
+    )
+    steps: int = Field(200, ge=1, description="Optimiser steps.", json_schema_extra=_group("Training", "N"))
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; cosine to zero.", json_schema_extra=_group("Training", "X")
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Sequences in a step.", json_schema_extra=_group("Training", "N")
+    )
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence.", json_schema_extra=_group("Data", "N")
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of sampling and order.", json_schema_extra=_group("Run", "N")
+    )
+    device: str | None = Field(
+        None, pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
+    )
+
+
+class EvaluateRecipe(_Settings):
+    """How a checkpoint is measured; see `mea_compress.evaluation`."""
+
+    text: LaxPath = Field(description="Text to measure on, .txt or .jsonl.", json_schema_extra=_group("Data", "FILE"))
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence, at most.", json_schema_extra=_group("Data", "N")
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Measure this many sequences only.", json_schema_extra=_group("Data", "N")
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Sequences in a batch.", json_schema_extra=_group("Run", "N")
+    )
+    device: str | None = Field(
+        None, pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
+    )
+    dtype: DType | None = Field(
+        None, description="Compute in this type; the checkpoint's own without it.", json_schema_extra=_group("Run")
+    )
+
+
+class Recipe(_Settings):
+    """Everything `compress` can be told, and for `run` also where from, where to and what afterwards.
+
+    Paths are relative to the directory the command runs in. `key_components` and `value_components` each take the place
+    of `kv_ratio` for their side; a side that neither speaks of keeps all its heads.
+    """
+
+    description: str | None = Field(None, description="What the recipe is for, in a sentence.")
+    source: LaxPath | None = Field(None, description="The checkpoint to compress (for `run`).")
+    out: LaxPath | None = Field(None, description="Where the compressed checkpoint goes (for `run`).")
+
+    kv_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the original cache to keep in each compressed layer, above 0 and at most 1.",
+        json_schema_extra=_group("What to keep", "X"),
+    )
+    key_components: int | None = Field(
+        None,
+        ge=1,
+        description="Component key heads in each compressed layer, instead of --kv-ratio.",
+        json_schema_extra=_group("What to keep", "N"),
+    )
+    value_components: int | None = Field(
+        None,
+        ge=1,
+        description="Component value heads in each compressed layer, instead of --kv-ratio.",
+        json_schema_extra=_group("What to keep", "N"),
+    )
+    layers: str = Field(
+        "all",
+        description="Layers to compress, 0-based: all, half or deep (the paper's, for any depth), or 0,2,4-7,20-.",
+        json_schema_extra=_group("What to keep", "SPEC"),
+    )
+    kv_groups: int = Field(
+        1,
+        ge=1,
+        description="Compose heads within this many separate groups of them.",
+        json_schema_extra=_group("What to keep", "N"),
+    )
+    key_composition: KeyComposition | None = Field(
+        None,
+        description="How key heads are made from components; without it the best that the family allows.",
+        json_schema_extra=_group("How to compose"),
+    )
+    value_composition: ValueComposition | None = Field(
+        None,
+        description="How value heads are made from components; without it the best that the family allows.",
+        json_schema_extra=_group("How to compose"),
+    )
+    fit: Fit = Field(
+        "aligned",
+        description="What the fit looks at: weights (the paper's), activations, or activations after aligning heads.",
+        json_schema_extra=_group("How to compose"),
+    )
+    refine: int | None = Field(
+        None,
+        ge=0,
+        description="Steps of layer-local refinement, 0 for none; without it on with --fit aligned and off otherwise.",
+        json_schema_extra=_group("How to compose", "STEPS"),
+    )
+    text: LaxPath | None = Field(
+        None,
+        description="Calibration text, .txt or .jsonl; without it text is sampled from the model.",
+        json_schema_extra=_group("Calibration", "FILE"),
+    )
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a calibration sequence.", json_schema_extra=_group("Calibration", "N")
+    )
+    sequences: int | None = Field(
+        None, ge=1, description="Number of calibration sequences.", json_schema_extra=_group("Calibration", "N")
+    )
+    statistics: Literal["original", "sequential"] = Field(
+        "original",
+        description="A layer's inputs: as in the original model, or as the already compressed layers send them.",
+        json_schema_extra=_group("Calibration"),
+    )
+    shard_size: str = Field(
+        "5GB",
+        description="Largest weight file to write, as 500MB or 5GB.",
+        json_schema_extra=_group("Output", "SIZE"),
+    )
+    dtype: DType | None = Field(
+        None,
+        description="Data type of the weights written; the source's own without it.",
+        json_schema_extra=_group("Output"),
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seed of everything random; same seed, same bytes.",
+        json_schema_extra=_group("Run", "N"),
+    )
+    device: str = Field(
+        "auto", pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
+    )
+
+    heal: HealRecipe | None = Field(None, description="Distil from the source afterwards (for `run`).")
+    evaluate: EvaluateRecipe | None = Field(None, description="Measure against the source at the end (for `run`).")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_as_text(cls, value: object) -> object:
+        """`layers: 3` and `layers: [0, 2]` are what YAML makes of natural spellings."""
+        items = value if isinstance(value, list) else [value]
+        if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return ",".join(str(item) for item in items)
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_readable(cls, value: str) -> str:
+        if value not in ("all", "half", "deep"):
+            _parse_layers(value)
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size_readable(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
+        return parse_size(self.shard_size)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as people write it.
+
+    Args:
+        text: A number with an optional unit: `500MB` (powers of 1000), `2GiB` (powers of 1024), `1000000`.
+
+    Returns:
+        The size in bytes, at least 1.
+
+    Raises:
+        ValueError: The text is no size.
+    """
+    match = _SIZE.match(text.strip())
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise ValueError(f"should be a size such as 500MB or 5GB, not {text!r}")
+    return size
+
+
+def _parse_layers(spec: str) -> list[tuple[int, int | None]]:
+    """Closed ranges of a layer list; None stands for the last layer."""
+    ranges: list[tuple[int, int | None]] = []
+    for item in spec.split(","):
+        match = _LAYER_ITEM.match(item.strip())
+        if not match:
+            raise ValueError(f"should be all, half, deep or a list such as 0,2,4-7,20-, not {spec!r}")
+        first = int(match[1])
+        last = (int(match[3]) if match[3] else None) if match[2] else first
+        if last is not None and last < first:
+            raise ValueError(f"has a range that runs backwards: {item.strip()!r}")
+        ranges.append((first, last))
+    return ranges
+
+
+def select_layers(spec: str, number_of_layers: int) -> tuple[int, ...]:
+    """The layers that a specification means in a model of a given depth.
+
+    `half` and `deep` are the settings of arXiv 2601.19611 scaled from its 48 layers: with n layers, `half` is n // 2
+    layers (at least one) from round(11 n / 48) on (11-34 of 48), `deep` is all but the first round(3 n / 48), which is
+    at least one; one layer always remains.
+
+    Args:
+        spec: `all`, `half`, `deep`, or 0-based layers and closed ranges: `11-34`, `0,2,4-7`, `3-` (to the last).
+        number_of_layers: Depth of the model.
+
+    Returns:
+        Layer indices in ascending order, each once.
+
+    Raises:
+        RequestError: The specification cannot be read, or reaches past the last layer.
+    """
+    depth = number_of_layers
+    if spec == "all":
+        return tuple(range(depth))
+    if spec == "half":
+        first = round(11 * depth / 48)
+        return tuple(range(first, first + max(1, depth // 2)))
+    if spec == "deep":
+        return tuple(range(min(max(1, round(3 * depth / 48)), depth - 1), depth))
+    try:
+        ranges = _parse_layers(spec)
+    except ValueError as error:
+        raise RequestError(f"--layers {error}.") from None
+    chosen: set[int] = set()
+    for first, last in ranges:
+        highest = first if last is None else last
+        if highest >= depth:
+            raise RequestError(
+                f"--layers {spec} names layer {highest}, but the model has {depth}: choose from 0 to {depth - 1}."
+            )
+        chosen.update(range(first, (depth - 1 if last is None else last) + 1))
+    return tuple(sorted(chosen))
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name, in alphabetical order.
+
+    They lie in `recipes` inside an installed package, and beside the package in a source checkout.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "recipes"
+    directory = inside if inside.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a built-in name or a YAML file, with flags on top of it.
+
+    Args:
+        name_or_file: A built-in recipe's name, a YAML file, or None for the defaults alone.
+        overrides: Values by field name that win over the recipe's; None means "not given".
+
+    Returns:
+        The validated recipe. It says how much to keep: `kv_ratio`, `key_components` or `value_components` is set.
+
+    Raises:
+        RequestError: No such recipe, not YAML, an unknown key, a wrong type, an impossible value, or nothing that says
+            how much to keep.
+    """
+    values: dict[str, Any] = {}
+    where = "the recipe"
+    if name_or_file is not None:
+        path = _find(name_or_file)
+        where = str(path)
+        values = _read_yaml(path)
+    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    try:
+        recipe = Recipe.model_validate(values | flags)
+    except ValidationError as error:
+        raise RequestError(_explain(error, where, flags)) from None
+    if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
+        raise RequestError(
+            "Nothing says how much of the cache to keep: give --kv-ratio 0.5 (or kv_ratio in a recipe), or "
+            "--key-components and --value-components."
+        )
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to the same settings.
+
+    Unset fields are left out, and so are `source` and `out`: they say where, not what, and the same work in another
+    directory should give the same bytes.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude={"source", "out"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _find(name_or_file: str | Path) -> Path:
+    builtins = builtin_recipes()
+    name = str(name_or_file)
+    if name in builtins:
+        return builtins[name]
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, builtins, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(builtins)}."
+    raise RequestError(f"There is no recipe file or built-in recipe {name!r}: {hint}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read as a recipe: {error}.") from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise RequestError(f"{path} is not valid YAML: {problem}{line}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RequestError(f"{path} is not a recipe: it should hold `key: value` lines, such as `kv_ratio: 0.5`.")
+    return values
+
+
+def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> str:
+    """The first validation error in one sentence that names the flag or the key."""
+    first = error.errors(include_url=False)[0]
+    keys = [str(part) for part in first["loc"]]
+    name = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        fields = _nested_fields(keys[:-1])
+        near = difflib.get_close_matches(keys[-1].replace("-", "_").lower(), fields, n=1, cutoff=0.5)
+        prefix = "".join(f"{key}." for key in keys[:-1])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
+        return f"{where} has an unknown key {name}: {hint}"
+    label = "--" + keys[0].replace("_", "-") if keys and keys[0] in flags else f"{name} in {where}"
+    if first["type"] == "missing":
+        return f"{label} is missing: add it."
+    if first["type"] == "string_pattern_mismatch":
+        return f"{label} should be auto, cpu, cuda, cuda:N or mps, not {first['input']!r}."
+    if first["type"] == "value_error":
+        return f"{label} {first['ctx']['error']}."
+    if first["type"].endswith("_type") and first["type"] in ("model_type", "model_attributes_type"):
+        return f"{label} should hold settings of its own, such as {', '.join(_nested_fields(keys))}."
+    expectation = first["msg"].removeprefix("Input ").replace("valid integer", "whole number").replace("valid ", "")
+    return f"{label} {expectation}, not {first['input']!r}."
+
+
+def _nested_fields(keys: list[str]) -> list[str]:
+    """Names of the fields of the settings that a path of keys leads to."""
+    model: type[BaseModel] = Recipe
+    for key in keys:
+        model = value_type(model.model_fields[key].annotation)
+    return list(model.model_fields)
+
+
+def value_type(annotation: Any) -> Any:
+    """The type of a field's value: `X` of `X | None`, without annotations around it."""
+    if get_origin(annotation) is Annotated:
+        return value_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return value_type(next(part for part in get_args(annotation) if part is not type(None)))
+    return annotation

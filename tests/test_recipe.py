@@ -1,0 +1,204 @@
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mea_compress.errors import RequestError
+from mea_compress.recipe import Recipe, builtin_recipes, load_recipe, parse_size, select_layers, to_yaml
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str, **flags) -> str:
+    with pytest.raises(RequestError) as caught:
+        load_recipe(write(tmp_path, text), flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class TestSelectLayers:
+    def test_the_papers_settings_at_its_own_depth(self):
+        assert select_layers("half", 48) == tuple(range(11, 35))
+        assert select_layers("deep", 48) == tuple(range(3, 48))
+        assert select_layers("all", 48) == tuple(range(48))
+
+    @given(st.integers(1, 200))
+    def test_the_papers_settings_fit_any_depth(self, depth):
+        half, deep = select_layers("half", depth), select_layers("deep", depth)
+        assert len(half) == max(1, depth // 2)
+        for chosen in (half, deep):
+            assert chosen and chosen == tuple(range(chosen[0], chosen[-1] + 1))
+            assert chosen[0] >= 0 and chosen[-1] < depth
+        assert deep[-1] == depth - 1
+        if depth > 1:
+            assert deep[0] >= 1
+
+    @given(st.sets(st.integers(0, 30), min_size=1))
+    def test_a_list_means_its_layers(self, layers):
+        spec = ",".join(str(layer) for layer in sorted(layers, reverse=True))
+        assert select_layers(spec, 31) == tuple(sorted(layers))
+
+    @pytest.mark.parametrize(
+        "spec, expected",
+        [
+            ("0,2,4-7", (0, 2, 4, 5, 6, 7)),
+            ("3-", (3, 4, 5, 6, 7)),
+            ("5", (5,)),
+            (" 1 , 1-2 ", (1, 2)),
+            ("7-7", (7,)),
+        ],
+    )
+    def test_ranges(self, spec, expected):
+        assert select_layers(spec, 8) == expected
+
+    @pytest.mark.parametrize("spec", ["8", "0-8", "8-", "3,9"])
+    def test_past_the_last_layer(self, spec):
+        with pytest.raises(RequestError, match="0 to 7"):
+            select_layers(spec, 8)
+
+    @pytest.mark.parametrize("spec", ["", "some", "1,,2", "-3", "1-2-3", "1.5", "4-2"])
+    def test_unreadable(self, spec):
+        with pytest.raises(RequestError, match="--layers"):
+            select_layers(spec, 8)
+
+
+class TestBuiltins:
+    def test_the_papers_recipes(self):
+        assert {"paper-deep", "paper-full", "paper-half"} <= set(builtin_recipes())
+        for name, layers in [("paper-full", "all"), ("paper-half", "half"), ("paper-deep", "deep")]:
+            recipe = load_recipe(name)
+            assert (recipe.kv_ratio, recipe.layers, recipe.fit, recipe.refine) == (0.5, layers, "weights", 0)
+            assert (recipe.key_composition, recipe.value_composition) == ("head", "head")
+            assert "2601.19611" in recipe.description
+
+    def test_flags_win(self):
+        recipe = load_recipe("paper-half", {"kv_ratio": 0.25, "layers": None, "seed": 7})
+        assert (recipe.kv_ratio, recipe.layers, recipe.seed) == (0.25, "half", 7)
+
+    def test_a_mistyped_name(self):
+        with pytest.raises(RequestError, match="did you mean paper-half"):
+            load_recipe("paper-hlaf")
+        with pytest.raises(RequestError, match="built-in ones are"):
+            load_recipe("nowhere/zzz.yaml")
+
+
+class TestFiles:
+    def test_reads_what_people_write(self, tmp_path):
+        path = write(
+            tmp_path,
+            "source: models/a\nout: b\nkv_ratio: 1\nlayers: [0, 2]\nheal: {learning_rate: 1e-4, steps: 5}\n"
+            "evaluate:\n  text: held-out.txt\n",
+        )
+        recipe = load_recipe(path)
+        assert recipe.source == Path("models/a") and recipe.out == Path("b")
+        assert recipe.layers == "0,2"
+        assert recipe.heal.learning_rate == 1e-4 and recipe.heal.steps == 5
+        assert recipe.evaluate.text == Path("held-out.txt")
+        assert load_recipe(write(tmp_path, "kv_ratio: 0.5\nlayers: 3\n")).layers == "3"
+
+    def test_an_empty_file_leaves_all_to_the_flags(self, tmp_path):
+        assert load_recipe(write(tmp_path, "# nothing\n"), {"kv_ratio": 0.5}) == Recipe(kv_ratio=0.5)
+
+    @pytest.mark.parametrize(
+        "text, told",
+        [
+            ("kv_ration: 0.5", "kv_ratio?"),
+            ("kv-ratio: 0.5", "kv_ratio?"),
+            ("kv_ratio: 0.5\nheal: {stps: 3}", "heal.steps?"),
+            ("kv_ratio: 0.5\nzzz: 1", "known keys are"),
+        ],
+    )
+    def test_unknown_keys_name_the_nearest(self, tmp_path, text, told):
+        message = refusal(tmp_path, text)
+        assert "unknown key" in message and told in message and "mine.yaml" in message
+
+    @pytest.mark.parametrize(
+        "key, value",
+        [
+            ("kv_ratio", "0"),
+            ("kv_ratio", "1.01"),
+            ("kv_ratio", "-0.5"),
+            ("kv_ratio", ".nan"),
+            ("kv_ratio", "half"),
+            ("kv_ratio", "true"),
+            ("key_components", "0"),
+            ("value_components", "1.5"),
+            ("layers", "most"),
+            ("layers", "[0, x]"),
+            ("key_composition", "heads"),
+            ("value_composition", "frequency"),
+            ("fit", "weight"),
+            ("refine", "-1"),
+            ("refine", "off"),
+            ("text", "3"),
+            ("sequence_length", "1"),
+            ("sequences", "0"),
+            ("statistics", "none"),
+            ("kv_groups", "0"),
+            ("shard_size", "big"),
+            ("shard_size", "0GB"),
+            ("seed", "-1"),
+            ("device", "gpu"),
+            ("dtype", "int8"),
+            ("heal", "yes"),
+            ("evaluate", "{}"),
+        ],
+    )
+    def test_impossible_values_name_the_key(self, tmp_path, key, value):
+        message = refusal(tmp_path, f"{key}: {value}")
+        assert key in message and "mine.yaml" in message
+
+    def test_an_impossible_flag_is_named_as_a_flag(self, tmp_path):
+        message = refusal(tmp_path, "kv_ratio: 0.5", kv_ratio=1.5)
+        assert message.startswith("--kv-ratio") and "1.5" in message and "mine.yaml" not in message
+
+    def test_not_a_recipe(self, tmp_path):
+        assert "not a recipe" in refusal(tmp_path, "- 1\n- 2\n")
+        assert "not valid YAML" in refusal(tmp_path, "a: [1\n")
+        assert "twice" in refusal(tmp_path, "seed: 1\nkv_ratio: 0.5\nseed: 2\n")
+        assert "YAML" in refusal(tmp_path, "a: !!python/object/apply:os.system ['true']\n")
+        (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(RequestError, match="cannot be read"):
+            load_recipe(tmp_path / "mine.yaml")
+
+    def test_something_must_say_how_much_to_keep(self, tmp_path):
+        assert "--kv-ratio" in refusal(tmp_path, "fit: weights")
+        assert load_recipe(None, {"key_components": 2}).kv_ratio is None
+
+
+class TestToYaml:
+    def test_round_trip(self, tmp_path):
+        recipe = load_recipe(
+            "paper-half", {"text": Path("a b.jsonl"), "out": Path("there"), "heal": {"steps": 3, "learning_rate": 3e-5}}
+        )
+        text = to_yaml(recipe)
+        assert "there" not in text and "null" not in text
+        assert load_recipe(write(tmp_path, text)) == recipe.model_copy(update={"out": None})
+
+    @given(st.floats(1e-12, 1.0), st.integers(0, 2**63 - 1))
+    def test_numbers_survive(self, ratio, seed):
+        values = yaml.safe_load(to_yaml(Recipe(kv_ratio=ratio, seed=seed)))
+        assert math.isclose(float(values["kv_ratio"]), ratio, rel_tol=0) and values["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5k", 1500), ("123", 123), ("1TB", 10**12)],
+)
+def test_parse_size(text, size):
+    assert parse_size(text) == size
+    assert Recipe(shard_size=text).shard_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "nan"])
+def test_parse_size_refuses(text):
+    with pytest.raises(ValueError, match="size"):
+        parse_size(text)
