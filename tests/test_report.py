@@ -1,0 +1,183 @@
+import json
+import math
+import os
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mea_compress import report
+
+
+def layer(index, keys=2, composition="head", after=64):
+    return {
+        "layer": index,
+        "key_components": keys,
+        "value_components": keys,
+        "key_composition": composition,
+        "value_composition": composition,
+        "kv_bytes_per_token": {"before": 128, "after": after},
+    }
+
+
+PLAN = {
+    "kv_bytes_per_token": {"before": 512, "after": 320},
+    "parameters": {"before": 105_000_000, "after": 104_000_000},
+    "layers": [layer(0, 4, None, 128), layer(1), layer(2), layer(3)],
+}
+
+
+class TestTable:
+    def test_every_line_is_as_wide(self):
+        text = report.table([["one", 1], ["three", 1000], ["four", None]], ["what", "n"])
+        assert text.splitlines() == [
+            "| what  |    n |",
+            "|-------|-----:|",
+            "| one   |    1 |",
+            "| three | 1000 |",
+            "| four  |    – |",
+        ]
+
+    def test_no_rows(self):
+        assert len(report.table([], ["a", "b"]).splitlines()) == 2
+
+    @given(st.lists(st.tuples(st.text(), st.floats(), st.none() | st.text()), max_size=5))
+    def test_cells_stay_in_their_table(self, rows):
+        lines = report.table(rows, ["a", "b", "c"]).split("\n")
+        assert len(lines) == len(rows) + 2
+        assert len({len(line) for line in lines}) == 1
+        assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
+
+
+class TestUnits:
+    @pytest.mark.parametrize(
+        "size, text",
+        [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1536, "1.50 KiB"),
+            (1024, "1 KiB"),
+            (2.25 * 2**30, "2.25 GiB"),
+            (20.5 * 2**20, "20.5 MiB"),
+            (5000 * 2**40, "5000 TiB"),
+        ],
+    )
+    def test_bytes(self, size, text):
+        assert report.format_bytes(size) == text
+
+    @pytest.mark.parametrize(
+        "number, text",
+        [(0, "0"), (512, "512"), (999, "999"), (9999, "10 K"), (105e6, "105 M"), (1.236e9, "1.24 B"), (999_999, "1 M")],
+    )
+    def test_counts(self, number, text):
+        assert report.format_count(number) == text
+
+    @given(st.integers(0, 10**15))
+    def test_counts_are_near(self, number):
+        digits, _, unit = report.format_count(number).partition(" ")
+        scale = 1000 ** ("KMBT".index(unit) + 1) if unit else 1
+        assert math.isclose(float(digits) * scale, number, rel_tol=0.006)
+
+
+class TestJson:
+    def test_whole_or_not_at_all(self, tmp_path):
+        path = tmp_path / "deep" / "a.json"
+        report.write_json(path, {"é": [1, 2.5, None]})
+        assert json.loads(path.read_text("utf-8")) == {"é": [1, 2.5, None]}
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"NaN|nan|not JSON"):
+            report.write_json(path, {"x": math.nan})
+        with pytest.raises(TypeError):
+            report.write_json(path, {"x": object()})
+        assert path.read_bytes() == before
+        assert os.listdir(path.parent) == ["a.json"]
+
+    def test_a_failed_replace_leaves_nothing_behind(self, tmp_path):
+        (tmp_path / "taken").mkdir()
+        with pytest.raises(OSError):
+            report.write_json(tmp_path / "taken", {})
+        assert os.listdir(tmp_path) == ["taken"]
+
+    def test_permissions_follow_the_umask(self, tmp_path):
+        (tmp_path / "plain").write_text("")
+        report.write_json(tmp_path / "a.json", {})
+        assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_plan_report_joins_layers_that_are_alike():
+    text = report.plan_report(PLAN)
+    assert "62.5 %" in text and "105 M" in text
+    assert "| 0      | 4 as they are | 4 as they are |" in text
+    assert "| 1-3    | 2 head" in text
+
+
+def test_evaluation_report():
+    measured = {
+        "tokens": 12345,
+        "cross_entropy": 1.23456,
+        "perplexity": 3.437,
+        "kl": 0.0312,
+        "top1_agreement": 0.912,
+        "kv_bytes_per_token": 1536.0,
+        "reference": {"cross_entropy": 1.2, "perplexity": 3.32, "kv_bytes_per_token": 3072.0},
+        "decode_tokens_per_second": 88.123,
+    }
+    text = report.evaluation_report(measured)
+    for part in ("12,345", "1.2346", "0.0312", "91.20 %", "1.50 KiB", "3 KiB", "88.1", "reference"):
+        assert part in text
+    alone = report.evaluation_report({**measured, "reference": None, "kl": None, "top1_agreement": None})
+    assert "KL" not in alone and "| reference" not in alone
+
+
+def test_facts_flattens():
+    text = report.facts(
+        {"family": "llama", "cache_bytes": {"at_8k": 2048}, "tied": True, "layers": [{"a": 1}], "n": 32000}
+    )
+    assert "cache bytes at 8k" in text and "2 KiB" in text and "yes" in text and "32,000" in text and "{" not in text
+
+
+class TestModelCard:
+    def card(self, **changes):
+        arguments = {
+            "source": "someone/llama-x",
+            "plan": PLAN,
+            "fidelity": {"logit_difference": 1.5e-6},
+            "recipe_yaml": "kv_ratio: 0.5\n",
+            "versions": {"mea-compress": "0.1.0", "torch": "2.13.0"},
+        }
+        return report.model_card(**(arguments | changes))
+
+    def front(self, card):
+        return yaml.safe_load(card.split("---\n")[1])
+
+    def test_front_matter_and_body(self):
+        card = self.card()
+        front = self.front(card)
+        assert card.startswith("---\n") and card.endswith("\n")
+        assert front["base_model"] == "someone/llama-x" and front["library_name"] == "transformers"
+        assert "mea" in front["tags"]
+        for part in (
+            "trust_remote_code=True",
+            "import mea_compress",
+            "kv_ratio: 0.5",
+            "torch 2.13.0",
+            "1.5e-06",
+            "62.5 %",
+        ):
+            assert part in card
+
+    def test_a_path_is_not_published(self):
+        card = self.card(source="/home/me/secret/llama-x")
+        assert self.front(card)["base_model"] == "llama-x" and "secret" not in card
+
+    def test_a_hostile_name_stays_a_name(self):
+        card = self.card(source="x\n---\nlicense: mine: [")
+        assert self.front(card)["base_model"] == "x --- license: mine: ["
+
+    def test_the_licence_is_carried_over(self):
+        original = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [x]\nbase_model: y\n---\n# Hello\n"
+        front = self.front(self.card(source_card=original))
+        assert front["license"] == "apache-2.0" and front["language"] == ["en"] and front["base_model"] != "y"
+        assert "license" not in self.front(self.card(source_card="---\na: [\n---\n"))
+        assert "license" not in self.front(self.card(source_card="no front matter"))
