@@ -1,0 +1,84 @@
+"""The families that can be compressed, described as data."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from mea_compress.errors import RequestError
+
+MEA_PREFIX = "mea_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family names the parts of its attention.
+
+    Attributes:
+        model_type: ``model_type`` in the family's config.json.
+        prefix: Stem of its classes here: ``Llama`` for ``MeaLlamaConfig``.
+        layer: Prefix of a layer's tensors, with ``{layer}`` for its number.
+        fused: Name of one projection that holds queries, keys and values stacked, or None where they are apart.
+        qk_norm: Whether queries and keys pass an RMSNorm over head_dim before RoPE.
+        stock_export: Whether a stock checkpoint of this family can hold rotary frequencies of its own.
+    """
+
+    model_type: str
+    prefix: str
+    layer: str = "model.layers.{layer}."
+    fused: str | None = None
+    qk_norm: bool = False
+    stock_export: bool = True
+
+    @property
+    def emitted_type(self) -> str:
+        """``model_type`` of what is emitted."""
+        return MEA_PREFIX + self.model_type
+
+    def attention(self, layer: int) -> str:
+        """Prefix of the tensors of a layer's attention."""
+        return self.layer.format(layer=layer) + "self_attn."
+
+
+FAMILIES = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2"),
+    Family("qwen3", "Qwen3", qk_norm=True),
+    Family("qwen3_moe", "Qwen3Moe", qk_norm=True),
+    Family("phi3", "Phi3", fused="qkv_proj"),
+)
+
+# Settings under which the attention of a known family is no longer plain attention over key/value heads.
+_UNFIT = {
+    "attn_logit_softcapping": "its attention logits are soft-capped",
+    "kv_lora_rank": "its attention already caches a latent (MLA)",
+    "quantization_config": "its weights are quantised; save it unquantised first",
+}
+
+
+def find_family(config: dict[str, Any], where: str) -> Family:
+    """The family of a config.json.
+
+    Args:
+        config: The parsed file.
+        where: Its path, for the message.
+
+    Raises:
+        RequestError: The family is unknown or the checkpoint has an attention that cannot be compressed.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
+    known = {family.model_type: family for family in FAMILIES}
+    family = known.get(model_type.removeprefix(MEA_PREFIX))
+    if family is None:
+        near = difflib.get_close_matches(model_type, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise RequestError(
+            f"{where}: model_type {model_type!r} cannot be compressed{hint}; supported are {', '.join(known)} "
+            f"and their {MEA_PREFIX} forms"
+        )
+    for key, reason in _UNFIT.items():
+        if config.get(key) is not None:
+            raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
+    return family

@@ -1,0 +1,1 @@
+"""One file for each way to make H heads from fewer."""

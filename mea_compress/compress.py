@@ -1,0 +1,258 @@
+"""The main job: plan, compose layer by layer, write, verify, publish."""
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mea_compress import modeling
+from mea_compress.architectures import Source, open_source
+from mea_compress.checkpoint import CheckpointReader, NewTensor, TensorInfo, plan_shards, write_checkpoint
+from mea_compress.checkpoint.reader import dtype_name, torch_dtype
+from mea_compress.checkpoint.writer import shard_finished, write_index, write_shard
+from mea_compress.compositions import head
+from mea_compress.errors import RequestError
+from mea_compress.heads import ComposedLayer, layer_section, layer_tensors, read_side
+from mea_compress.plan import LayerPlan, Plan, plan_source
+from mea_compress.recipe import Recipe, to_yaml
+from mea_compress.report import model_card, write_json
+from mea_compress.verification import verify
+from mea_compress.workspace import Workspace, check_free, check_space, open_workspace
+
+CODE_FILES = ("configuration_mea.py", "modeling_mea.py")
+# Room for the files that are not weights, beside them and the layers' own files.
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` made.
+
+    Attributes:
+        out: The emitted checkpoint.
+        plan: What was done to every layer.
+        fidelity: What was measured of it; see `compression.json`.
+    """
+
+    out: Path
+    plan: Plan
+    fidelity: dict[str, Any]
+
+
+def compress(
+    source: Path, out: Path, recipe: Recipe, resume: bool = False, progress: bool = True
+) -> CompressionResult:
+    """Compresses the KV cache of a checkpoint.
+
+    OUT appears complete or not at all: it is built beside its place, reloaded, checked against the composed model,
+    and renamed last. Tensors that do not change are copied as bytes. SRC is only read.
+
+    Args:
+        source: Checkpoint directory.
+        out: New directory.
+        recipe: What to do.
+        resume: Take up an interrupted run.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        RequestError: The request, the source or the disk does not allow it; nothing is left behind.
+    """
+    source, out = Path(source), Path(out)
+    opened = open_source(source)
+    check_free(out, source)
+    plan = plan_source(opened, recipe)
+    check_space(out, sum(info.nbytes for info in opened.reader.tensors.values()) + _SPARE_BYTES)
+    with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
+        _compose_layers(opened, plan, recipe, workspace, progress)
+        _write_weights(opened, plan, recipe, workspace, progress)
+        config = _write_config(opened, plan, recipe, workspace)
+        _copy_other_files(opened, workspace.path)
+        fidelity = {
+            "layers": workspace.manifest.get("fidelity", {}),
+            "verification": verify(opened, workspace.path, plan.bytes_after, progress),
+        }
+        _write_documents(opened, plan, recipe, config, fidelity, workspace.path)
+        workspace.publish(out)
+    return CompressionResult(out, plan, fidelity)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    names = ("mea-compress", "torch", "transformers", "safetensors", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for info in source.reader.tensors.values():
+        digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.reader.files]
+    digest.update(repr((sorted(stats), source.raw_config)).encode())
+    text = recipe.text
+    calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
+    return {
+        "the source": digest.hexdigest(),
+        "the recipe": to_yaml(recipe),
+        "the calibration text": calibration,
+        "a library version": versions(),
+    }
+
+
+def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
+    """Composes every chosen layer and stores its tensors in a directory of its own."""
+    chosen = [layer for layer in plan.layers if layer.compressed]
+    for layer in tqdm(chosen, desc="composing layers", unit="layer", disable=not progress):
+        if workspace.finished("layers", str(layer.layer)) is not None:
+            continue
+        composed, fidelity = _compose(source, layer)
+        dtype = torch_dtype(source.dtype) if recipe.dtype is None else getattr(torch, recipe.dtype)
+        entries = [
+            _entry(name, tensor.to(dtype))
+            for name, tensor in layer_tensors(composed, source.config.mea["bias"]).items()
+        ]
+        write_checkpoint(_layer_directory(workspace, layer.layer), entries)
+        workspace.record("fidelity", str(layer.layer), fidelity)
+        workspace.record("layers", str(layer.layer), layer_section(composed))
+
+
+def _compose(source: Source, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, float]]:
+    """The composed layer and the share of each side's squared weights that is lost."""
+    sides, lost = {}, {}
+    for side, components in (("key", layer.key_components), ("value", layer.value_components)):
+        heads = read_side(source, layer.layer, side)
+        sides[side] = head.compose(heads, components)
+        error = (heads - sides[side].composed_heads()).square().sum() / heads.square().sum().clamp(min=1e-300)
+        lost[f"{side}_relative_error"] = float(error)
+    return ComposedLayer(sides["key"], sides["value"]), lost
+
+
+def _entry(name: str, tensor: torch.Tensor) -> NewTensor:
+    tensor = tensor.contiguous()
+    return NewTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+
+def _layer_directory(workspace: Workspace, layer: int) -> Path:
+    return workspace.work / f"layer-{layer:05d}"
+
+
+def _write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
+    """All shards: new attention tensors in the place of the old ones, everything else copied as bytes."""
+    replaced: dict[str, dict[str, TensorInfo]] = {}
+    for layer in plan.layers:
+        if layer.compressed:
+            prefix = source.family.attention(layer.layer)
+            new = CheckpointReader(_layer_directory(workspace, layer.layer)).tensors
+            replaced[prefix] = {prefix + name: _renamed(info, prefix + name) for name, info in new.items()}
+    entries: list[TensorInfo | NewTensor] = []
+    for name, info in source.reader.tensors.items():
+        prefix, _, own = name.partition("self_attn.")
+        new = replaced.get(prefix + "self_attn.", {})
+        if not new or not _is_replaced(own, name, new, source):
+            entries.append(info if recipe.dtype is None else _cast(source.reader, info, recipe.dtype))
+        elif _is_first(name, prefix + "self_attn.", source, new):
+            entries.extend(new.values())
+    shards = plan_shards(entries, recipe.shard_bytes)
+    total = sum(shard.nbytes for shard in shards)
+    with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for shard in shards:
+            if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
+                bar.update(shard.nbytes)
+                continue
+            write_shard(workspace.path, shard, bar.update)
+            workspace.record("shards", shard.name, True)
+    write_index(workspace.path, shards)
+
+
+def _is_replaced(own: str, name: str, new: dict[str, TensorInfo], source: Source) -> bool:
+    """Whether an attention tensor of the source gives way: keys, values, compositions, and what has a new version."""
+    stems = ("k_proj.", "v_proj.", "key_composition.", "value_composition.", f"{source.family.fused}.")
+    return name in new or own.startswith(stems)
+
+
+def _is_first(name: str, prefix: str, source: Source, new: dict[str, TensorInfo]) -> bool:
+    for other in source.reader.tensors:
+        if other.startswith(prefix) and _is_replaced(other.removeprefix(prefix), other, new, source):
+            return other == name
+    return False
+
+
+def _renamed(info: TensorInfo, name: str) -> TensorInfo:
+    return TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
+
+
+def _cast(reader: CheckpointReader, info: TensorInfo, dtype: str) -> TensorInfo | NewTensor:
+    if info.dtype not in ("F64", "F32", "F16", "BF16"):
+        return info
+    wanted: torch.dtype = getattr(torch, dtype)
+    produce: Callable[[], torch.Tensor] = lambda: reader.read(info.name).to(wanted)  # noqa: E731
+    return NewTensor(info.name, dtype_name(wanted), info.shape, produce)
+
+
+def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
+    """config.json of the emitted checkpoint, and the code that loads it where this package is not installed."""
+    family = source.family
+    layers = []
+    for layer, spec in zip(plan.layers, source.config.mea["layers"], strict=True):
+        layers.append(workspace.finished("layers", str(layer.layer)) if layer.compressed else spec)
+    config = dict(source.raw_config)
+    config["model_type"] = family.emitted_type
+    config["architectures"] = [f"Mea{family.prefix}ForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": f"configuration_mea.Mea{family.prefix}Config",
+        "AutoModel": f"modeling_mea.Mea{family.prefix}Model",
+        "AutoModelForCausalLM": f"modeling_mea.Mea{family.prefix}ForCausalLM",
+    }
+    config["num_key_value_heads"] = source.config.num_key_value_heads
+    if recipe.dtype is not None:
+        config["dtype"] = recipe.dtype
+        config.pop("torch_dtype", None)
+    config["mea"] = {**source.config.mea, "layers": layers}
+    write_json(workspace.path / "config.json", config)
+    for name in CODE_FILES:
+        shutil.copyfile(Path(modeling.__file__).with_name(name), workspace.path / name)
+    return config
+
+
+def _copy_other_files(source: Source, target: Path) -> None:
+    """Tokenizer, chat template, generation config, licence and whatever else is not weights; the card is kept aside."""
+    for relative in source.reader.other_files():
+        if relative.name in CODE_FILES or str(relative) in ("compression.json", "recipe.yaml"):
+            continue
+        name = Path("README.original.md") if str(relative) == "README.md" else relative
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.reader.directory / relative, target / name)
+
+
+def _write_documents(
+    source: Source, plan: Plan, recipe: Recipe, config: dict[str, Any], fidelity: dict[str, Any], target: Path
+) -> None:
+    recipe_yaml = to_yaml(recipe)
+    (target / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    name = str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name)
+    write_json(
+        target / "compression.json",
+        {
+            "source": name,
+            "model_type": config["model_type"],
+            "plan": plan.to_json(),
+            "fidelity": fidelity,
+            "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"source", "out"}),
+            "versions": versions(),
+        },
+    )
+    card = source.reader.directory / "README.md"
+    original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    summary = fidelity["verification"]
+    (target / "README.md").write_text(
+        model_card(name, plan.to_json(), summary, recipe_yaml, versions(), original), encoding="utf-8"
+    )
+
+
+__all__ = ["CompressionResult", "RequestError", "compress"]

@@ -1,0 +1,205 @@
+"""A layer's attention as heads: the projections of a checkpoint, read in float64, compositions already multiplied out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mea_compress.architectures import Source
+from mea_compress.compositions.composed import Composed
+from mea_compress.errors import RequestError
+from mea_compress.modeling.modeling_mea import rotary_pairs
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """One layer's attention. All tensors are float64; a bias is the last column of the weight (zeros without one).
+
+    Attributes:
+        query: (Hq, d, D + 1).
+        key: (H, d, D + 1), before the key norm.
+        value: (H, d, D + 1).
+        output: (Hq, D, d).
+        output_bias: (D,) or None.
+        query_norm: (d,) or None.
+        key_norm: (d,) or None.
+        head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
+        rotary_dim: Channels of a head that RoPE turns.
+        norm_eps: Epsilon of the norms.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    head_norm: torch.Tensor | None
+    rotary_dim: int
+    norm_eps: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.query.shape[0] // self.key.shape[0]
+
+    @property
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """The two channels of every rotary pair."""
+        return rotary_pairs(self.query.shape[1], self.rotary_dim)
+
+
+def read_composed(source: Source, layer: int, side: str) -> Composed:
+    """Keys or values of a layer as the checkpoint holds them: components and composition.
+
+    Args:
+        source: The checkpoint.
+        layer: Number of the layer.
+        side: ``key`` or ``value``.
+
+    Raises:
+        RequestError: A weight is not finite.
+    """
+    spec = source.config.mea["layers"][layer]
+    kind = spec[f"{side}_composition"]
+    projection = read_projection(source, layer, side)
+    name = f"{source.family.attention(layer)}{side}_composition.weight"
+    weight = _read(source, name) if source.reader.has(name) else None
+    first, second = rotary_pairs(source.head_dim, source.rotary_dim)
+    return Composed(
+        kind,
+        source.config.num_key_value_heads,
+        source.head_dim,
+        projection,
+        weight,
+        tuple(spec["rotary_components"]) if kind == "frequency" else None,
+        (tuple(first), tuple(second)) if kind == "frequency" else None,
+    )
+
+
+def read_side(source: Source, layer: int, side: str) -> torch.Tensor:
+    """The key or value heads that the queries see, (H, d, D + 1): a native MEA layer is multiplied out.
+
+    Frequency keys under a key norm compose weighted keys; the weight is divided out.
+    """
+    composed = read_composed(source, layer, side)
+    heads = composed.composed_heads()
+    if side == "key" and composed.kind == "frequency" and source.config.mea["qk_norm"]:
+        heads = heads / _read(source, f"{source.family.attention(layer)}k_norm.weight")[:, None]
+    return heads
+
+
+def read_heads(source: Source, layer: int) -> AttentionHeads:
+    """All of a layer's attention.
+
+    Raises:
+        RequestError: A weight is not finite.
+    """
+    prefix = source.family.attention(layer)
+
+    def norm(name: str) -> torch.Tensor | None:
+        return _read(source, f"{prefix}{name}.weight") if source.reader.has(f"{prefix}{name}.weight") else None
+
+    output = _read(source, f"{prefix}o_proj.weight").unflatten(1, (-1, source.head_dim)).transpose(0, 1).contiguous()
+    bias = f"{prefix}o_proj.bias"
+    return AttentionHeads(
+        query=read_projection(source, layer, "query").unflatten(0, (-1, source.head_dim)),
+        key=read_side(source, layer, "key"),
+        value=read_side(source, layer, "value"),
+        output=output,
+        output_bias=_read(source, bias) if source.reader.has(bias) else None,
+        query_norm=norm("q_norm"),
+        key_norm=norm("k_norm"),
+        head_norm=norm("head_norm"),
+        rotary_dim=source.rotary_dim,
+        norm_eps=source.config.rms_norm_eps,
+    )
+
+
+def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
+    """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
+    prefix = source.family.attention(layer)
+    if source.family.fused and not source.native:
+        queries = source.config.num_attention_heads * source.head_dim
+        keys = source.config.num_key_value_heads * source.head_dim
+        start, stop = {
+            "query": (0, queries),
+            "key": (queries, queries + keys),
+            "value": (queries + keys, queries + 2 * keys),
+        }[side]
+        name = f"{prefix}{source.family.fused}.weight"
+        weight = _finite(source.reader.read_rows(name, start, stop), name, source)
+    else:
+        name = f"{prefix}{side[0]}_proj.weight"
+        weight = _read(source, name)
+    bias = f"{prefix}{side[0]}_proj.bias"
+    column = _read(source, bias) if source.reader.has(bias) else weight.new_zeros(weight.shape[0])
+    return torch.cat((weight, column[:, None]), dim=1)
+
+
+def _read(source: Source, name: str) -> torch.Tensor:
+    return _finite(source.reader.read(name), name, source)
+
+
+def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:
+    tensor = tensor.to(torch.float64)
+    if not torch.isfinite(tensor).all():
+        file = source.reader.info(name).file
+        raise RequestError(f"{file}: tensor {name} holds NaN or infinite numbers; use an undamaged checkpoint")
+    return tensor
+
+
+@dataclass(frozen=True)
+class ComposedLayer:
+    """A layer after surgery: composed keys and values, and what else of its attention changed.
+
+    Attributes:
+        key: Components and composition of the keys.
+        value: Components and composition of the values.
+        query: (Hq, d, D + 1), or None where q_proj stays as it is.
+        output: (Hq, D, d), or None where o_proj stays as it is.
+        head_norm: (d,), or None where the head norm stays as it is.
+    """
+
+    key: Composed
+    value: Composed
+    query: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    head_norm: torch.Tensor | None = None
+
+
+def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, torch.Tensor]:
+    """The tensors that a composed layer is stored as, by their names below ``self_attn.``, float64."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(name: str, rows: torch.Tensor, has_bias: bool) -> None:
+        tensors[f"{name}.weight"] = rows[:, :-1]
+        if has_bias:
+            tensors[f"{name}.bias"] = rows[:, -1]
+
+    if layer.query is not None:
+        put("q_proj", layer.query.flatten(0, 1), bias["query"])
+    put("k_proj", layer.key.projection, bias["key"])
+    put("v_proj", layer.value.projection, bias["value"])
+    if layer.output is not None:
+        tensors["o_proj.weight"] = layer.output.transpose(0, 1).flatten(1)
+    if layer.head_norm is not None:
+        tensors["head_norm.weight"] = layer.head_norm
+    for side, composed in (("key", layer.key), ("value", layer.value)):
+        if composed.weight is not None:
+            tensors[f"{side}_composition.weight"] = composed.weight
+    return tensors
+
+
+def layer_section(layer: ComposedLayer) -> dict[str, Any]:
+    """The layer's entry in the ``mea`` section of config.json."""
+    section: dict[str, Any] = {}
+    for side, composed in (("key", layer.key), ("value", layer.value)):
+        section[f"{side}_composition"] = composed.kind
+        section[f"{side}_components"] = composed.components
+    if layer.key.rotary_components is not None:
+        section["rotary_components"] = list(layer.key.rotary_components)
+    return section
+
+

@@ -1,0 +1,182 @@
+"""An emitted checkpoint, reloaded and held against plain attention over its composed heads."""
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from mea_compress.architectures import Source, open_source
+from mea_compress.heads import read_composed, read_side
+from mea_compress.modeling.modeling_mea import MeaAttention
+
+# Whole models up to this many bytes of weights are also loaded and run; larger ones are checked layer by layer.
+WHOLE_MODEL_BYTES = 256 << 20
+# Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
+TOLERANCE = 1e-4
+_TOKENS = 24
+
+
+class VerificationError(Exception):
+    """The emitted checkpoint does not do what it should: a defect of this program, nothing the user did."""
+
+
+def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = True) -> dict[str, Any]:
+    """Reloads a checkpoint and checks it.
+
+    Every layer's keys and values, as its attention module reads them from a filled cache, must equal those of plain
+    attention whose weights are the composed heads multiplied out in float64; a model that is small enough is also
+    loaded as a whole and its logits compared. The cache bytes are those of the tensors in a live cache.
+
+    Args:
+        source: The checkpoint that was compressed; its tokens ids and family are used.
+        directory: The emitted checkpoint.
+        cache_bytes: Cache bytes per token that the plan promises.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        ``largest_difference`` (relative), ``kv_bytes_per_token`` (measured) and what was ``compared``.
+
+    Raises:
+        VerificationError: It does not hold.
+    """
+    emitted = open_source(directory)
+    measured, worst = 0, 0.0
+    layers = range(emitted.config.num_hidden_layers)
+    for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
+        difference, layer_bytes = _check_layer(emitted, layer)
+        measured += layer_bytes
+        worst = max(worst, difference)
+    result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
+    if sum(info.nbytes for info in emitted.reader.tensors.values()) <= WHOLE_MODEL_BYTES:
+        difference, whole_bytes = _check_model(emitted)
+        measured = whole_bytes
+        worst = max(worst, difference)
+        result = {"compared": "logits of the whole model", "largest_difference": worst}
+    if not worst <= TOLERANCE:  # also true for NaN
+        raise VerificationError(f"the reloaded checkpoint differs from the composed model by {worst:.2e} ({result['compared']})")
+    if measured != cache_bytes:
+        raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {cache_bytes}")
+    return result | {"kv_bytes_per_token": measured}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds."""
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim() > 0)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return math.inf if math.isnan(error) else error
+
+
+def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
+    """Largest relative difference of a layer's keys and values, and its cache bytes per token."""
+    config, prefix = emitted.config, emitted.family.attention(layer)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        attention = MeaAttention(config, layer)
+    attention.q_proj = attention.o_proj = None  # only keys and values are looked at
+    names = [name for name, _ in attention.named_parameters()]
+    state = {name: emitted.reader.read(prefix + name).to(torch.float32) for name in names}
+    attention.load_state_dict(state, strict=False, assign=True)
+    for module in (attention.key_composition, attention.value_composition):
+        if module is not None and any(buffer.is_meta for buffer in module.buffers()):
+            tables = type(module)(module.rotary_components, attention.heads, attention.head_dim, attention.rotary_dim)
+            for name, buffer in tables.named_buffers():
+                setattr(module, name, buffer)
+
+    generator = torch.Generator().manual_seed(layer)
+    hidden = torch.randn(1, _TOKENS, config.hidden_size, generator=generator)
+    angles = torch.rand(1, _TOKENS, attention.rotary_dim // 2, generator=generator) * 6
+    cos, sin = angles.repeat(1, 1, 2).cos(), angles.repeat(1, 1, 2).sin()
+
+    def rotary(_: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos[:, positions[0]], sin[:, positions[0]]
+
+    with torch.no_grad():
+        cache = DynamicCache()
+        keys = attention._keys_to_cache(hidden, cos, sin)
+        values = attention._flat(attention.v_proj(hidden), attention.value_composition)
+        keys, values = cache.update(keys, values, 0)
+        positions = torch.arange(_TOKENS)[None]
+        found_keys = attention._composed_keys(keys, positions, None, rotary)
+        found_values = attention._heads(values, attention.value_composition)
+        expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
+        expected_values = _plain_heads(read_side(emitted, layer, "value"), hidden)
+    worst = 0.0
+    for found, expected in ((found_keys, expected_keys), (found_values, expected_values)):
+        repeat = expected.shape[1] // found.shape[1]  # pooled heads stand for their whole group
+        worst = max(worst, _difference(found.repeat_interleave(repeat, dim=1), expected))
+    itemsize = emitted.reader.info(f"{prefix}k_proj.weight").nbytes // math.prod(
+        emitted.reader.info(f"{prefix}k_proj.weight").shape
+    )
+    return worst, cache_bytes(cache) // 4 * itemsize // _TOKENS
+
+
+def _plain_heads(heads: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Heads (H, d, D + 1) applied to (1, T, D): (1, H, T, d)."""
+    ones = hidden.new_ones(*hidden.shape[:-1], 1)
+    return torch.einsum("hdx,btx->bhtd", heads, torch.cat((hidden, ones), -1).double()).float()
+
+
+def _plain_keys(
+    emitted: Source, layer: int, attention: MeaAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    keys = _plain_heads(read_side(emitted, layer, "key"), hidden)
+    if attention.qk_norm:
+        keys = attention.k_norm(keys)
+    half = cos.shape[-1] // 2
+    turned, rest = keys[..., : 2 * half], keys[..., 2 * half :]
+    real, imaginary = turned[..., :half], turned[..., half:]
+    c, s = cos[:, None, :, :half], sin[:, None, :, :half]
+    return torch.cat((real * c - imaginary * s, imaginary * c + real * s, rest), dim=-1)
+
+
+def _check_model(emitted: Source) -> tuple[float, int]:
+    """Largest relative difference of logits, and cache bytes per token of the loaded model."""
+    directory = str(emitted.reader.directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    length = min(_TOKENS, model.config.max_position_embeddings)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    with torch.no_grad():
+        filled = model(ids, use_cache=True).past_key_values
+        measured = cache_bytes(filled) // ids.numel()
+        if model.dtype in (torch.float16, torch.bfloat16):
+            model = model.float()
+        found = model(ids, use_cache=False).logits
+        expected = _composed_model(emitted, model)(ids, use_cache=False).logits
+    gc.collect()
+    return _difference(found, expected), measured
+
+
+def _composed_model(emitted: Source, model: Any) -> Any:
+    """The model with every composition multiplied out: plain attention over all heads."""
+    heads = emitted.config.num_key_value_heads
+    whole = {"key_composition": "none", "key_components": heads, "value_composition": "none", "value_components": heads}
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.mea = {**config.mea, "layers": [dict(whole) for _ in config.mea["layers"]]}
+    config._attn_implementation = "eager"
+    state = {name: tensor for name, tensor in model.state_dict().items() if "_composition." not in name}
+    for layer in range(config.num_hidden_layers):
+        prefix = emitted.family.attention(layer)
+        for side, name in (("key", "k_proj"), ("value", "v_proj")):
+            rows = read_side(emitted, layer, side).flatten(0, 1).to(model.dtype)
+            state[f"{prefix}{name}.weight"] = rows[:, :-1]
+            if f"{prefix}{name}.bias" in state:
+                state[f"{prefix}{name}.bias"] = rows[:, -1]
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.model.rotary_emb = model.model.rotary_emb
+    plain.tie_weights()
+    return plain.eval()
+
+
+__all__ = ["VerificationError", "cache_bytes", "read_composed", "verify"]
