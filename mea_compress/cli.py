@@ -1,0 +1,369 @@
+"""The command line: every command parses, calls one function and prints.
+
+Results go to stdout, progress and logs to stderr. Exit status: 0 done, 2 the request was wrong, 130 interrupted,
+1 anything else. Whatever loads PyTorch is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+from click.exceptions import NoArgsIsHelpError
+from pydantic import BaseModel
+
+from mea_compress import report
+from mea_compress.errors import RequestError
+from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, load_recipe, value_type
+
+NAME = "mea-compress"
+Function = TypeVar("Function", bound=Callable[..., Any])
+_PATH = click.Path(path_type=Path)
+
+
+class _Option(click.Option):
+    """An option that stands under a heading of its own in the help."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def _debug_option() -> click.Option:
+    return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+
+
+class _Command(click.Command):
+    """A command with grouped options that also takes the global --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one section for each group, in the order in which the groups first appear, the common ones last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        common = sections.pop("Options", [])
+        for title, records in [*sections.items(), ("Options", common)]:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _Group(click.Group):
+    """A group of such commands, listed in the order of work and not of the alphabet."""
+
+    command_class = _Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands as they were declared."""
+        return list(self.commands)
+
+
+class _Program(_Group):
+    """The whole command line; turns every way to fail into one sentence on stderr and an exit status."""
+
+    group_class = _Group
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run a command line and leave with its exit status."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        extra["prog_name"] = NAME
+        try:
+            status = super().main(arguments, **extra)
+        except Exception as error:
+            if "--debug" in arguments:
+                traceback.print_exc()
+            status, message = _explain(error)
+            click.echo(message, err=True)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit status and sentence of a failure."""
+    if isinstance(error, click.Abort):
+        # Whoever was interrupted may have said what to do next.
+        said = str(error.__cause__ or "")
+        return 130, f"{NAME}: {said or 'interrupted; nothing unfinished was put in place.'}"
+    if isinstance(error, NoArgsIsHelpError):
+        return 2, error.format_message()
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else NAME
+        return 2, f"{command}: {error.format_message()} Type {command} --help for what it takes."
+    if isinstance(error, click.ClickException):
+        return 2, f"{NAME}: {error.format_message()}"
+    if isinstance(error, RequestError):
+        return 2, f"{NAME}: {error}"
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return 1, f"{NAME}: failed with {reason} (--debug shows where)"
+
+
+def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
+    """Options for every field of some settings that names a group; not given means None, so that recipes can speak."""
+
+    def decorate(function: Function) -> Function:
+        for name, field in reversed(settings.model_fields.items()):
+            extra = field.json_schema_extra
+            if not isinstance(extra, dict) or "group" not in extra:
+                continue
+            kind = value_type(field.annotation)
+            help_text = field.description or ""
+            if not field.is_required() and field.default is not None:
+                help_text += f" [default: {field.default}]"
+            if get_origin(kind) is Literal:
+                kind = click.Choice(get_args(kind))
+            function = click.option(
+                "--" + name.replace("_", "-"),
+                name,
+                cls=_Option,
+                group=extra["group"],
+                type=_PATH if kind is Path else kind,
+                metavar=extra.get("metavar"),
+                required=field.is_required(),
+                help=help_text,
+            )(function)
+        return function
+
+    return decorate
+
+
+def _recipe_option(function: Function) -> Function:
+    return click.option(
+        "--recipe", metavar="NAME|FILE", help="Start from a built-in or YAML recipe; flags given here win over it."
+    )(function)
+
+
+def _json_option(function: Function) -> Function:
+    return click.option(
+        "--json",
+        "json_file",
+        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+        metavar="FILE",
+        help="Write the result as JSON; - prints it instead of the table.",
+    )(function)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, so that defaults stay where the work is done."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
+    """A result as text on stdout, or as JSON there, or as both text there and JSON in a file."""
+    if json_file is not None and str(json_file) == "-":
+        click.echo(report.to_json(data), nl=False)
+        return
+    click.echo(text)
+    if json_file is not None:
+        report.write_json(json_file, data)
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="mea-compress", prog_name=NAME)
+def cli() -> None:
+    """Compress the KV cache of a trained checkpoint with Multi-head Explicit Attention."""
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@_json_option
+def inspect(source: Path, json_file: Path | None) -> None:
+    """Say what a checkpoint is: family, heads, cache bytes per token, parameters. Reads headers only."""
+    from mea_compress.plan import inspect_checkpoint
+
+    found = inspect_checkpoint(source).to_json()
+    _print(report.facts(found), found, json_file)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@_recipe_option
+@_options(Recipe)
+@_json_option
+def plan(source: Path, recipe: str | None, json_file: Path | None, **flags: Any) -> None:
+    """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
+    from mea_compress.plan import make_plan
+
+    planned = make_plan(source, load_recipe(recipe, flags))
+    data = planned.to_json()
+    _print("\n\n".join([report.plan_report(data), *_choice(planned)]), data, json_file)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@click.argument("out", metavar="OUT", type=_PATH)
+@_recipe_option
+@_options(Recipe)
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
+def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags: Any) -> None:
+    """Write to OUT a checkpoint whose KV cache is a share of SRC's.
+
+    SRC is only read; OUT appears complete or not at all.
+    The paper's own initialisation: --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
+    """
+    from mea_compress.compress import compress as compress_checkpoint
+
+    result = compress_checkpoint(source, out, load_recipe(recipe, flags), resume=resume)
+    _print(_compressed(result))
+
+
+def _choice(plan: Any) -> list[str]:
+    """Which compositions were chosen and why, where the request left it open."""
+    return [f"Composition: {plan.choice}"] if plan.choice else []
+
+
+def _compressed(result: Any) -> str:
+    parts = [report.before_after(result.plan.to_json()), *_choice(result.plan)]
+    if result.fidelity:
+        parts.append(report.facts(result.fidelity))
+    return "\n\n".join([*parts, f"Written to {result.out}"])
+
+
+@cli.command()
+@click.argument("checkpoint", metavar="OUT", type=_PATH)
+@click.option("--teacher", metavar="SRC", type=_PATH, required=True, help="The original checkpoint to learn from.")
+@click.option("--out", metavar="DIR", type=_PATH, help="Write the healed checkpoint here; without it OUT is replaced.")
+@_options(HealRecipe)
+def heal(checkpoint: Path, teacher: Path, out: Path | None, text: Path | None, **flags: Any) -> None:
+    """Distil a compressed checkpoint from its original; without text it learns from text the original makes."""
+    from mea_compress.healing import heal as heal_checkpoint
+
+    steps = flags.pop("steps") or HealRecipe().steps
+    result = heal_checkpoint(checkpoint, teacher, text=text, steps=steps, out=out, **_given(flags))
+    _print(report.facts(result.to_json()))
+
+
+@cli.command()
+@click.argument("checkpoint", metavar="CKPT", type=_PATH)
+@click.option(
+    "--reference", metavar="SRC", type=_PATH, help="Compare with this checkpoint: KL, agreement, its own loss."
+)
+@_options(EvaluateRecipe)
+@_json_option
+def evaluate(checkpoint: Path, reference: Path | None, text: Path, json_file: Path | None, **flags: Any) -> None:
+    """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
+    from mea_compress.evaluation import evaluate as evaluate_checkpoint
+
+    measured = evaluate_checkpoint(checkpoint, text, reference=reference, **_given(flags)).to_json()
+    _print(report.evaluation_report(measured), measured, json_file)
+
+
+@cli.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
+@click.option("--out", metavar="OUT", type=_PATH, help="Where the result goes, instead of the recipe's.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
+@_json_option
+def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_file: Path | None) -> None:
+    """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
+    wanted = load_recipe(recipe, {"source": source, "out": out})
+    if wanted.source is None or wanted.out is None:
+        raise RequestError(
+            f"{recipe} does not say where from and where to: add source and out, or give --source and --out."
+        )
+    for text in (wanted.text, wanted.heal and wanted.heal.text, wanted.evaluate and wanted.evaluate.text):
+        if text and not text.is_file():
+            raise RequestError(f"{recipe} names the text {text}, which is not there: correct the path.")
+
+    from mea_compress.compress import compress as compress_checkpoint
+
+    result = compress_checkpoint(wanted.source, wanted.out, wanted, resume=resume)
+    texts, data = [_compressed(result)], {"plan": result.plan.to_json(), "fidelity": result.fidelity}
+    shared = {"device": wanted.device}
+    if wanted.heal:
+        from mea_compress.healing import heal as heal_checkpoint
+
+        settings = {"seed": wanted.seed} | shared | {"text": None} | _given(dict(wanted.heal))
+        data["healing"] = heal_checkpoint(wanted.out, wanted.source, out=None, **settings).to_json()
+        texts.append(report.facts(data["healing"]))
+    if wanted.evaluate:
+        from mea_compress.evaluation import evaluate as evaluate_checkpoint
+
+        settings = shared | _given(dict(wanted.evaluate))
+        text = settings.pop("text")
+        data["evaluation"] = evaluate_checkpoint(wanted.out, text, reference=wanted.source, **settings).to_json()
+        texts.append(report.evaluation_report(data["evaluation"]))
+    _print("\n\n".join(texts), data, json_file)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def recipes(ctx: click.Context) -> None:
+    """List, show and copy the built-in recipes."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_recipes)
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """List the built-in recipes."""
+    rows = []
+    for name in builtin_recipes():
+        rows.append([name, load_recipe(name).description])
+    _print(report.table(rows, ["recipe", "what for"]))
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a built-in recipe."""
+    _print(_builtin(name).read_text(encoding="utf-8").rstrip("\n"))
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("file", required=False, type=_PATH)
+def copy_recipe(name: str, file: Path | None) -> None:
+    """Copy a built-in recipe to FILE (NAME.yaml without it), to be changed there."""
+    origin = _builtin(name)
+    target = file or Path(origin.name)
+    if target.is_dir():
+        target /= origin.name
+    if target.exists():
+        raise RequestError(f"{target} exists already: name another file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(origin, target)
+    _print(f"Copied to {target}")
+
+
+def _builtin(name: str) -> Path:
+    builtins = builtin_recipes()
+    if name not in builtins:
+        near = get_close_matches(name, builtins, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(builtins)}."
+        raise RequestError(f"There is no built-in recipe {name!r}: {hint}")
+    return builtins[name]
+
+
+@cli.command()
+@click.option("--out", metavar="DIR", type=_PATH, default=Path("demo"), show_default=True, help="Where it works.")
+@click.option(
+    "--steps", metavar="N", type=click.IntRange(min=1), help="Training steps of the original; more is better."
+)
+@click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything."
+)
+def demo(out: Path, steps: int | None, device: str, seed: int) -> None:
+    """Train a small model on text every machine has, compress it to half its cache, heal it, and compare the three."""
+    from mea_compress.demo import run_demo
+
+    _print(run_demo(out, steps=steps, device=device, seed=seed))
+
+
+main = cli

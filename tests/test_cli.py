@@ -1,0 +1,235 @@
+import json
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mea_compress.cli import cli
+from mea_compress.errors import RequestError
+from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
+
+PLAN = {
+    "kv_bytes_per_token": {"before": 512, "after": 256},
+    "parameters": {"before": 1000, "after": 900},
+    "layers": [
+        {
+            "layer": 0,
+            "key_components": 2,
+            "value_components": 2,
+            "key_composition": "head",
+            "value_composition": "head",
+            "kv_bytes_per_token": {"before": 512, "after": 256},
+        }
+    ],
+}
+EVALUATION = {"tokens": 10, "cross_entropy": 1.0, "perplexity": 2.7, "kl": 0.5, "kv_bytes_per_token": 256.0}
+
+
+class Calls(list):
+    """Stand-ins for the functions that do the work: they note how they were called."""
+
+    def stand_in(self, monkeypatch, module, name, answer):
+        def note(*args, **kwargs):
+            self.append((name, args, kwargs))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        double = sys.modules.get(f"mea_compress.{module}")
+        if not isinstance(double, Double):
+            double = Double(f"mea_compress.{module}")
+            monkeypatch.setitem(sys.modules, f"mea_compress.{module}", double)
+        setattr(double, name, note)
+
+
+class Double(types.ModuleType):
+    pass
+
+
+def result(data, **more):
+    return SimpleNamespace(to_json=lambda: data, **more)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    calls = Calls()
+    plan = result(PLAN, choice="head, for the norms allow no other")
+    compressed = SimpleNamespace(out=Path("OUT"), plan=plan, fidelity={"logit_difference": 1e-6})
+    calls.stand_in(monkeypatch, "plan", "inspect_checkpoint", result({"family": "llama", "cache_bytes": 2048}))
+    calls.stand_in(monkeypatch, "plan", "make_plan", plan)
+    calls.stand_in(monkeypatch, "compress", "compress", compressed)
+    calls.stand_in(monkeypatch, "evaluation", "evaluate", result(EVALUATION))
+    calls.stand_in(monkeypatch, "healing", "heal", result({"steps": 3}))
+    calls.stand_in(monkeypatch, "demo", "run_demo", "the table")
+    return calls
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def done(*arguments):
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout
+
+
+def refused(*arguments, status=2):
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == status, outcome.output
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+    assert len(outcome.stderr.strip().splitlines()) == 1, outcome.stderr
+    return outcome.stderr
+
+
+class TestCommands:
+    def test_inspect(self, calls, tmp_path):
+        assert "2 KiB" in done("inspect", "SRC", "--json", tmp_path / "a.json")
+        assert json.loads((tmp_path / "a.json").read_text()) == {"family": "llama", "cache_bytes": 2048}
+        assert calls == [("inspect_checkpoint", (Path("SRC"),), {})]
+
+    def test_plan(self, calls):
+        text = done("plan", "SRC", "--recipe", "paper-half", "--kv-ratio", "0.25")
+        assert "50 %" in text and "the norms allow" in text
+        (_, (source, recipe), _) = calls[0]
+        assert source == Path("SRC") and (recipe.kv_ratio, recipe.layers) == (0.25, "half")
+        assert json.loads(done("plan", "SRC", "--kv-ratio", "1", "--json", "-")) == PLAN
+
+    def test_compress(self, calls):
+        text = done("compress", "SRC", "OUT", "--kv-ratio", 0.5, "--fit", "weights", "--seed", 3, "--resume")
+        assert "OUT" in text and "256 B" in text and "1e-06" in text
+        recipe = Recipe(kv_ratio=0.5, fit="weights", seed=3)
+        assert calls == [("compress", (Path("SRC"), Path("OUT"), recipe), {"resume": True})]
+
+    def test_heal(self, calls):
+        assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
+        expected = {"text": None, "steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4}
+        assert calls == [("heal", (Path("OUT"), Path("SRC")), expected)]
+
+    def test_evaluate(self, calls):
+        assert "0.5000" in done("evaluate", "CKPT", "--reference", "SRC", "--text", "t.txt", "--batch-size", 4)
+        expected = {"reference": Path("SRC"), "batch_size": 4}
+        assert calls == [("evaluate", (Path("CKPT"), Path("t.txt")), expected)]
+        assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
+
+    def test_demo(self, calls):
+        assert done("demo", "--steps", 5) == "the table\n"
+        assert calls == [("run_demo", (Path("demo"),), {"steps": 5, "device": "auto", "seed": 0})]
+
+    def test_run(self, calls, tmp_path):
+        text = tmp_path / "t.txt"
+        text.write_text("hello")
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            f"source: SRC\nout: A\nkv_ratio: 0.5\nseed: 4\ndevice: cpu\nheal: {{steps: 3, text: {text}}}\n"
+            f"evaluate: {{text: {text}, limit: 2}}\n"
+        )
+        printed = done("run", recipe, "--out", "B", "--json", tmp_path / "all.json")
+        assert "KL" in printed
+        assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
+        assert calls[0][1][:2] == (Path("SRC"), Path("B"))
+        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text, "out": None}
+        assert calls[1][1:] == ((Path("B"), Path("SRC")), healing)
+        assert calls[2][1:] == ((Path("B"), text), {"reference": Path("SRC"), "device": "cpu", "limit": 2})
+        assert set(json.loads((tmp_path / "all.json").read_text())) == {"plan", "fidelity", "healing", "evaluation"}
+
+    def test_run_looks_before_it_starts(self, calls, tmp_path):
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text("kv_ratio: 0.5\nevaluate: {text: nowhere.txt}\n")
+        assert "--source" in refused("run", recipe)
+        assert "nowhere.txt" in refused("run", recipe, "--source", "a", "--out", "b")
+        assert calls == []
+
+
+class TestRecipes:
+    def test_list_and_show(self):
+        assert done("recipes") == done("recipes", "list")
+        for name, path in builtin_recipes().items():
+            assert name in done("recipes")
+            assert done("recipes", "show", name) == path.read_text()
+
+    def test_copy(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        done("recipes", "copy", "paper-half")
+        done("recipes", "copy", "paper-half", "sub/mine.yaml")
+        original = builtin_recipes()["paper-half"].read_bytes()
+        assert Path("paper-half.yaml").read_bytes() == Path("sub/mine.yaml").read_bytes() == original
+        assert "exists already" in refused("recipes", "copy", "paper-half")
+
+    def test_an_unknown_name(self):
+        assert "did you mean paper-half" in refused("recipes", "show", "paper-hlf")
+
+
+class TestFailures:
+    def test_wrong_requests(self, calls):
+        assert "'--kv-ratio'" in refused("compress", "A", "B", "--kv-ration", "0.5")
+        assert "'compress'" in refused("comprss", "A", "B")
+        assert "--kv-ratio" in refused("compress", "A", "B", "--kv-ratio", "half")
+        assert "--kv-ratio" in refused("compress", "A", "B", "--kv-ratio", "0")
+        assert "--kv-ratio" in refused("compress", "A", "B", "--kv-ratio", "1.5")
+        assert "--kv-ratio" in refused("compress", "A", "B")
+        assert "--device" in refused("plan", "A", "--kv-ratio", "0.5", "--device", "gpu")
+        assert "aligned" in refused("compress", "A", "B", "--kv-ratio", "0.5", "--fit", "best")
+        assert "OUT" in refused("compress", "A")
+        assert "--teacher" in refused("heal", "A")
+        assert "--text" in refused("evaluate", "A")
+        assert calls == []
+
+    @pytest.mark.parametrize(
+        "error, status, said",
+        [
+            (RequestError("SRC holds no weights: name another directory."), 2, "holds no weights"),
+            (RuntimeError("first line\nsecond line"), 1, "RuntimeError: first line"),
+            (OSError(28, "No space left on device"), 1, "No space left"),
+            (ZeroDivisionError(), 1, "ZeroDivisionError"),
+            (click.Abort(), 130, "interrupted"),
+        ],
+    )
+    def test_errors_of_the_work(self, calls, monkeypatch, error, status, said):
+        calls.stand_in(monkeypatch, "plan", "inspect_checkpoint", error)
+        assert said in refused("inspect", "SRC", status=status)
+        for arguments in (["--debug", "inspect", "SRC"], ["inspect", "SRC", "--debug"]):
+            outcome = invoke(*arguments)
+            assert outcome.exit_code == status
+            assert "Traceback" in outcome.stderr and outcome.stdout == ""
+
+    def test_interrupting(self, calls, monkeypatch):
+        calls.stand_in(monkeypatch, "compress", "compress", KeyboardInterrupt())
+        outcome = invoke("compress", "A", "B", "--kv-ratio", "1")
+        assert outcome.exit_code == 130 and "interrupted" in outcome.stderr
+        calls.stand_in(monkeypatch, "compress", "compress", KeyboardInterrupt("go on with --resume"))
+        outcome = invoke("compress", "A", "B", "--kv-ratio", "1")
+        assert outcome.exit_code == 130 and "--resume" in outcome.stderr and "Traceback" not in outcome.stderr
+
+
+class TestHelp:
+    def test_commands_in_the_order_of_work(self):
+        text = done("--help")
+        names = ["inspect", "plan", "compress", "heal", "evaluate", "run", "recipes", "demo"]
+        places = [text.index(f"\n  {name} ") for name in names]
+        assert places == sorted(places)
+
+    def test_every_setting_is_an_option(self):
+        for command, settings in [
+            ("compress", Recipe),
+            ("plan", Recipe),
+            ("heal", HealRecipe),
+            ("evaluate", EvaluateRecipe),
+        ]:
+            text = done(command, "--help")
+            elsewhere = {"description", "source", "out", "heal", "evaluate"} if settings is Recipe else set()
+            for name in set(settings.model_fields) - elsewhere:
+                assert "--" + name.replace("_", "-") in text
+        assert "What to keep:" in done("compress", "--help")
+
+    def test_version(self):
+        assert "mea-compress" in done("--version")
+
+    def test_nothing_asked_for(self):
+        outcome = invoke()
+        assert outcome.exit_code == 2 and "compress" in outcome.output
