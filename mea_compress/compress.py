@@ -46,9 +46,7 @@ class CompressionResult:
     fidelity: dict[str, Any]
 
 
-def compress(
-    source: Path, out: Path, recipe: Recipe, resume: bool = False, progress: bool = True
-) -> CompressionResult:
+def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, progress: bool = True) -> CompressionResult:
     """Compresses the KV cache of a checkpoint.
 
     OUT appears complete or not at all: it is built beside its place, reloaded, checked against the composed model,

@@ -201,5 +201,3 @@ def layer_section(layer: ComposedLayer) -> dict[str, Any]:
     if layer.key.rotary_components is not None:
         section["rotary_components"] = list(layer.key.rotary_components)
     return section
-
-

@@ -157,7 +157,9 @@ def _components(count: int | None, side: str, ratio: float | None, heads: int) -
             )
         return count
     if ratio is None:
-        raise RequestError("say how much of the cache to keep: --kv-ratio 0.5, or --key-components and --value-components")
+        raise RequestError(
+            "say how much of the cache to keep: --kv-ratio 0.5, or --key-components and --value-components"
+        )
     exact = Fraction(ratio).limit_denominator(10_000) * heads
     if exact.denominator != 1 or exact < 1:
         options = ", ".join(f"{c / heads:g}" for c in range(1, heads + 1))

@@ -58,7 +58,9 @@ def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = T
         worst = max(worst, difference)
         result = {"compared": "logits of the whole model", "largest_difference": worst}
     if not worst <= TOLERANCE:  # also true for NaN
-        raise VerificationError(f"the reloaded checkpoint differs from the composed model by {worst:.2e} ({result['compared']})")
+        raise VerificationError(
+            f"the reloaded checkpoint differs from the composed model by {worst:.2e} ({result['compared']})"
+        )
     if measured != cache_bytes:
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {cache_bytes}")
     return result | {"kv_bytes_per_token": measured}

@@ -88,7 +88,8 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise RequestError(
-            f"{place} has {free / 1e9:.2f} GB free and the result needs {needed / 1e9:.2f} GB; make room or write elsewhere"
+            f"{place} has {free / 1e9:.2f} GB free and the result needs {needed / 1e9:.2f} GB; "
+            "make room or write elsewhere"
         )
 
 
@@ -144,9 +145,7 @@ def _read_manifest(file: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         raise RequestError(f"{file} cannot be read; delete {file.parent.parent} and start again") from None
     for what, now in fingerprint.items():
         if then.get(what) != now:
-            raise RequestError(
-                f"{what} changed since the interrupted run; delete {file.parent.parent} to start again"
-            )
+            raise RequestError(f"{what} changed since the interrupted run; delete {file.parent.parent} to start again")
     return manifest
 
 
@@ -157,7 +156,9 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RequestError(f"{path} is being written by another process; wait for it or choose another output") from None
+            raise RequestError(
+                f"{path} is being written by another process; wait for it or choose another output"
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -29,7 +29,9 @@ KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "late
 VALUE_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "latent")
 
 
-def complete_section(section: dict[str, Any] | None, config: Any, *, qk_norm: bool, bias: dict[str, bool]) -> dict[str, Any]:
+def complete_section(
+    section: dict[str, Any] | None, config: Any, *, qk_norm: bool, bias: dict[str, bool]
+) -> dict[str, Any]:
     """Fills in what a ``mea`` section leaves out and refuses what cannot be run.
 
     Args:
@@ -58,7 +60,9 @@ def complete_section(section: dict[str, Any] | None, config: Any, *, qk_norm: bo
             if composition not in known:
                 raise ValueError(f"mea layer {index}: unknown {side}_composition {composition!r}")
             if not isinstance(components, int) or not 1 <= components <= heads:
-                raise ValueError(f"mea layer {index}: {side}_components must lie between 1 and {heads}, not {components!r}")
+                raise ValueError(
+                    f"mea layer {index}: {side}_components must lie between 1 and {heads}, not {components!r}"
+                )
             if composition == "none" and components != heads:
                 raise ValueError(f"mea layer {index}: composition none caches all {heads} heads, not {components}")
             if composition == "pool" and heads % components:
@@ -75,10 +79,10 @@ class MeaLlamaConfig(LlamaConfig):
     """Llama with a ``mea`` section; also the native MEA architecture."""
 
     model_type = "mea_llama"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
 
@@ -87,10 +91,10 @@ class MeaMistralConfig(MistralConfig):
     """Mistral with a ``mea`` section."""
 
     model_type = "mea_mistral"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
 
@@ -99,10 +103,10 @@ class MeaQwen2Config(Qwen2Config):
     """Qwen2 and Qwen2.5 with a ``mea`` section: biases on queries, keys and values."""
 
     model_type = "mea_qwen2"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         bias = {"query": True, "key": True, "value": True, "output": False}
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=bias)
@@ -112,10 +116,10 @@ class MeaQwen3Config(Qwen3Config):
     """Qwen3 with a ``mea`` section: queries and composed keys are normalised."""
 
     model_type = "mea_qwen3"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
 
@@ -124,10 +128,10 @@ class MeaQwen3MoeConfig(Qwen3MoeConfig):
     """Qwen3-MoE with a ``mea`` section: queries and composed keys are normalised."""
 
     model_type = "mea_qwen3_moe"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
 
@@ -136,10 +140,10 @@ class MeaPhi3Config(Phi3Config):
     """Phi-3 with a ``mea`` section; its fused projection is stored split."""
 
     model_type = "mea_phi3"
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
     mea: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
 

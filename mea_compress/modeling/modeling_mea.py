@@ -120,7 +120,9 @@ class FrequencyComposition(nn.Module):
         self.pair_of_lane = nn.Buffer(pair, persistent=False)  # (N,)
         self.slot_of_lane = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
         order = torch.argsort(torch.tensor(self.first + self.second, device="cpu"))
-        self.channel_order = nn.Buffer(order.to(pair.device), persistent=False)  # (d,): from (first, second) halves to channels
+        self.channel_order = nn.Buffer(
+            order.to(pair.device), persistent=False
+        )  # (d,): from (first, second) halves to channels
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         most = max(self.rotary_components)
@@ -155,7 +157,9 @@ class FrequencyComposition(nn.Module):
         pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
         shape = lanes.shape[:-1]
         # Lanes and weights laid out as (pair, position), so that every pair is one small matrix product.
-        padded = lanes.new_zeros(*shape, 2, pairs * most).index_copy(-1, self.slot_of_lane, lanes.unflatten(-1, (2, -1)))
+        padded = lanes.new_zeros(*shape, 2, pairs * most).index_copy(
+            -1, self.slot_of_lane, lanes.unflatten(-1, (2, -1))
+        )
         real, imaginary = padded.unflatten(-1, (pairs, most)).unbind(-3)  # (B, T, P, most)
         weight = self.weight.new_zeros(2, pairs * most, heads).index_copy(1, self.slot_of_lane, self.weight)
         weight_real, weight_imaginary = weight.view(2, pairs, most, heads).unbind(0)
@@ -186,9 +190,7 @@ class LatentComposition(nn.Module):
         return nn.functional.linear(latent, self.weight).unflatten(-1, (self.heads, -1))
 
 
-def key_positions(
-    position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
+def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Positions of all cached tokens, for keys that are cached before RoPE.
 
     Positions grow by one from one visible token to the next, so those of cached tokens follow from the last query's
@@ -305,7 +307,7 @@ class MeaAttention(nn.Module):
         return turned[:, None]
 
     def _composed_keys(
-        self, cached: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rotary: Any
+        self, cached: torch.Tensor, position_ids: Any, attention_mask: torch.Tensor | None, rotary: Any
     ) -> torch.Tensor:
         """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
         if isinstance(self.key_composition, LatentComposition):
@@ -370,11 +372,12 @@ class MeaAttention(nn.Module):
         return self.o_proj(output.flatten(-2)), weights
 
 
-class MeaMixin:
+class MeaMixin(nn.Module):
     """Initialises what a model of this file has and a stock one has not."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        stock: Any = super()
+        stock._init_weights(module)
         if isinstance(module, HeadComposition | FrequencyComposition | LatentComposition):
             module.reset()
 
@@ -384,11 +387,12 @@ class MeaModelMixin(MeaMixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        for index, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for index, layer in enumerate(layers):
             layer.self_attn = MeaAttention(config, index)
             # Keys that are cached before RoPE are turned when they are read. Not a submodule: it belongs to the model.
             object.__setattr__(layer.self_attn, "rotary", self.rotary_emb)
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
 
 
 class MeaForCausalLMMixin(MeaMixin):
@@ -399,7 +403,7 @@ class MeaForCausalLMMixin(MeaMixin):
     def __init__(self, config: Any):
         super().__init__(config)
         self.model = self.decoder(config)
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
 
 
 class MeaLlamaModel(MeaModelMixin, LlamaModel):
@@ -491,9 +495,7 @@ class MeaPhi3ForCausalLM(MeaForCausalLMMixin, Phi3ForCausalLM):
 
 
 # Experts are stored one by one and run fused: the family's own conversion, under this model type.
-register_checkpoint_conversion_mapping(
-    "mea_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
-)
+register_checkpoint_conversion_mapping("mea_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
 
 __all__ = [
     "MeaAttention",

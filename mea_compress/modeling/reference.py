@@ -37,7 +37,9 @@ def compose(composition: Any, components: torch.Tensor, heads: int, head_dim: in
     weight = composition.weight
     if isinstance(composition, HeadComposition):  # C x H: a number for each component and head
         component_heads = components.reshape(tokens, weight.shape[0], -1)
-        return torch.stack([sum(weight[c, h] * component_heads[:, c] for c in range(len(weight))) for h in range(heads)], 1)
+        return torch.stack(
+            [sum(weight[c, h] * component_heads[:, c] for c in range(len(weight))) for h in range(heads)], 1
+        )
     return torch.stack([components @ rows.T for rows in weight.chunk(heads)], 1)
 
 
@@ -61,7 +63,9 @@ def reference_attention(
     keys = attention.k_proj(hidden_states)
     values = attention.v_proj(hidden_states)
     if attention.qk_norm and isinstance(attention.key_composition, FrequencyComposition):
-        keys = compose(attention.key_composition, keys, heads, head_dim) / attention.k_norm.weight  # lanes compose weighted keys
+        keys = (
+            compose(attention.key_composition, keys, heads, head_dim) / attention.k_norm.weight
+        )  # lanes compose weighted keys
     else:
         keys = compose(attention.key_composition, keys, heads, head_dim)
     values = compose(attention.value_composition, values, heads, head_dim)
