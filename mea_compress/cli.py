@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from mea_compress import report
 from mea_compress.errors import RequestError
-from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, load_recipe, value_type
+from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, from_flags, load_recipe, value_type
 
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,7 +51,7 @@ class _Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "group", "Options"), []).append(record)
         common = sections.pop("Options", [])
         for title, records in [*sections.items(), ("Options", common)]:
@@ -158,9 +158,9 @@ def _json_option(function: Function) -> Function:
     )(function)
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, so that defaults stay where the work is done."""
-    return {name: value for name, value in flags.items() if value is not None}
+def _given(settings: BaseModel) -> dict[str, Any]:
+    """The settings that say something, by name; the defaults of the others stay where the work is done."""
+    return {name: value for name, value in settings if value is not None}
 
 
 def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
@@ -213,8 +213,10 @@ def plan(source: Path, recipe: str | None, json_file: Path | None, **flags: Any)
 def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags: Any) -> None:
     """Write to OUT a checkpoint whose KV cache is a share of SRC's.
 
-    SRC is only read; OUT appears complete or not at all.
-    The paper's own initialisation: --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
+    SRC is only read; OUT appears complete or not at all. The paper's own initialisation is
+
+    \b
+      --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
     """
     from mea_compress.compress import compress as compress_checkpoint
 
@@ -239,12 +241,12 @@ def _compressed(result: Any) -> str:
 @click.option("--teacher", metavar="SRC", type=_PATH, required=True, help="The original checkpoint to learn from.")
 @click.option("--out", metavar="DIR", type=_PATH, help="Write the healed checkpoint here; without it OUT is replaced.")
 @_options(HealRecipe)
-def heal(checkpoint: Path, teacher: Path, out: Path | None, text: Path | None, **flags: Any) -> None:
+def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> None:
     """Distil a compressed checkpoint from its original; without text it learns from text the original makes."""
     from mea_compress.healing import heal as heal_checkpoint
 
-    steps = flags.pop("steps") or HealRecipe().steps
-    result = heal_checkpoint(checkpoint, teacher, text=text, steps=steps, out=out, **_given(flags))
+    settings = from_flags(HealRecipe, flags)
+    result = heal_checkpoint(checkpoint, teacher, out=out, **{"text": None, **_given(settings)})
     _print(report.facts(result.to_json()))
 
 
@@ -255,11 +257,12 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, text: Path | None, *
 )
 @_options(EvaluateRecipe)
 @_json_option
-def evaluate(checkpoint: Path, reference: Path | None, text: Path, json_file: Path | None, **flags: Any) -> None:
+def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, **flags: Any) -> None:
     """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
     from mea_compress.evaluation import evaluate as evaluate_checkpoint
 
-    measured = evaluate_checkpoint(checkpoint, text, reference=reference, **_given(flags)).to_json()
+    settings = _given(from_flags(EvaluateRecipe, flags))
+    measured = evaluate_checkpoint(checkpoint, reference=reference, **settings).to_json()
     _print(report.evaluation_report(measured), measured, json_file)
 
 
@@ -288,15 +291,14 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
     if wanted.heal:
         from mea_compress.healing import heal as heal_checkpoint
 
-        settings = {"seed": wanted.seed} | shared | {"text": None} | _given(dict(wanted.heal))
+        settings = {"text": None, "seed": wanted.seed} | shared | _given(wanted.heal)
         data["healing"] = heal_checkpoint(wanted.out, wanted.source, out=None, **settings).to_json()
         texts.append(report.facts(data["healing"]))
     if wanted.evaluate:
         from mea_compress.evaluation import evaluate as evaluate_checkpoint
 
-        settings = shared | _given(dict(wanted.evaluate))
-        text = settings.pop("text")
-        data["evaluation"] = evaluate_checkpoint(wanted.out, text, reference=wanted.source, **settings).to_json()
+        settings = shared | _given(wanted.evaluate)
+        data["evaluation"] = evaluate_checkpoint(wanted.out, reference=wanted.source, **settings).to_json()
         texts.append(report.evaluation_report(data["evaluation"]))
     _print("\n\n".join(texts), data, json_file)
 

@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +21,7 @@ KeyComposition = Literal["head", "frequency", "latent", "pool", "prune", "share"
 ValueComposition = Literal["head", "latent", "pool", "prune", "share"]
 Fit = Literal["weights", "activations", "aligned"]
 DType = Literal["float64", "float32", "float16", "bfloat16"]
+S = TypeVar("S", bound=BaseModel)
 LaxPath = Annotated[Path, Field(strict=False)]
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
@@ -325,16 +326,23 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
         where = str(path)
         values = _read_yaml(path)
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
-    try:
-        recipe = Recipe.model_validate(values | flags)
-    except ValidationError as error:
-        raise RequestError(_explain(error, where, flags)) from None
+    recipe = _validated(Recipe, values | flags, where, flags)
     if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
         raise RequestError(
             "Nothing says how much of the cache to keep: give --kv-ratio 0.5 (or kv_ratio in a recipe), or "
             "--key-components and --value-components."
         )
     return recipe
+
+
+def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:
+    """Settings of a kind from flags alone, by field name; None means "not given".
+
+    Raises:
+        RequestError: A value is impossible, or one that must be given is not.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    return _validated(settings, given, "the request", given)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -391,6 +399,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RequestError(f"{path} is not a recipe: it should hold `key: value` lines, such as `kv_ratio: 0.5`.")
     return values
+
+
+def _validated(settings: type[S], values: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> S:
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise RequestError(_explain(error, where, flags)) from None
 
 
 def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> str:

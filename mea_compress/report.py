@@ -238,7 +238,7 @@ def _share(pair: Mapping[str, float]) -> str:
 
 
 def _composed(components: object, composition: str | None) -> str:
-    return f"{components} {composition}" if composition else f"{components} as they are"
+    return f"{components} as they are" if composition in (None, "none") else f"{components} {composition}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[object]]:

@@ -113,8 +113,8 @@ class TestCommands:
 
     def test_evaluate(self, calls):
         assert "0.5000" in done("evaluate", "CKPT", "--reference", "SRC", "--text", "t.txt", "--batch-size", 4)
-        expected = {"reference": Path("SRC"), "batch_size": 4}
-        assert calls == [("evaluate", (Path("CKPT"), Path("t.txt")), expected)]
+        expected = {"text": Path("t.txt"), "reference": Path("SRC"), "batch_size": 4}
+        assert calls == [("evaluate", (Path("CKPT"),), expected)]
         assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
 
     def test_demo(self, calls):
@@ -135,7 +135,8 @@ class TestCommands:
         assert calls[0][1][:2] == (Path("SRC"), Path("B"))
         healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text, "out": None}
         assert calls[1][1:] == ((Path("B"), Path("SRC")), healing)
-        assert calls[2][1:] == ((Path("B"), text), {"reference": Path("SRC"), "device": "cpu", "limit": 2})
+        measuring = {"text": text, "reference": Path("SRC"), "device": "cpu", "limit": 2}
+        assert calls[2][1:] == ((Path("B"),), measuring)
         assert set(json.loads((tmp_path / "all.json").read_text())) == {"plan", "fidelity", "healing", "evaluation"}
 
     def test_run_looks_before_it_starts(self, calls, tmp_path):
@@ -177,6 +178,8 @@ class TestFailures:
         assert "aligned" in refused("compress", "A", "B", "--kv-ratio", "0.5", "--fit", "best")
         assert "OUT" in refused("compress", "A")
         assert "--teacher" in refused("heal", "A")
+        assert "--steps" in refused("heal", "A", "--teacher", "B", "--steps", "0")
+        assert "--limit" in refused("evaluate", "A", "--text", "t.txt", "--limit", "-1")
         assert "--text" in refused("evaluate", "A")
         assert calls == []
 
