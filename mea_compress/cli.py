@@ -211,7 +211,7 @@ def plan(source: Path, recipe: str | None, json_file: Path | None, **flags: Any)
 @_options(Recipe)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags: Any) -> None:
-    """Write to OUT a checkpoint whose KV cache is a share of SRC's.
+    r"""Write to OUT a checkpoint whose KV cache is a share of SRC's.
 
     SRC is only read; OUT appears complete or not at all. The paper's own initialisation is
 
@@ -246,7 +246,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
     from mea_compress.healing import heal as heal_checkpoint
 
     settings = from_flags(HealRecipe, flags)
-    result = heal_checkpoint(checkpoint, teacher, out=out, **{"text": None, **_given(settings)})
+    result = heal_checkpoint(checkpoint, teacher, out=out, **_given(settings))
     _print(report.facts(result.to_json()))
 
 
@@ -291,8 +291,8 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
     if wanted.heal:
         from mea_compress.healing import heal as heal_checkpoint
 
-        settings = {"text": None, "seed": wanted.seed} | shared | _given(wanted.heal)
-        data["healing"] = heal_checkpoint(wanted.out, wanted.source, out=None, **settings).to_json()
+        settings = {"seed": wanted.seed} | shared | _given(wanted.heal)
+        data["healing"] = heal_checkpoint(wanted.out, wanted.source, **settings).to_json()
         texts.append(report.facts(data["healing"]))
     if wanted.evaluate:
         from mea_compress.evaluation import evaluate as evaluate_checkpoint

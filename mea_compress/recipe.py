@@ -52,6 +52,11 @@ class HealRecipe(_Settings):
     learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate; cosine to zero.", json_schema_extra=_group("Training", "X")
     )
+    train: Literal["attention", "all"] | None = Field(
+        None,
+        description="Which weights learn: those of attention (the default) or all.",
+        json_schema_extra=_group("Training"),
+    )
     batch_size: int | None = Field(
         None, ge=1, description="Sequences in a step.", json_schema_extra=_group("Training", "N")
     )

@@ -108,7 +108,7 @@ class TestCommands:
 
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
-        expected = {"text": None, "steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4}
+        expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4}
         assert calls == [("heal", (Path("OUT"), Path("SRC")), expected)]
 
     def test_evaluate(self, calls):
@@ -133,7 +133,7 @@ class TestCommands:
         assert "KL" in printed
         assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
         assert calls[0][1][:2] == (Path("SRC"), Path("B"))
-        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text, "out": None}
+        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text}
         assert calls[1][1:] == ((Path("B"), Path("SRC")), healing)
         measuring = {"text": text, "reference": Path("SRC"), "device": "cpu", "limit": 2}
         assert calls[2][1:] == ((Path("B"),), measuring)
