@@ -1,10 +1,10 @@
 """The main job: plan, compose layer by layer, write, verify, publish."""
 
 import hashlib
+import json
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,26 @@ from tqdm import tqdm
 
 from mea_compress import modeling
 from mea_compress.architectures import Source, open_source
+from mea_compress.architectures.source import FLOATS
 from mea_compress.checkpoint import CheckpointReader, NewTensor, TensorInfo, plan_shards, write_checkpoint
-from mea_compress.checkpoint.reader import dtype_name, torch_dtype
+from mea_compress.checkpoint.reader import dtype_name, read_tensor, torch_dtype
 from mea_compress.checkpoint.writer import shard_finished, write_index, write_shard
 from mea_compress.compositions import head
 from mea_compress.errors import RequestError
-from mea_compress.heads import ComposedLayer, layer_section, layer_tensors, read_side
+from mea_compress.heads import (
+    SIDES,
+    ComposedLayer,
+    layer_section,
+    layer_tensors,
+    projection_info,
+    read_composed,
+    read_side,
+)
 from mea_compress.plan import LayerPlan, Plan, plan_source
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
 from mea_compress.verification import verify
-from mea_compress.workspace import Workspace, check_free, check_space, open_workspace
+from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
 
 CODE_FILES = ("configuration_mea.py", "modeling_mea.py")
 # Room for the files that are not weights, beside them and the layers' own files.
@@ -62,11 +71,13 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
     Raises:
         RequestError: The request, the source or the disk does not allow it; nothing is left behind.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), Path(out).absolute()
     opened = open_source(source)
-    check_free(out, source)
     plan = plan_source(opened, recipe)
-    check_space(out, sum(info.nbytes for info in opened.reader.tensors.values()) + _SPARE_BYTES)
+    if resume and already_published(out):
+        return CompressionResult(out, plan, json.loads((out / "compression.json").read_text())["fidelity"])
+    check_free(out, source)
+    check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + _SPARE_BYTES)
     with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
         _compose_layers(opened, plan, recipe, workspace, progress)
         _write_weights(opened, plan, recipe, workspace, progress)
@@ -91,7 +102,8 @@ def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
     digest = hashlib.sha256()
     for info in source.reader.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.reader.files]
+    files = [*source.reader.files, *_other_files(source)]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest.update(repr((sorted(stats), source.raw_config)).encode())
     text = recipe.text
     calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
@@ -123,7 +135,12 @@ def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Works
 def _compose(source: Source, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, float]]:
     """The composed layer and the share of each side's squared weights that is lost."""
     sides, lost = {}, {}
+    spec = source.config.mea["layers"][layer.layer]
     for side, components in (("key", layer.key_components), ("value", layer.value_components)):
+        kind = getattr(layer, f"{side}_composition")
+        if (kind, components) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
+            sides[side], lost[f"{side}_relative_error"] = read_composed(source, layer.layer, side), 0.0
+            continue
         heads = read_side(source, layer.layer, side)
         sides[side] = head.compose(heads, components)
         error = (heads - sides[side].composed_heads()).square().sum() / heads.square().sum().clamp(min=1e-300)
@@ -142,20 +159,11 @@ def _layer_directory(workspace: Workspace, layer: int) -> Path:
 
 def _write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
     """All shards: new attention tensors in the place of the old ones, everything else copied as bytes."""
-    replaced: dict[str, dict[str, TensorInfo]] = {}
-    for layer in plan.layers:
-        if layer.compressed:
-            prefix = source.family.attention(layer.layer)
-            new = CheckpointReader(_layer_directory(workspace, layer.layer)).tensors
-            replaced[prefix] = {prefix + name: _renamed(info, prefix + name) for name, info in new.items()}
+    gone, new = _attention_tensors(source, plan, workspace)
     entries: list[TensorInfo | NewTensor] = []
-    for name, info in source.reader.tensors.items():
-        prefix, _, own = name.partition("self_attn.")
-        new = replaced.get(prefix + "self_attn.", {})
-        if not new or not _is_replaced(own, name, new, source):
-            entries.append(info if recipe.dtype is None else _cast(source.reader, info, recipe.dtype))
-        elif _is_first(name, prefix + "self_attn.", source, new):
-            entries.extend(new.values())
+    for info in source.reader.tensors.values():
+        for entry in new.get(info.name, [] if info.name in gone else [info]):
+            entries.append(entry if recipe.dtype is None else _cast(entry, recipe.dtype))
     shards = plan_shards(entries, recipe.shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -168,28 +176,46 @@ def _write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Worksp
     write_index(workspace.path, shards)
 
 
-def _is_replaced(own: str, name: str, new: dict[str, TensorInfo], source: Source) -> bool:
-    """Whether an attention tensor of the source gives way: keys, values, compositions, and what has a new version."""
-    stems = ("k_proj.", "v_proj.", "key_composition.", "value_composition.", f"{source.family.fused}.")
-    return name in new or own.startswith(stems)
+def _attention_tensors(
+    source: Source, plan: Plan, workspace: Workspace
+) -> tuple[set[str], dict[str, list[TensorInfo]]]:
+    """Names of the tensors that give way, and what comes in the place of the first of each layer."""
+    family = source.family
+    old: dict[str, list[str]] = {}  # names below each layer's attention
+    for name in source.reader.tensors:
+        before, stem, own = name.partition("self_attn.")
+        if stem:
+            old.setdefault(before + stem, []).append(own)
+    gone: set[str] = set()
+    new: dict[str, list[TensorInfo]] = {}
+    for layer in plan.layers:
+        prefix, made, dropped = family.attention(layer.layer), {}, set()
+        if family.fused and not source.native:
+            made = {f"{side[0]}_proj.weight": projection_info(source, layer.layer, side) for side in SIDES}
+            dropped = {f"{family.fused}.weight"}
+        if layer.compressed:
+            made |= CheckpointReader(_layer_directory(workspace, layer.layer)).tensors
+            stems = ("k_proj.", "v_proj.", "key_composition.", "value_composition.")
+            dropped |= {own for own in old[prefix] if own.startswith(stems) or own in made}
+        if made:
+            first = next(own for own in old[prefix] if own in dropped)
+            new[prefix + first] = [replace(info, name=prefix + own) for own, info in made.items()]
+            gone |= {prefix + own for own in dropped}
+    return gone, new
 
 
-def _is_first(name: str, prefix: str, source: Source, new: dict[str, TensorInfo]) -> bool:
-    for other in source.reader.tensors:
-        if other.startswith(prefix) and _is_replaced(other.removeprefix(prefix), other, new, source):
-            return other == name
-    return False
-
-
-def _renamed(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
-
-
-def _cast(reader: CheckpointReader, info: TensorInfo, dtype: str) -> TensorInfo | NewTensor:
-    if info.dtype not in ("F64", "F32", "F16", "BF16"):
-        return info
+def _cast(info: TensorInfo, dtype: str) -> TensorInfo | NewTensor:
     wanted: torch.dtype = getattr(torch, dtype)
-    produce: Callable[[], torch.Tensor] = lambda: reader.read(info.name).to(wanted)  # noqa: E731
+    if info.dtype not in FLOATS or info.dtype == dtype_name(wanted):
+        return info
+
+    def produce() -> torch.Tensor:
+        tensor = read_tensor(info)
+        cast = tensor.to(wanted)
+        if not torch.equal(cast.isfinite(), tensor.isfinite()):
+            raise RequestError(f"{info.file}: tensor {info.name} has numbers too large for {dtype}; choose bfloat16")
+        return cast
+
     return NewTensor(info.name, dtype_name(wanted), info.shape, produce)
 
 
@@ -208,9 +234,9 @@ def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
         "AutoModelForCausalLM": f"modeling_mea.Mea{family.prefix}ForCausalLM",
     }
     config["num_key_value_heads"] = source.config.num_key_value_heads
-    if recipe.dtype is not None:
-        config["dtype"] = recipe.dtype
-        config.pop("torch_dtype", None)
+    # What the weights are stored in is what they are loaded and cached in.
+    config.pop("torch_dtype", None)
+    config["dtype"] = recipe.dtype or str(torch_dtype(source.dtype)).removeprefix("torch.")
     config["mea"] = {**source.config.mea, "layers": layers}
     write_json(workspace.path / "config.json", config)
     for name in CODE_FILES:
@@ -220,12 +246,17 @@ def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
 
 def _copy_other_files(source: Source, target: Path) -> None:
     """Tokenizer, chat template, generation config, licence and whatever else is not weights; the card is kept aside."""
-    for relative in source.reader.other_files():
+    for file in _other_files(source):
+        relative = file.relative_to(source.reader.directory)
         if relative.name in CODE_FILES or str(relative) in ("compression.json", "recipe.yaml"):
             continue
         name = Path("README.original.md") if str(relative) == "README.md" else relative
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.reader.directory / relative, target / name)
+        shutil.copyfile(file, target / name)
+
+
+def _other_files(source: Source) -> list[Path]:
+    return [source.reader.directory / relative for relative in source.reader.other_files()]
 
 
 def _write_documents(

@@ -1,14 +1,17 @@
-"""A layer's attention as heads: the projections of a checkpoint, read in float64, compositions already multiplied out."""
+"""A layer's attention as heads: projections read in float64, compositions already multiplied out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mea_compress.architectures import Source
-from mea_compress.compositions.composed import Composed
+from mea_compress.checkpoint import TensorInfo, read_tensor
+from mea_compress.composed import Composed
 from mea_compress.errors import RequestError
 from mea_compress.modeling.modeling_mea import rotary_pairs
+
+SIDES = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -117,36 +120,44 @@ def read_heads(source: Source, layer: int) -> AttentionHeads:
     )
 
 
+def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
+    """Where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
+
+    Args:
+        source: The checkpoint.
+        layer: Number of the layer.
+        side: ``query``, ``key`` or ``value``.
+    """
+    prefix = source.family.attention(layer)
+    if not source.family.fused or source.native:
+        return source.reader.info(f"{prefix}{side[0]}_proj.weight")
+    info = source.reader.info(f"{prefix}{source.family.fused}.weight")
+    heads, groups = source.config.num_attention_heads, source.config.num_key_value_heads
+    start, rows = {"query": (0, heads), "key": (heads, groups), "value": (heads + groups, groups)}[side]
+    start, rows, row_bytes = start * source.head_dim, rows * source.head_dim, info.nbytes // info.shape[0]
+    return replace(info, shape=(rows, info.shape[1]), offset=info.offset + start * row_bytes, nbytes=rows * row_bytes)
+
+
 def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
     """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
-    prefix = source.family.attention(layer)
-    if source.family.fused and not source.native:
-        queries = source.config.num_attention_heads * source.head_dim
-        keys = source.config.num_key_value_heads * source.head_dim
-        start, stop = {
-            "query": (0, queries),
-            "key": (queries, queries + keys),
-            "value": (queries + keys, queries + 2 * keys),
-        }[side]
-        name = f"{prefix}{source.family.fused}.weight"
-        weight = _finite(source.reader.read_rows(name, start, stop), name, source)
-    else:
-        name = f"{prefix}{side[0]}_proj.weight"
-        weight = _read(source, name)
-    bias = f"{prefix}{side[0]}_proj.bias"
+    info = projection_info(source, layer, side)
+    weight = _finite(read_tensor(info), info)
+    bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
     column = _read(source, bias) if source.reader.has(bias) else weight.new_zeros(weight.shape[0])
     return torch.cat((weight, column[:, None]), dim=1)
 
 
 def _read(source: Source, name: str) -> torch.Tensor:
-    return _finite(source.reader.read(name), name, source)
+    info = source.reader.info(name)
+    return _finite(read_tensor(info), info)
 
 
-def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:
+def _finite(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
     tensor = tensor.to(torch.float64)
     if not torch.isfinite(tensor).all():
-        file = source.reader.info(name).file
-        raise RequestError(f"{file}: tensor {name} holds NaN or infinite numbers; use an undamaged checkpoint")
+        raise RequestError(
+            f"{info.file}: tensor {info.name} holds NaN or infinite numbers; use an undamaged checkpoint"
+        )
     return tensor
 
 

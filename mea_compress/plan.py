@@ -1,5 +1,6 @@
 """What will happen to every layer, in bytes and parameters; from headers alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -7,12 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
-from mea_compress.architectures.source import composition_shape
-from mea_compress.checkpoint.reader import DTYPE_BITS
+from mea_compress.architectures.source import FLOATS, composition_shape
+from mea_compress.checkpoint.reader import DTYPE_BITS, torch_dtype
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, select_layers
 
 SCALAR_NORM_KINDS = ("head", "prune", "share", "frequency")
+CONTEXTS = (8_192, 32_768, 131_072)
+"""Tokens at which the whole cache is shown."""
+# What computing takes beside weights, statistics and activations: verification's small model, buffers, allocator.
+_WORKING_BYTES = 100 << 20
+
+
+def cache_sizes(layers: Iterable[tuple[int, int, int | None]], batch: int) -> list[dict[str, int]]:
+    """Bytes of the whole cache at every one of `CONTEXTS`.
+
+    Args:
+        layers: Bytes per token before and after, and the sliding window in tokens where there is one.
+        batch: Number of sequences.
+    """
+    layers = list(layers)
+    sizes = []
+    for tokens in CONTEXTS:
+        seen = [(before, after, min(tokens, window or tokens)) for before, after, window in layers]
+        before, after = (batch * sum(layer[side] * layer[2] for layer in seen) for side in (0, 1))
+        sizes.append({"tokens": tokens, "batch": batch, "before": before, "after": after})
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -28,8 +49,9 @@ class LayerPlan:
         value_components: Component heads of values that are cached afterwards.
         bytes_before: Cache bytes per token in the source.
         bytes_after: Cache bytes per token afterwards.
-        parameters_before: Numbers in its attention's tensors in the source.
-        parameters_after: Numbers in its attention's tensors afterwards.
+        parameters_before: Numbers in the tensors that make its keys and values, in the source.
+        parameters_after: Numbers in those tensors afterwards.
+        window: Tokens that it caches at most, or None.
     """
 
     layer: int
@@ -42,6 +64,7 @@ class LayerPlan:
     bytes_after: int
     parameters_before: int
     parameters_after: int
+    window: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry of ``layers`` in `plan --json`."""
@@ -63,12 +86,18 @@ class Plan:
         layers: In order.
         parameters_before: Of the whole model.
         parameters_after: Of the whole model.
+        output_bytes: Size of the emitted weights on disk.
+        disk_bytes: Most that is on disk while the work goes on.
+        memory_bytes: Memory to expect above what importing the libraries takes.
         choice: Why these compositions, where the recipe left it open; empty where it named them.
     """
 
     layers: tuple[LayerPlan, ...]
     parameters_before: int
     parameters_after: int
+    output_bytes: int
+    disk_bytes: int
+    memory_bytes: int
     choice: str = ""
 
     @property
@@ -81,12 +110,15 @@ class Plan:
         """Cache bytes per token of what is emitted."""
         return sum(layer.bytes_after for layer in self.layers)
 
-    def to_json(self) -> dict[str, Any]:
-        """`plan --json`."""
+    def to_json(self, batch: int = 1) -> dict[str, Any]:
+        """`plan --json`; `batch` sequences are counted where whole caches are shown."""
         return {
             "kv_bytes_per_token": {"before": self.bytes_before, "after": self.bytes_after},
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "layers": [layer.to_json() for layer in self.layers],
+            "cache": cache_sizes(((one.bytes_before, one.bytes_after, one.window) for one in self.layers), batch),
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -105,34 +137,101 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
     heads, head_dim = config.num_key_value_heads, source.head_dim
     chosen = set(select_layers(recipe.layers, config.num_hidden_layers))
     keys, values, choice = choose_compositions(source, recipe)
-    key_components = _components(recipe.key_components, "key", recipe.kv_ratio, heads)
-    value_components = _components(recipe.value_components, "value", recipe.kv_ratio, heads)
-    bias = config.mea["bias"]
-    itemsize = DTYPE_BITS[_dtype(source, recipe)] // 8
+    bias, norm = config.mea["bias"], config.mea["qk_norm"]
+    size_before, size_after = DTYPE_BITS[source.dtype] // 8, DTYPE_BITS[_dtype(source, recipe)] // 8
     layers = []
     for layer, spec in enumerate(config.mea["layers"]):
-        after = (keys, key_components, values, value_components)
-        before = tuple(spec[f"{side}_{what}"] for side in ("key", "value") for what in ("composition", "components"))
-        if layer not in chosen:
-            after = before
-        norm = config.mea["qk_norm"]
+        before = _Sides.of(spec)
+        after = before
+        if layer in chosen:
+            after = _Sides(
+                *_side("key", keys, recipe.key_components, recipe.kv_ratio, before.keys, before.key_components, heads),
+                *_side(
+                    "value",
+                    values,
+                    recipe.value_components,
+                    recipe.kv_ratio,
+                    before.values,
+                    before.value_components,
+                    heads,
+                ),
+            )
         layers.append(
             LayerPlan(
                 layer,
-                layer in chosen,
-                key_composition=after[0],
-                key_components=after[1],
-                value_composition=after[2],
-                value_components=after[3],
-                bytes_before=_cached_bytes(before, heads, head_dim, itemsize, norm),
-                bytes_after=_cached_bytes(after, heads, head_dim, itemsize, norm),
+                after != before,
+                key_composition=after.keys,
+                key_components=after.key_components,
+                value_composition=after.values,
+                value_components=after.value_components,
+                bytes_before=_cached_bytes(before, heads, head_dim, size_before, norm),
+                bytes_after=_cached_bytes(after, heads, head_dim, size_after, norm),
                 parameters_before=_parameters(before, heads, head_dim, config.hidden_size, bias),
                 parameters_after=_parameters(after, heads, head_dim, config.hidden_size, bias),
+                window=layer_window(source, layer),
             )
         )
-    total = sum(prod(info.shape) for info in source.reader.tensors.values())
+    return _whole_plan(source, recipe, layers, choice)
+
+
+def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice: str) -> Plan:
+    infos = source.reader.tensors.values()
+    total = sum(prod(info.shape) for info in infos)
     grown = sum(layer.parameters_after - layer.parameters_before for layer in layers)
-    return Plan(tuple(layers), total, total + grown, choice)
+    size = DTYPE_BITS[_dtype(source, recipe)] // 8
+    output = sum(size * prod(info.shape) if recipe.dtype and info.dtype in FLOATS else info.nbytes for info in infos)
+    output += size * grown
+    config = source.config
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
+    composed = [layer for layer in layers if layer.compressed]
+    scratch = sum(layer.parameters_after + (attention if recipe.fit != "weights" else 0) for layer in composed)
+    pairs = 2 * config.num_key_value_heads * source.head_dim * config.hidden_size
+    memory = 8 * 4 * pairs
+    if recipe.fit != "weights":  # one decoder layer in float32, its statistics, and the hidden states of the text
+        prefix = source.family.layer.format(layer=0)
+        decoder = sum(prod(info.shape) for info in infos if info.name.startswith(prefix))
+        memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
+        memory += 3 * 4 * config.hidden_size * (recipe.sequences or 64) * (recipe.sequence_length or 256)
+    largest = max((prod(info.shape) for info in infos), default=0)
+    memory += (4 + size) * largest if recipe.dtype else 0
+    return Plan(tuple(layers), total, total + grown, output, output + size * scratch, memory + _WORKING_BYTES, choice)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    keys: str
+    key_components: int
+    values: str
+    value_components: int
+
+    @staticmethod
+    def of(spec: dict[str, Any]) -> "_Sides":
+        return _Sides(
+            spec["key_composition"], spec["key_components"], spec["value_composition"], spec["value_components"]
+        )
+
+
+def _side(
+    side: str, kind: str, count: int | None, ratio: float | None, kind_now: str, components_now: int, heads: int
+) -> tuple[str, int]:
+    """Composition and components of one side of a chosen layer; a side that nothing is said about stays as it is."""
+    if count is None and ratio is None:
+        return kind_now, components_now
+    components = _components(count, side, ratio, components_now, heads)
+    if kind == "pool" and heads % components:
+        raise RequestError(
+            f"--{side}-composition pool needs a number of components that divides the {heads} key/value heads, "
+            f"not {components}"
+        )
+    return kind, components
+
+
+def layer_window(source: Source, layer: int) -> int | None:
+    """Tokens that a layer with sliding-window attention sees, or None."""
+    config = source.config
+    types = getattr(config, "layer_types", None)
+    sliding = types is None or types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if sliding else None
 
 
 def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
@@ -149,37 +248,93 @@ def _dtype(source: Source, recipe: Recipe) -> str:
     return names[recipe.dtype] if recipe.dtype else source.dtype
 
 
-def _components(count: int | None, side: str, ratio: float | None, heads: int) -> int:
+def _components(count: int | None, side: str, ratio: float | None, now: int, heads: int) -> int:
+    """Components of one side: as asked for, or the ratio's share of the component heads that the source caches now."""
     if count is not None:
         if not 1 <= count <= heads:
             raise RequestError(
                 f"--{side}-components {count} is impossible: the model has {heads} key/value heads, choose 1 to {heads}"
             )
         return count
-    if ratio is None:
-        raise RequestError(
-            "say how much of the cache to keep: --kv-ratio 0.5, or --key-components and --value-components"
-        )
-    exact = Fraction(ratio).limit_denominator(10_000) * heads
+    assert ratio is not None
+    exact = Fraction(ratio).limit_denominator(10_000) * now
     if exact.denominator != 1 or exact < 1:
-        options = ", ".join(f"{c / heads:g}" for c in range(1, heads + 1))
+        options = ", ".join(f"{c / now:.4g}" for c in range(1, now + 1))
         raise RequestError(
-            f"--kv-ratio {ratio:g} is {float(exact):g} of {heads} key/value heads; choose one of {options}, "
+            f"--kv-ratio {ratio:g} is {float(exact):g} of {now} cached {side} heads; choose one of {options}, "
             "or name counts with --key-components and --value-components"
         )
     return int(exact)
 
 
-def _cached_bytes(spec: tuple[Any, ...], heads: int, head_dim: int, itemsize: int, qk_norm: bool) -> int:
-    keys, key_components, _, value_components = spec
-    scalars = heads if qk_norm and keys in SCALAR_NORM_KINDS else 0
-    return itemsize * ((key_components + value_components) * head_dim + scalars)
+def _cached_bytes(sides: _Sides, heads: int, head_dim: int, itemsize: int, qk_norm: bool) -> int:
+    scalars = heads if qk_norm and sides.keys in SCALAR_NORM_KINDS else 0
+    return itemsize * ((sides.key_components + sides.value_components) * head_dim + scalars)
 
 
-def _parameters(spec: tuple[Any, ...], heads: int, head_dim: int, hidden: int, bias: dict[str, bool]) -> int:
+def _parameters(sides: _Sides, heads: int, head_dim: int, hidden: int, bias: dict[str, bool]) -> int:
     total = 0
-    for side, kind, components in (("key", *spec[:2]), ("value", *spec[2:])):
+    for side, kind, components in (
+        ("key", sides.keys, sides.key_components),
+        ("value", sides.values, sides.value_components),
+    ):
         total += components * head_dim * (hidden + bias[side])
         shape = composition_shape(kind, components, heads, head_dim)
         total += prod(shape) if shape else 0
     return total
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        source: The opened checkpoint.
+        layers: As a plan that changes nothing.
+        parameters: Of the whole model.
+    """
+
+    source: Source
+    layers: tuple[LayerPlan, ...]
+    parameters: int
+
+    def to_json(self, batch: int = 1) -> dict[str, Any]:
+        """`inspect --json`; `batch` sequences are counted where whole caches are shown."""
+        source, config = self.source, self.source.config
+        return {
+            "model_type": source.raw_config["model_type"],
+            "family": source.family.model_type,
+            "layers": len(self.layers),
+            "hidden_size": config.hidden_size,
+            "query_heads": config.num_attention_heads,
+            "key_value_heads": config.num_key_value_heads,
+            "head_dim": source.head_dim,
+            "rotary_dim": source.rotary_dim,
+            "qk_norm": config.mea["qk_norm"],
+            "head_norm": config.mea["head_norm"],
+            "dtype": str(torch_dtype(source.dtype)).removeprefix("torch."),
+            "context_length": config.max_position_embeddings,
+            "parameters": self.parameters,
+            "weight_bytes": sum(info.nbytes for info in source.reader.tensors.values()),
+            "weight_files": len(source.reader.files),
+            "kv_bytes_per_token": sum(layer.bytes_before for layer in self.layers),
+            "cache": [
+                {"tokens": size["tokens"], "batch": batch, "bytes": size["before"]}
+                for size in cache_sizes(((one.bytes_before, 0, one.window) for one in self.layers), batch)
+            ],
+            "attention": [
+                layer.to_json() | {"kv_bytes_per_token": layer.bytes_before, "sliding_window": layer.window}
+                for layer in self.layers
+            ],
+        }
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """What a checkpoint directory holds; reads headers only.
+
+    Raises:
+        RequestError: The checkpoint is not usable.
+    """
+    source = open_source(directory)
+    unchanged = plan_source(source, Recipe())
+    return Inspection(source, unchanged.layers, unchanged.parameters_before)

@@ -15,7 +15,7 @@ from mea_compress.heads import read_composed, read_side
 from mea_compress.modeling.modeling_mea import MeaAttention
 
 # Whole models up to this many bytes of weights are also loaded and run; larger ones are checked layer by layer.
-WHOLE_MODEL_BYTES = 256 << 20
+WHOLE_MODEL_BYTES = 32 << 20
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4
 _TOKENS = 24
@@ -83,7 +83,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         attention = MeaAttention(config, layer)
-    attention.q_proj = attention.o_proj = None  # only keys and values are looked at
+    del attention.q_proj, attention.o_proj  # only keys and values are looked at
     names = [name for name, _ in attention.named_parameters()]
     state = {name: emitted.reader.read(prefix + name).to(torch.float32) for name in names}
     attention.load_state_dict(state, strict=False, assign=True)
@@ -143,12 +143,14 @@ def _plain_keys(
 def _check_model(emitted: Source) -> tuple[float, int]:
     """Largest relative difference of logits, and cache bytes per token of the loaded model."""
     directory = str(emitted.reader.directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    options = {"local_files_only": True, "experts_implementation": "eager"}  # the one that runs in every dtype
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
-        filled = model(ids, use_cache=True).past_key_values
+        filled = DynamicCache()  # without the configuration, so that no token slides out of a window
+        model(ids, past_key_values=filled, use_cache=True)
         measured = cache_bytes(filled) // ids.numel()
         if model.dtype in (torch.float16, torch.bfloat16):
             model = model.float()

@@ -1,6 +1,15 @@
-"""The directory a compression works in: beside OUT, renamed to OUT last, resumable until then."""
+"""The directory a compression works in: beside OUT, a part of it renamed to OUT last, resumable until then.
+
+::
+
+    OUT.partial/
+        manifest.json    what the work is made from and which of it is finished; replaced atomically
+        layer-00000/     tensors of a composed layer
+        checkpoint/      becomes OUT
+"""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mea_compress.errors import RequestError
+from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.report import write_json
 
-WORK = ".work"
+MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_path(out: Path) -> Path:
@@ -21,37 +32,41 @@ def partial_path(out: Path) -> Path:
 
 
 class Workspace:
-    """OUT.partial: finished shards and files, and below ``.work`` one directory per finished layer and a manifest.
+    """A partial directory that this process holds the lock of.
 
     Attributes:
-        path: The partial directory.
-        manifest: What is finished; `record` replaces it on disk atomically.
+        work: The partial directory.
+        manifest: What is finished; `record` replaces it on disk.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, work: Path, manifest: dict[str, Any]) -> None:
+        self.work = work
         self.manifest = manifest
 
     @property
-    def work(self) -> Path:
-        """Scratch that OUT will not have."""
-        return self.path / WORK
+    def path(self) -> Path:
+        """What becomes OUT."""
+        return self.work / CHECKPOINT
 
     def record(self, section: str, key: str, value: Any) -> None:
         """Notes a finished piece of work."""
         self.manifest.setdefault(section, {})[key] = value
-        write_json(self.work / "manifest.json", self.manifest)
+        write_json(self.work / MANIFEST, self.manifest)
 
     def finished(self, section: str, key: str) -> Any:
         """What was noted for a piece of work, or None."""
         return self.manifest.get(section, {}).get(key)
 
     def publish(self, out: Path) -> None:
-        """Removes the scratch, makes the rest durable and renames it to OUT."""
-        shutil.rmtree(self.work)
-        _sync(self.path)
+        """Makes the checkpoint durable, renames it to OUT and removes the scratch."""
+        for folder, _, files in os.walk(self.path):
+            for name in files:
+                if not name.endswith(".safetensors"):  # those were synchronised when they were written
+                    _sync(Path(folder, name))
+            _sync(Path(folder))
         os.rename(self.path, out)
         _sync(out.parent)
+        _remove(self.work)
 
 
 def check_free(out: Path, source: Path) -> None:
@@ -65,15 +80,13 @@ def check_free(out: Path, source: Path) -> None:
     resolved, origin = out.resolve(), source.resolve()
     if resolved == origin or origin in resolved.parents or resolved in origin.parents:
         raise RequestError(f"{out} lies inside the source or around it; choose an output directory elsewhere")
-    parent = resolved.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(resolved.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise RequestError(f"{parent} cannot be written to; choose another output directory")
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuses before any work when the disk cannot hold the result.
+    """Refuses before any work when the disk cannot hold the result; what a partial directory holds counts as there.
 
     Args:
         out: The output directory (it or a parent exists).
@@ -82,22 +95,31 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         RequestError: The disk has less room.
     """
-    place = out.resolve()
-    while not place.exists():
-        place = place.parent
+    place = _existing(out.resolve())
+    there = sum(file.stat().st_size for file in partial_path(out).rglob("*.safetensors"))
     free = shutil.disk_usage(place).free
-    if free < needed:
+    if free < needed - there:
         raise RequestError(
-            f"{place} has {free / 1e9:.2f} GB free and the result needs {needed / 1e9:.2f} GB; "
+            f"{place} has {free / 1e9:.2f} GB free and {(needed - there) / 1e9:.2f} GB are needed; "
             "make room or write elsewhere"
         )
+
+
+def already_published(out: Path) -> bool:
+    """Whether an interrupted run got as far as renaming its result to OUT; if so, its scratch is removed."""
+    work = partial_path(out)
+    if not out.is_dir() or not (work / MANIFEST).is_file() or (work / CHECKPOINT).exists():
+        return False
+    _remove(work)
+    return True
 
 
 @contextlib.contextmanager
 def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
     """The workspace of OUT, new or taken up again.
 
-    A request that turns out wrong leaves nothing behind; an interruption leaves what is finished, for ``--resume``.
+    A request that turns out wrong leaves nothing behind; an interruption or a full disk leaves what is finished, for
+    ``--resume``.
 
     Args:
         out: The output directory, not there yet.
@@ -106,66 +128,133 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
 
     Raises:
         RequestError: There is something to take up and `resume` is off, what is there was made from other input,
-            or another process is at work there.
+            another process is at work there, or the disk is full or cannot be written to.
+        KeyboardInterrupt: With a message that says how to go on.
     """
-    path = partial_path(out)
-    manifest_file = path / WORK / "manifest.json"
-    manifest: dict[str, Any] = {"fingerprint": fingerprint}
-    taken_up = False
-    if path.exists():
-        if manifest_file.is_file():
-            if not resume:
-                raise RequestError(f"{path} is left from an interrupted run; add --resume to go on, or delete it")
-            manifest, taken_up = _read_manifest(manifest_file, fingerprint), True
-        elif any(path.iterdir()) and not _is_remains(path):
-            raise RequestError(f"{path} is in the way and was not made by an interrupted run; move it elsewhere")
-    (path / WORK).mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        workspace = Workspace(path, manifest)
-        if not taken_up:
-            write_json(manifest_file, manifest)
+    work = partial_path(out)
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise RequestError(f"{work} is in the way and was not made by an interrupted run; move it elsewhere")
+    made = _first_missing(work)
+    with _writing(work), _locked(work):
+        manifest, taken_up = _take_up(work, fingerprint, resume)
+        workspace = Workspace(work, manifest)
         try:
-            yield workspace
+            with _writing(work):
+                if not taken_up:
+                    write_json(work / MANIFEST, manifest)
+                workspace.path.mkdir(exist_ok=True)
+                yield workspace
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {work} keeps what is finished: add --resume to go on") from None
+        except DiskFullError as error:
+            if workspace.manifest.get("layers"):
+                raise DiskFullError(f"{error} (add --resume, {work} keeps what is finished)") from None
+            _discard(work, made)
+            raise
         except RequestError:
             if not taken_up:
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(work, made)
             raise
 
 
-def _is_remains(path: Path) -> bool:
-    """Only the scratch directory: what a kill leaves before the first manifest or while publishing."""
-    return (path / WORK).is_dir() and not any(child.suffix == ".safetensors" for child in path.iterdir())
+def _take_up(work: Path, fingerprint: dict[str, Any], resume: bool) -> tuple[dict[str, Any], bool]:
+    """The manifest to go on from, and whether it is that of an earlier run."""
+    if (work / MANIFEST).is_file():
+        if not resume:
+            raise RequestError(f"{work} is left from an interrupted run; add --resume to go on, or delete it")
+        return _read_manifest(work / MANIFEST, fingerprint), True
+    # A kill before the first manifest leaves nothing but, perhaps, a part of it.
+    if not all(child.name.startswith(f".{MANIFEST}.") for child in work.iterdir()):
+        raise RequestError(f"{work} is in the way and was not made by an interrupted run; move it elsewhere")
+    return {"fingerprint": fingerprint}, False
 
 
 def _read_manifest(file: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        then = manifest["fingerprint"]
+        then = dict(manifest["fingerprint"])
     except (ValueError, KeyError, TypeError, OSError):
-        raise RequestError(f"{file} cannot be read; delete {file.parent.parent} and start again") from None
+        raise RequestError(f"{file} cannot be read; delete {file.parent} and start again") from None
     for what, now in fingerprint.items():
-        if then.get(what) != now:
-            raise RequestError(f"{what} changed since the interrupted run; delete {file.parent.parent} to start again")
+        before = then.get(what)
+        if before != now:
+            detail = ""
+            if isinstance(before, dict) and isinstance(now, dict):
+                names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+                detail = " (" + ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names) + ")"
+            raise RequestError(
+                f"{what} changed since the interrupted run{detail}; put it back, or delete {file.parent} to start again"
+            )
     return manifest
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path / WORK, os.O_RDONLY)
+def _writing(work: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or work
+        if error.errno in _FULL:
+            raise DiskFullError(
+                f"{place}: the disk or quota is full; free some space and run the command again"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RequestError(f"{place}: {os.strerror(error.errno)}; choose another output directory") from None
+        raise
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Makes the directory where there is none and holds it against other processes; released even by a kill."""
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RequestError(
-                f"{path} is being written by another process; wait for it or choose another output"
+                f"{work} is being written by another process; wait for it or choose another output"
             ) from None
         yield
     finally:
         os.close(descriptor)
 
 
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _first_missing(path: Path) -> Path:
+    """The uppermost directory that will have to be made."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _discard(work: Path, made: Path) -> None:
+    """Removes the partial directory and the empty directories that were made above it."""
+    shutil.rmtree(work, ignore_errors=True)
+    folder = work.parent
+    while made != work and folder.is_relative_to(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        folder = folder.parent
+
+
+def _remove(work: Path) -> None:
+    """Removes a partial directory, the manifest last, so that a kill leaves something that explains itself."""
+    for child in work.iterdir():
+        if child.name != MANIFEST:
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    (work / MANIFEST).unlink()
+    work.rmdir()
+
+
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures.families import MEA_PREFIX, Family, find_family
-from mea_compress.checkpoint import CheckpointReader
+from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
+from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_MOST_LAYERS = 10_000
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,26 @@ class Source:
     @property
     def head_dim(self) -> int:
         """Channels of a head."""
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return _head_dim(self.config)
 
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that RoPE turns."""
-        return int(self.head_dim * (self.config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+        return _rotary_dim(self.config)
 
     @property
     def dtype(self) -> str:
         """Safetensors name of the dtype of the attention weights."""
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused
         return self.reader.info(f"{self.family.attention(0)}{name}.weight").dtype
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rotary_dim(config: Any) -> int:
+    return int(_head_dim(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
 
 def open_source(directory: Path) -> Source:
@@ -76,6 +85,10 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
             raise RequestError(f"{where}: {key} must be a positive whole number, not {value!r}")
     query_heads = raw["num_attention_heads"]
+    if raw["num_hidden_layers"] > _MOST_LAYERS:
+        raise RequestError(f"{where}: num_hidden_layers {raw['num_hidden_layers']} is more than any model has")
+    if raw.get("head_dim") is None and raw["hidden_size"] % query_heads:
+        raise RequestError(f"{where}: hidden_size {raw['hidden_size']} does not divide into {query_heads} heads")
     heads = raw.get("num_key_value_heads") or query_heads
     if query_heads % heads:
         raise RequestError(f"{where}: {query_heads} query heads cannot share {heads} key/value heads evenly")
@@ -85,51 +98,92 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
         layers = [{**whole, "value_components": heads} for _ in range(raw["num_hidden_layers"])]
         fields["mea"] = {"layers": layers, "qk_norm": family.qk_norm}
     try:
-        return getattr(configuration_mea, f"Mea{family.prefix}Config").from_dict(fields)
+        config = getattr(configuration_mea, f"Mea{family.prefix}Config").from_dict(fields)
+        rotary = _rotary_dim(config)
+        if not 2 <= rotary <= _head_dim(config) or rotary % 2 or _head_dim(config) % 2:
+            raise ValueError(f"RoPE cannot turn {rotary} of {_head_dim(config)} channels of a head")
+        return config
     except Exception as error:  # transformers' strict configurations raise classes of their own
         reason = " ".join(str(error).split())
         raise RequestError(f"{where} is not a usable configuration: {reason}") from error
 
 
 def _check_tensors(source: Source) -> None:
+    """Every tensor that the model needs must be there with its shape, attention's in a dtype to compute in."""
+    reader, where = source.reader, source.reader.directory
+    for layer in range(source.config.num_hidden_layers):
+        for name, shape in attention_shapes(source, layer).items():
+            info = _check_tensor(reader, name, shape)
+            if info.dtype not in FLOATS:
+                raise RequestError(
+                    f"{info.file}: tensor {name} is {info.dtype}; attention weights must be one of {', '.join(FLOATS)}"
+                )
+        for name, shape in _remaining_shapes(source, layer).items():
+            _check_tensor(reader, name, shape)
+    config = source.config
+    hidden, embedding = config.hidden_size, (config.vocab_size, config.hidden_size)
+    _check_tensor(reader, "model.norm.weight", (hidden,))
+    _check_tensor(reader, "model.embed_tokens.weight", embedding)
+    if not config.tie_word_embeddings or reader.has("lm_head.weight"):
+        _check_tensor(reader, "lm_head.weight", embedding)
+    before, _, after = source.family.layer.partition("{layer}")
+    for name in reader.tensors:
+        number = name.removeprefix(before).partition(after)[0]
+        if name.startswith(before) and number.isdecimal() and int(number) >= config.num_hidden_layers:
+            raise RequestError(
+                f"{where}: config.json says {config.num_hidden_layers} layers but the weights have {name}; "
+                "give the config.json that belongs to them"
+            )
+
+
+def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    if not reader.has(name):
+        raise RequestError(
+            f"{reader.directory}: tensor {name} is missing; complete the download or give the config.json that belongs "
+            "to these weights"
+        )
+    info = reader.info(name)
+    if info.shape != shape:
+        raise RequestError(
+            f"{info.file}: tensor {name} has shape {list(info.shape)} where config.json asks for {list(shape)}; "
+            "give the config.json that belongs to these weights"
+        )
+    return info
+
+
+def attention_shapes(source: Source, layer: int) -> Shapes:
+    """The tensors of a layer's attention and their shapes, by full name."""
     config, family = source.config, source.family
+    spec, bias = config.mea["layers"][layer], config.mea["bias"]
     hidden, width = config.hidden_size, config.num_attention_heads * source.head_dim
     heads, head_dim = config.num_key_value_heads, source.head_dim
-    bias = config.mea["bias"]
-    for layer, spec in enumerate(config.mea["layers"]):
-        prefix = family.attention(layer)
-        key_width, value_width = spec["key_components"] * head_dim, spec["value_components"] * head_dim
-        expected: dict[str, tuple[int, ...]] = {f"{prefix}o_proj.weight": (hidden, width)}
+    key_width, value_width = spec["key_components"] * head_dim, spec["value_components"] * head_dim
+    shapes: Shapes = {"o_proj.weight": (hidden, width)}
+    if family.fused and not source.native:
+        shapes[f"{family.fused}.weight"] = (width + key_width + value_width, hidden)
+    else:
         rows = {"q_proj": (width, "query"), "k_proj": (key_width, "key"), "v_proj": (value_width, "value")}
-        if family.fused and not source.native:
-            expected[f"{prefix}{family.fused}.weight"] = (width + key_width + value_width, hidden)
-        else:
-            for name, (count, side) in rows.items():
-                expected[f"{prefix}{name}.weight"] = (count, hidden)
-                if bias[side]:
-                    expected[f"{prefix}{name}.bias"] = (count,)
-        if bias["output"]:
-            expected[f"{prefix}o_proj.bias"] = (hidden,)
-        if config.mea["qk_norm"]:
-            expected[f"{prefix}q_norm.weight"] = expected[f"{prefix}k_norm.weight"] = (head_dim,)
-        if config.mea["head_norm"]:
-            expected[f"{prefix}head_norm.weight"] = (head_dim,)
-        for side in ("key", "value"):
-            shape = composition_shape(spec[f"{side}_composition"], spec[f"{side}_components"], heads, head_dim)
-            if shape is not None:
-                expected[f"{prefix}{side}_composition.weight"] = shape
-        for name, shape in expected.items():
-            if not source.reader.has(name):
-                raise RequestError(f"{source.reader.directory}: tensor {name} is missing; complete the download")
-            info = source.reader.info(name)
-            if info.shape != shape:
-                raise RequestError(
-                    f"{info.file}: tensor {name} has shape {list(info.shape)} where config.json asks for {list(shape)}"
-                )
-            if info.dtype not in _FLOATS:
-                raise RequestError(
-                    f"{info.file}: tensor {name} is {info.dtype}; attention weights must be one of {', '.join(_FLOATS)}"
-                )
+        for name, (count, side) in rows.items():
+            shapes[f"{name}.weight"] = (count, hidden)
+            if bias[side]:
+                shapes[f"{name}.bias"] = (count,)
+    if bias["output"]:
+        shapes["o_proj.bias"] = (hidden,)
+    if config.mea["qk_norm"]:
+        shapes["q_norm.weight"] = shapes["k_norm.weight"] = (head_dim,)
+    if config.mea["head_norm"]:
+        shapes["head_norm.weight"] = (head_dim,)
+    for side in ("key", "value"):
+        shape = composition_shape(spec[f"{side}_composition"], spec[f"{side}_components"], heads, head_dim)
+        if shape is not None:
+            shapes[f"{side}_composition.weight"] = shape
+    return {family.attention(layer) + name: shape for name, shape in shapes.items()}
+
+
+def _remaining_shapes(source: Source, layer: int) -> Shapes:
+    config, prefix = source.config, source.family.layer.format(layer=layer)
+    norms: Shapes = {f"{name}_layernorm.weight": (config.hidden_size,) for name in ("input", "post_attention")}
+    return {prefix + name: shape for name, shape in (norms | source.family.mlp(config, layer)).items()}
 
 
 def composition_shape(kind: str, components: int, heads: int, head_dim: int) -> tuple[int, ...] | None:

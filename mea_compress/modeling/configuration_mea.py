@@ -65,9 +65,22 @@ def complete_section(
                 )
             if composition == "none" and components != heads:
                 raise ValueError(f"mea layer {index}: composition none caches all {heads} heads, not {components}")
+            if composition == "frequency":
+                _check_rotary_components(index, layer.get("rotary_components"), components, config)
             if composition == "pool" and heads % components:
                 raise ValueError(f"mea layer {index}: {components} pooled components do not divide {heads} heads")
     return section
+
+
+def _check_rotary_components(index: int, counts: Any, components: int, config: Any) -> None:
+    """Every rotary pair has a whole number of complex components, and they fill the width that the layer caches."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs, lanes = head_dim // 2, components * head_dim // 2
+    whole = isinstance(counts, list | tuple) and all(type(count) is int and count >= 0 for count in counts)
+    if not whole or len(counts) != pairs or sum(counts) != lanes:
+        raise ValueError(
+            f"mea layer {index}: rotary_components must be {pairs} whole numbers that add up to {lanes}, not {counts!r}"
+        )
 
 
 def _no_bias(config: Any) -> dict[str, bool]:
