@@ -1,0 +1,173 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_text import character_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from mea_compress.errors import RequestError
+from mea_compress.evaluation import evaluate
+from mea_compress.healing import default_learning_rate, heal
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "teacher")
+    character_tokenizer().save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def make_student(directory: Path, dtype=torch.float32, **how) -> Path:
+    """The teacher with damaged key and value projections, and files of other kinds beside the weights."""
+    model = tiny_llama()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight += 0.3 * torch.randn_like(projection.weight)
+    model.to(dtype).save_pretrained(directory, **how)
+    character_tokenizer().save_pretrained(directory)
+    (directory / "compression.json").write_text("{}")
+    (directory / "code").mkdir()
+    (directory / "code/modeling.py").write_text("pass\n")
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+SETTINGS = {"steps": 40, "batch_size": 8, "device": "cpu", "progress": False, "learning_rate": 1e-2}
+
+
+def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    before, original = files(student), files(teacher)
+    result = heal(student, teacher, **SETTINGS)
+
+    assert result.kept == "healed" and result.kl_after < 0.7 * result.kl_before
+    after = files(student)
+    assert set(after) == set(before) | {"healing.json"}
+    assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
+    assert files(teacher) == original
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+    record = json.loads(after["healing.json"])
+    assert record["tokens"] == 40 * 8 * 32 and record["kl_after"] == result.kl_after
+    assert record["versions"]["torch"] and "out" not in record
+
+    damaged, healed = tiny_llama().state_dict(), weights(student)
+    for name, tensor in healed.items():
+        assert torch.equal(tensor, damaged[name]) != ("self_attn" in name), name
+
+    # Measured by the other road, on text that healing has not seen.
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    make_student(tmp_path / "unhealed")
+    kl = [
+        evaluate(tmp_path / name, tmp_path / "text.txt", teacher, device="cpu", progress=False).kl
+        for name in ("unhealed", "student")
+    ]
+    assert kl[1] < kl[0]
+
+
+def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    untouched = files(student)
+    state = torch.get_rng_state()
+    short = SETTINGS | {"steps": 4}
+    heal(student, teacher, out=tmp_path / "one", **short)
+    heal(student, teacher, out=tmp_path / "two", **short)
+    heal(student, teacher, out=tmp_path / "three", seed=1, **short)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert files(student) == untouched
+    one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_shards_names_and_dtypes_stay(tmp_path, teacher):
+    student = make_student(tmp_path / "student", torch.bfloat16, max_shard_size="6KB")
+    before, names = weights(student), sorted(path.name for path in student.iterdir())
+    assert len(list(student.glob("*.safetensors"))) > 1
+    heal(student, teacher, **SETTINGS)
+    after = weights(student)
+    assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json"])
+    assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(student).dtype == torch.bfloat16
+    assert not torch.equal(
+        after["model.layers.1.self_attn.k_proj.weight"], before["model.layers.1.self_attn.k_proj.weight"]
+    )
+
+
+def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    before = weights(student)
+    result = heal(student, teacher, tmp_path / "text.txt", train="all", sequence_length=16, **SETTINGS)
+    assert result.text == "text.txt" and result.kl_after < result.kl_before
+    changed = [name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])]
+    assert "lm_head.weight" in changed and "model.layers.0.mlp.up_proj.weight" in changed
+
+
+def test_it_never_ends_worse(tmp_path, teacher, capsys):
+    student = make_student(tmp_path / "student")
+    before = files(student)
+    result = heal(student, teacher, **SETTINGS | {"steps": 3, "learning_rate": 50.0})
+    assert result.kept == "unhealed" and result.kl_after == result.kl_before
+    assert weights(student).keys() == weights(teacher).keys()
+    after = files(student)
+    del after["healing.json"]
+    assert after == before
+    assert "did not help" in capsys.readouterr().err
+
+
+def test_nothing_on_stdout_and_a_bar_on_stderr(tmp_path, teacher, capsys):
+    heal(make_student(tmp_path / "student"), teacher, **SETTINGS | {"steps": 2, "progress": True})
+    captured = capsys.readouterr()
+    assert captured.out == "" and "healing" in captured.err and "kl=" in captured.err
+
+
+def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
+    student = make_student(tmp_path / "student")
+    before = files(student)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mea_compress.healing.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        heal(student, teacher, **SETTINGS | {"steps": 1})
+    assert files(student) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+
+def test_wrong_requests(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    with pytest.raises(RequestError, match="own teacher"):
+        heal(student, student, **SETTINGS)
+    with pytest.raises(RequestError, match="exists already"):
+        heal(student, teacher, out=teacher, **SETTINGS)
+    with pytest.raises(RequestError, match="choose another place"):
+        heal(student, teacher, out=teacher / "healed", **SETTINGS)
+    with pytest.raises(RequestError, match="--steps 0"):
+        heal(student, teacher, **SETTINGS | {"steps": 0})
+    with pytest.raises(RequestError, match="--learning-rate"):
+        heal(student, teacher, **SETTINGS | {"learning_rate": -1.0})
+    (tmp_path / "short.txt").write_text("a" * 40)
+    with pytest.raises(RequestError, match="holds one out"):
+        heal(student, teacher, tmp_path / "short.txt", **SETTINGS)
+    tiny_llama(vocab_size=40).save_pretrained(tmp_path / "other")
+    with pytest.raises(RequestError, match="vocabulary"):
+        heal(student, tmp_path / "other", **SETTINGS)
+
+
+def test_the_learning_rate_falls_with_the_width():
+    assert default_learning_rate(64) == default_learning_rate(128) == 2e-3
+    assert default_learning_rate(2048) == pytest.approx(1.25e-4)
