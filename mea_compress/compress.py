@@ -18,18 +18,10 @@ from mea_compress.architectures.source import FLOATS
 from mea_compress.checkpoint import CheckpointReader, NewTensor, TensorInfo, plan_shards, write_checkpoint
 from mea_compress.checkpoint.reader import dtype_name, read_tensor, torch_dtype
 from mea_compress.checkpoint.writer import shard_finished, write_index, write_shard
-from mea_compress.compositions import head
 from mea_compress.errors import RequestError
-from mea_compress.heads import (
-    SIDES,
-    ComposedLayer,
-    layer_section,
-    layer_tensors,
-    projection_info,
-    read_composed,
-    read_side,
-)
-from mea_compress.plan import LayerPlan, Plan, plan_source
+from mea_compress.fitting import Fitter, calibration_tokens, compose, needs_text
+from mea_compress.heads import SIDES, StoredLayer, projection_info, store_layer
+from mea_compress.plan import Plan, plan_source
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
 from mea_compress.verification import verify
@@ -116,36 +108,43 @@ def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
 
 
 def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
-    """Composes every chosen layer and stores its tensors in a directory of its own."""
-    chosen = [layer for layer in plan.layers if layer.compressed]
-    for layer in tqdm(chosen, desc="composing layers", unit="layer", disable=not progress):
-        if workspace.finished("layers", str(layer.layer)) is not None:
+    """Fits every chosen layer and stores its tensors in a directory of its own."""
+    dtype = torch_dtype(source.dtype) if recipe.dtype is None else getattr(torch, recipe.dtype)
+    fitter = None
+    unfinished = [
+        layer.layer for layer in plan.layers if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
+    ]
+    if unfinished and needs_text(source, recipe):
+        fitter = Fitter(source, recipe, _tokens(source, recipe, workspace, progress), progress)
+    for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=not progress):
+        if layer.layer > max(unfinished, default=-1):
             continue
-        composed, fidelity = _compose(source, layer)
-        dtype = torch_dtype(source.dtype) if recipe.dtype is None else getattr(torch, recipe.dtype)
-        entries = [
-            _entry(name, tensor.to(dtype))
-            for name, tensor in layer_tensors(composed, source.config.mea["bias"]).items()
-        ]
-        write_checkpoint(_layer_directory(workspace, layer.layer), entries)
-        workspace.record("fidelity", str(layer.layer), fidelity)
-        workspace.record("layers", str(layer.layer), layer_section(composed))
+        stored = None
+        if layer.layer in unfinished:
+            composed, fidelity = fitter.fit(layer) if fitter else compose(source, layer, None, recipe.fit)
+            stored = store_layer(composed, source.config.mea["bias"], dtype)
+            write_checkpoint(
+                _layer_directory(workspace, layer.layer),
+                [_entry(name, tensor) for name, tensor in stored.tensors.items()],
+            )
+            workspace.record("fidelity", str(layer.layer), fidelity)
+            workspace.record("layers", str(layer.layer), stored.section)
+        elif fitter and layer.compressed:
+            reader = CheckpointReader(_layer_directory(workspace, layer.layer))
+            section = workspace.finished("layers", str(layer.layer))
+            stored = StoredLayer(section, {name: reader.read(name) for name in reader.tensors})
+        if fitter and layer.layer < unfinished[-1]:
+            fitter.advance(layer.layer, stored)
 
 
-def _compose(source: Source, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, float]]:
-    """The composed layer and the share of each side's squared weights that is lost."""
-    sides, lost = {}, {}
-    spec = source.config.mea["layers"][layer.layer]
-    for side, components in (("key", layer.key_components), ("value", layer.value_components)):
-        kind = getattr(layer, f"{side}_composition")
-        if (kind, components) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
-            sides[side], lost[f"{side}_relative_error"] = read_composed(source, layer.layer, side), 0.0
-            continue
-        heads = read_side(source, layer.layer, side)
-        sides[side] = head.compose(heads, components)
-        error = (heads - sides[side].composed_heads()).square().sum() / heads.square().sum().clamp(min=1e-300)
-        lost[f"{side}_relative_error"] = float(error)
-    return ComposedLayer(sides["key"], sides["value"]), lost
+def _tokens(source: Source, recipe: Recipe, workspace: Workspace, progress: bool) -> torch.Tensor:
+    """Calibration sequences, kept in the workspace so that a resumed run has the same."""
+    directory = workspace.work / "calibration"
+    if not workspace.finished("calibration", "tokens"):
+        tokens = calibration_tokens(source, recipe, progress)
+        write_checkpoint(directory, [_entry("tokens", tokens)])
+        workspace.record("calibration", "tokens", list(tokens.shape))
+    return CheckpointReader(directory).read("tokens")
 
 
 def _entry(name: str, tensor: torch.Tensor) -> NewTensor:

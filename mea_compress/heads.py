@@ -93,8 +93,13 @@ def read_side(source: Source, layer: int, side: str) -> torch.Tensor:
     return heads
 
 
-def read_heads(source: Source, layer: int) -> AttentionHeads:
-    """All of a layer's attention.
+def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads:
+    """A layer's attention.
+
+    Args:
+        source: The checkpoint.
+        layer: Number of the layer.
+        whole: Read everything; otherwise `query` and `output` have their shapes and no numbers.
 
     Raises:
         RequestError: A weight is not finite.
@@ -104,10 +109,16 @@ def read_heads(source: Source, layer: int) -> AttentionHeads:
     def norm(name: str) -> torch.Tensor | None:
         return _read(source, f"{prefix}{name}.weight") if source.reader.has(f"{prefix}{name}.weight") else None
 
-    output = _read(source, f"{prefix}o_proj.weight").unflatten(1, (-1, source.head_dim)).transpose(0, 1).contiguous()
+    count, head_dim, hidden = source.config.num_attention_heads, source.head_dim, source.config.hidden_size
+    if whole:
+        query = read_projection(source, layer, "query").unflatten(0, (-1, head_dim))
+        output = _read(source, f"{prefix}o_proj.weight").unflatten(1, (-1, head_dim)).transpose(0, 1).contiguous()
+    else:
+        query = torch.empty(count, head_dim, hidden + 1, dtype=torch.float64, device="meta")
+        output = torch.empty(count, hidden, head_dim, dtype=torch.float64, device="meta")
     bias = f"{prefix}o_proj.bias"
     return AttentionHeads(
-        query=read_projection(source, layer, "query").unflatten(0, (-1, source.head_dim)),
+        query=query,
         key=read_side(source, layer, "key"),
         value=read_side(source, layer, "value"),
         output=output,
@@ -178,6 +189,31 @@ class ComposedLayer:
     query: torch.Tensor | None = None
     output: torch.Tensor | None = None
     head_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A composed layer as a checkpoint holds it.
+
+    Attributes:
+        section: Its entry in the ``mea`` section of config.json.
+        tensors: By their names below ``self_attn.``, in the dtype of the checkpoint.
+    """
+
+    section: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: torch.dtype) -> StoredLayer:
+    """Rounds a composed layer to what will be stored.
+
+    Args:
+        layer: The layer, float64.
+        bias: Which projections have a bias.
+        dtype: Of the checkpoint.
+    """
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in layer_tensors(layer, bias).items()}
+    return StoredLayer(layer_section(layer), tensors)
 
 
 def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, torch.Tensor]:

@@ -1,1 +1,27 @@
-"""One file for each way to make H heads from fewer."""
+"""One file for each way to make H heads from fewer; the place to add another.
+
+A composition is a class with a ``name`` and one or both of::
+
+    keys(heads, statistics, components, fit) -> (Composed, AttentionHeads)
+    values(heads, statistics, components, fit) -> (Composed, AttentionHeads)
+
+It gets a layer as heads, the second moments of its inputs (None for ``fit="weights"``) and a number of component
+heads, and returns components and composition of its side, with the layer whose remaining parts fit them (queries or
+o_proj may have changed basis). It never sees a file or a model. An instance in ``COMPOSITIONS`` makes it reachable.
+"""
+
+from typing import Any
+
+from mea_compress.composed import Composed
+from mea_compress.compositions.frequency import Frequency
+from mea_compress.compositions.head import Head
+from mea_compress.compositions.latent import Latent
+from mea_compress.compositions.pool import Pool
+from mea_compress.compositions.prune import Prune
+from mea_compress.compositions.share import Share
+
+COMPOSITIONS: dict[str, Any] = {
+    composition.name: composition for composition in (Head(), Frequency(), Latent(), Pool(), Prune(), Share())
+}
+
+__all__ = ["COMPOSITIONS", "Composed"]

@@ -1,44 +1,99 @@
-"""Head-level linear composition: every head is a linear combination of fewer component heads (arXiv 2601.19611)."""
+"""Head-level linear composition: every head is a real combination of fewer component heads (arXiv 2601.19611).
+
+With the ``weights`` fit this is the paper's initialisation, the SVD of the (d·D) × H matrix that has a head in each
+column. ``activations`` takes the Gram of what the heads send. ``aligned`` first turns heads within the freedom that
+attention leaves, so that they become alike, and lets q_proj and o_proj take the turns back.
+"""
 
 import torch
 
-from mea_compress.compositions.composed import Composed
+from mea_compress.alignment import (
+    align_phases,
+    align_rotations,
+    change_key_basis,
+    change_value_basis,
+    fold_head_norm,
+)
+from mea_compress.calibration import LayerStatistics
+from mea_compress.composed import Composed
+from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.heads import AttentionHeads
 
 
-def gram(heads: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
-    """H × H inner products of heads: of their weights, or of their outputs on calibration text.
-
-    Args:
-        heads: (H, d, D + 1), float64.
-        moment: E[x xᵀ] of the layer's input with a constant 1 appended, (D + 1, D + 1); None for the weights alone.
-
-    Returns:
-        G[g, h] = tr(W_g Σ W_hᵀ), (H, H).
-    """
-    seen = heads if moment is None else heads @ moment
-    return torch.einsum("gdx,hdx->gh", seen, heads)
-
-
-def compose(heads: torch.Tensor, components: int, moment: torch.Tensor | None = None) -> Composed:
+def combine(heads: torch.Tensor, components: int, second: torch.Tensor) -> Composed:
     """The best `components` component heads for real combinations.
 
-    With no moment this is the paper's initialisation: the SVD of the (d·D) × H matrix with a head in each column.
     Components are scaled to the size of an average head, so that they survive float16.
 
     Args:
         heads: (H, d, D + 1), float64.
         components: C, between 1 and H.
-        moment: E[x xᵀ], see `gram`.
+        second: E[x xᵀ], (D + 1, D + 1).
 
     Returns:
-        Components (C·d, D + 1) and a composition (C, H).
+        Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of G[g, h] = tr(W_g Σ W_hᵀ).
     """
     count, head_dim = heads.shape[:2]
-    values, vectors = torch.linalg.eigh(gram(heads, moment))  # ascending
+    gram = torch.einsum("gdx,hdx->gh", heads @ second, heads)
+    values, vectors = torch.linalg.eigh(gram)  # ascending
     top = vectors.flip(-1)[:, :components]  # (H, C)
-    # Signs are free; fixing them makes the bytes the same on every run and machine that agrees on the eigenvectors.
+    # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
     top = top * torch.sign(top.gather(0, top.abs().argmax(0, keepdim=True)))
-    norm = (values.clamp(min=0).sum() / count).sqrt()
-    scale = norm / values.flip(-1)[:components].clamp(min=1e-24 * float(values[-1].clamp(min=1e-300))).sqrt()  # (C,)
+    sizes = torch.einsum("hc,hdx->cdx", top, heads).square().sum((1, 2)).sqrt()  # (C,)
+    average = (heads.square().sum() / count).sqrt()
+    scale = average / sizes.clamp(min=1e-12 * average)
     projection = torch.einsum("hc,hdx->cdx", top * scale, heads)
     return Composed("head", count, head_dim, projection.flatten(0, 1), (top / scale).T.contiguous())
+
+
+class Head:
+    """Real combinations of component heads, for keys and values."""
+
+    name = "head"
+
+    def keys(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+    ) -> tuple[Composed, AttentionHeads]:
+        """Composed keys and the layer whose queries fit them; see `compositions`."""
+        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        weights = key_weights(heads, statistics, fit)
+        if heads.key_norm is not None:
+            return self._normed_keys(heads, second, weights, components, fit), heads
+        if fit == "aligned":
+            factors = align_phases(key_cross(heads, second, weights), components) * weights
+            heads = change_key_basis(heads, factors)
+        return combine(heads.key, components, second), heads
+
+    def _normed_keys(
+        self, heads: AttentionHeads, second: torch.Tensor, weights: torch.Tensor, components: int, fit: str
+    ) -> Composed:
+        """QK-norm leaves no turns, but weights on channels and on whole heads, which the norm makes free."""
+        if fit != "aligned":
+            return combine(heads.key, components, second)
+        assert heads.key_norm is not None
+        size = weights.square().mean(1).sqrt()  # (H,)
+        shape = (weights / size[:, None]).square().mean(0).sqrt()  # (P,)
+        channels = heads.key_norm.abs().clone()
+        for channel in heads.pairs:
+            channels[channel] *= shape
+        channels = channels.clamp(min=1e-6 * float(channels.max()))
+        scale = size[:, None, None] * channels[None, :, None]
+        composed = combine(heads.key * scale, components, second)
+        projection = composed.projection.unflatten(0, (components, -1)) / channels[None, :, None]
+        assert composed.weight is not None
+        weight = composed.weight / size  # (C, H)
+        return Composed("head", composed.heads, composed.head_dim, projection.flatten(0, 1), weight)
+
+    def values(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+    ) -> tuple[Composed, AttentionHeads]:
+        """Composed values and the layer whose o_proj fits them; see `compositions`."""
+        second = moment(statistics, fit, "value", heads.value.shape[-1])
+        if fit == "aligned":
+            if heads.head_norm is None:
+                maps, _ = value_root(heads, fit)
+                heads = change_value_basis(heads, maps)
+            else:
+                heads = fold_head_norm(heads)
+            heads = change_value_basis(heads, align_rotations(value_cross(heads.value, second), components))
+        return combine(heads.value, components, second), heads

@@ -1,0 +1,86 @@
+"""Complex composition of keys, a matrix for every rotary pair: it commutes with RoPE exactly.
+
+For each pair p, K[g, p] = sum over its components of a complex number times the component. The best components are the
+top eigenvectors of the complex H × H Gram of the pair. How many a pair gets may vary; their sum is the budget.
+"""
+
+import heapq
+
+import torch
+
+from mea_compress.alignment import key_pairs
+from mea_compress.calibration import LayerStatistics
+from mea_compress.composed import Composed
+from mea_compress.compositions.measure import key_weights, moment
+from mea_compress.heads import AttentionHeads
+
+
+def allot(energies: torch.Tensor, total: int) -> tuple[int, ...]:
+    """Components of each pair: one each, then the largest eigenvalues that are left.
+
+    Args:
+        energies: Eigenvalues of each pair's Gram, descending, (P, H).
+        total: Sum of components.
+
+    Returns:
+        P counts between 1 and H.
+    """
+    pairs, heads = energies.shape
+    counts = [1] * pairs
+    queue = [(-float(energies[p, 1]), p) for p in range(pairs) if heads > 1]
+    heapq.heapify(queue)
+    for _ in range(total - pairs):
+        _, p = heapq.heappop(queue)
+        counts[p] += 1
+        if counts[p] < heads:
+            heapq.heappush(queue, (-float(energies[p, counts[p]]), p))
+    return tuple(counts)
+
+
+class Frequency:
+    """Complex combinations of component lanes; keys only."""
+
+    name = "frequency"
+
+    def __init__(self, uniform: bool = False) -> None:
+        self.uniform = uniform
+
+    def keys(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+    ) -> tuple[Composed, AttentionHeads]:
+        """Composed keys; queries stay as they are. Under a key norm the lanes compose weighted keys."""
+        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        weights = key_weights(heads, statistics, fit)
+        if heads.key_norm is not None:
+            first, other = heads.pairs
+            gamma = heads.key_norm
+            weighted = torch.complex(heads.key[:, first] * gamma[first, None], heads.key[:, other] * gamma[other, None])
+        else:
+            weighted = key_pairs(heads)
+        scaled = weighted * weights[..., None]  # (H, P, D + 1)
+        cross = torch.einsum("gpx,xy,hpy->pgh", scaled, second.to(scaled.dtype), scaled.conj())
+        values, vectors = torch.linalg.eigh(cross)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        count, pairs = heads.key.shape[0], len(heads.pairs[0])
+        counts = (components,) * pairs if self.uniform else allot(values, components * pairs)
+        lanes, combinations = [], []
+        for p, number in enumerate(counts):
+            basis = vectors[p, :, :number]  # (H, C_p)
+            turn = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+            basis = basis * (turn.abs() / turn)  # the phase is free: the largest entry becomes real
+            lane = basis.mH @ scaled[:, p]  # (C_p, D + 1)
+            average = weighted[:, p].abs().square().sum(1).mean().clamp(min=1e-300).sqrt()
+            size = lane.abs().square().sum(1).sqrt().clamp(min=1e-12 * average) / average  # (C_p,)
+            lanes.append(lane / size[:, None])
+            combinations.append((basis * size / weights[:, p, None]).T)  # (C_p, H)
+        lane_rows, weight = torch.cat(lanes), torch.cat(combinations)
+        composed = Composed(
+            "frequency",
+            count,
+            heads.key.shape[1],
+            torch.cat((lane_rows.real, lane_rows.imag)),
+            torch.stack((weight.real, weight.imag)),
+            counts,
+            (tuple(heads.pairs[0]), tuple(heads.pairs[1])),
+        )
+        return composed, heads

@@ -1,0 +1,188 @@
+"""Plain grouped-query attention with fewer key/value heads: heads of a group share one component.
+
+With the ``weights`` fit adjacent heads are averaged, as in GQA's conversion (2305.13245). The other fits group the
+heads that lose least, share the best component of each group, and let q_proj and o_proj take each head's own factor:
+a complex number for every rotary pair, any matrix for values. The emitted layer needs no composition at all.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from mea_compress.alignment import align_rotations, change_value_basis, fold_head_norm, from_pairs, key_pairs, query_for
+from mea_compress.calibration import LayerStatistics
+from mea_compress.composed import Composed
+from mea_compress.compositions.head import combine
+from mea_compress.compositions.latent import low_rank
+from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.errors import RequestError
+from mea_compress.heads import AttentionHeads
+
+
+def group_heads(distance: torch.Tensor, groups: int) -> list[list[int]]:
+    """Heads in groups of one size, so that the sum of distances within groups is small.
+
+    Greedy, then improved by swapping heads between groups until no swap helps.
+
+    Args:
+        distance: Loss of putting two heads together, (H, H), symmetric.
+        groups: Number of groups; it divides H.
+    """
+    count = len(distance)
+    size = count // groups
+    free, grouping = list(range(count)), []
+    for _ in range(groups):
+        first = max(free, key=lambda g: float(distance[g, free].sum()))  # the hardest to place chooses first
+        members = [first]
+        free.remove(first)
+        while len(members) < size:
+            best = min(free, key=lambda g: float(distance[g, members].sum()))
+            members.append(best)
+            free.remove(best)
+        grouping.append(members)
+
+    def loss(members: list[int]) -> float:
+        return float(distance[members][:, members].sum())
+
+    improved = True
+    while improved:
+        improved = False
+        for a in range(groups):
+            for b in range(a):
+                for i in range(size):
+                    for j in range(size):
+                        left, right = list(grouping[a]), list(grouping[b])
+                        left[i], right[j] = right[j], left[i]
+                        if loss(left) + loss(right) < loss(grouping[a]) + loss(grouping[b]) - 1e-12:
+                            grouping[a], grouping[b], improved = left, right, True
+    return sorted(sorted(members) for members in grouping)
+
+
+def reorder(heads: AttentionHeads, order: list[int]) -> AttentionHeads:
+    """The layer with its key/value heads, and the queries that see them, in another order."""
+    queries = [head * heads.group + i for head in order for i in range(heads.group)]
+    return replace(
+        heads,
+        query=heads.query[queries],
+        key=heads.key[order],
+        value=heads.value[order],
+        output=heads.output[queries],
+    )
+
+
+class Pool:
+    """One component for each group of heads, for keys and values."""
+
+    name = "pool"
+
+    def keys(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+    ) -> tuple[Composed, AttentionHeads]:
+        """Pooled keys and the layer whose queries fit them, its heads ordered by group."""
+        count, head_dim, size = heads.key.shape
+        _check(count, components)
+        if fit == "weights":
+            return _averaged(heads.key, components), heads
+        second = moment(statistics, fit, "key", size)
+        distance = _key_distance(heads, statistics, fit) + _value_distance(heads, statistics, fit)
+        order = [head for members in group_heads(distance, components) for head in members]
+        weights = key_weights(heads, statistics, fit)[order]
+        heads = reorder(heads, order)
+        if heads.key_norm is not None:
+            return _normed_keys(heads, weights, second, components), heads
+        cross = key_cross(heads, second, weights)  # (P, H, H)
+        pairs = key_pairs(heads) * weights[..., None]
+        rows, factors = [], torch.ones(count, cross.shape[0], dtype=cross.dtype)
+        for members in torch.arange(count).split(count // components):
+            leading = torch.linalg.eigh(cross[:, members][:, :, members]).eigenvectors[..., -1]  # (P, group)
+            average = heads.key[members].square().sum((1, 2)).mean().sqrt()
+            shared = torch.einsum("pg,gpx->px", leading.conj(), pairs[members])  # (P, D + 1)
+            scale = average / shared.abs().square().sum().clamp(min=1e-300).sqrt()
+            rows.append(from_pairs(shared * scale, heads))
+            factors[members] = (leading / scale).T / weights[members]
+        # k ≈ factor · shared, so q conj(k) becomes (q conj(factor)) conj(shared).
+        composed = Composed(self.name, count, head_dim, torch.cat(rows))
+        return composed, replace(heads, query=query_for(heads, factors.conj()))
+
+    def values(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+    ) -> tuple[Composed, AttentionHeads]:
+        """Pooled values of adjacent heads and the layer whose o_proj fits them."""
+        count, head_dim, size = heads.value.shape
+        _check(count, components)
+        if fit == "weights":
+            return _averaged(heads.value, components), heads
+        second = moment(statistics, fit, "value", size)
+        rows, maps = [], []
+        if heads.head_norm is not None:
+            heads = fold_head_norm(heads)
+            turned = []
+            for members in torch.arange(count).split(count // components):
+                turn = align_rotations(value_cross(heads.value[members], second), 1)
+                one = combine(turn @ heads.value[members], 1, second)
+                assert one.weight is not None
+                rows.append(one.projection * one.weight.mean())  # the norm makes the size of a head free
+                turned.append(turn)
+            return Composed(self.name, count, head_dim, torch.cat(rows)), change_value_basis(heads, torch.cat(turned))
+        square, inverse = value_root(heads, fit)
+        for members in torch.arange(count).split(count // components):
+            expansion, shared = low_rank((square[members] @ heads.value[members]).flatten(0, 1), second, head_dim)
+            rows.append(shared)
+            maps.append(inverse[members] @ expansion.unflatten(0, (-1, head_dim)))
+        # v ≈ map · shared, so W_O v becomes (W_O map) shared.
+        output = heads.output @ torch.cat(maps).repeat_interleave(heads.group, 0)
+        return Composed(self.name, count, head_dim, torch.cat(rows)), replace(heads, output=output)
+
+
+def _check(count: int, components: int) -> None:
+    if count % components:
+        raise RequestError(
+            f"pool makes groups of one size: {count} heads cannot share {components} components; "
+            f"choose a count that divides {count}"
+        )
+
+
+def _averaged(heads: torch.Tensor, components: int) -> Composed:
+    mean = heads.unflatten(0, (components, -1)).mean(1)  # (C, d, D + 1)
+    return Composed("pool", heads.shape[0], heads.shape[1], mean.flatten(0, 1))
+
+
+def _normed_keys(heads: AttentionHeads, weights: torch.Tensor, second: torch.Tensor, components: int) -> Composed:
+    """Under a key norm only the size of a head is free: heads of one size are averaged by their leading direction."""
+    rows = []
+    size = weights.square().mean(1).sqrt()
+    for members in torch.arange(len(heads.key)).split(len(heads.key) // components):
+        one = combine(heads.key[members] * size[members, None, None], 1, second)
+        assert one.weight is not None
+        rows.append(one.projection * one.weight.mean() / size[members].mean())
+    return Composed("pool", heads.key.shape[0], heads.key.shape[1], torch.cat(rows))
+
+
+def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+    """Share of two heads' weighted energy that one shared key loses, (H, H)."""
+    second = moment(statistics, fit, "key", heads.key.shape[-1])
+    cross = key_cross(heads, second, key_weights(heads, statistics, fit))
+    energy = cross.diagonal(dim1=-2, dim2=-1).real  # (P, H)
+    first, other = energy[:, :, None], energy[:, None, :]
+    gap = ((first - other).square() / 4 + cross.abs().square()).sqrt()
+    if heads.key_norm is not None:  # no turns: the real parts add up over pairs
+        total, inner = energy.sum(0), cross.real.sum(0)
+        lost = 1 - inner / (total[:, None] * total[None]).clamp(min=1e-300).sqrt()
+    else:
+        lost = ((first + other) / 2 - gap).sum(0) / energy.sum()  # the smaller eigenvalue of each 2 × 2 Gram
+    return lost.fill_diagonal_(0)
+
+
+def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+    """Share of two heads' weighted energy that one shared value of d channels loses, (H, H)."""
+    second = moment(statistics, fit, "value", heads.value.shape[-1])
+    square, _ = value_root(heads, fit)
+    cross = value_cross(square @ heads.value, second)  # (H, H, d, d)
+    count, head_dim = heads.value.shape[:2]
+    lost = torch.zeros(count, count, dtype=torch.float64)
+    total = sum(cross[g, g].trace() for g in range(count))
+    for g in range(count):
+        for h in range(g):
+            both = torch.cat((torch.cat((cross[g, g], cross[g, h]), 1), torch.cat((cross[h, g], cross[h, h]), 1)))
+            lost[g, h] = lost[h, g] = torch.linalg.eigvalsh(both)[:head_dim].clamp(min=0).sum() / total
+    return lost

@@ -1,0 +1,200 @@
+"""Fits layer after layer: statistics, closed form, refinement, and on to the next with what was stored."""
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mea_compress.architectures import Source
+from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
+from mea_compress.compositions import COMPOSITIONS
+from mea_compress.errors import RequestError
+from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
+from mea_compress.plan import LayerPlan
+from mea_compress.recipe import Recipe
+from mea_compress.refinement import Settings, refine
+from mea_compress.streaming import LayerRunner, batches, embed
+from mea_compress.text import (
+    load_model,
+    load_tokenizer,
+    read_documents,
+    resolve_device,
+    sample_sequences,
+    token_sequences,
+)
+
+_TOKENS_PER_STEP = 4096
+_CALIBRATION_TOKENS = 1 << 17
+_SEQUENCE = 1024
+
+
+def compose(
+    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, fit: str
+) -> tuple[ComposedLayer, dict[str, float]]:
+    """The closed form of one layer.
+
+    Args:
+        source: The checkpoint.
+        layer: What the plan says of the layer.
+        statistics: Of its inputs; None with the ``weights`` fit.
+        fit: ``weights``, ``activations`` or ``aligned``.
+
+    Returns:
+        The composed layer, and for each side the share of the heads' squared weights that is lost.
+
+    Raises:
+        RequestError: A weight is not finite, or the composition cannot do what is asked.
+    """
+    # Weights alone never change what is not keys or values, so queries and output need not be in memory.
+    heads = original = read_heads(source, layer.layer, whole=fit != "weights")
+    sides = {}
+    spec = source.config.mea["layers"][layer.layer]
+    for side in ("key", "value"):
+        kind = getattr(layer, f"{side}_composition")
+        if (kind, getattr(layer, f"{side}_components")) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
+            sides[side] = read_composed(source, layer.layer, side)
+            continue
+        fitter = getattr(COMPOSITIONS[kind], f"{side}s")
+        sides[side], heads = fitter(heads, statistics, getattr(layer, f"{side}_components"), fit)
+    composed = ComposedLayer(
+        sides["key"],
+        sides["value"],
+        query=None if heads.query is original.query else heads.query,
+        output=None if heads.output is original.output else heads.output,
+        head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
+    )
+    return composed, {f"{side}_relative_error": _lost(heads, sides[side], side) for side in ("key", "value")}
+
+
+def _lost(heads: AttentionHeads, composed: Any, side: str) -> float:
+    target = getattr(heads, side)
+    found = composed.composed_heads()
+    if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
+        return float("nan")
+    if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
+        found = found / heads.key_norm[:, None]
+    return float((target - found).square().sum() / target.square().sum().clamp(min=1e-300))
+
+
+class Fitter:
+    """Fits the layers of a model in order, one decoder layer (and the next) in memory.
+
+    Args:
+        source: The checkpoint.
+        recipe: Fit, refinement, seed, device.
+        tokens: Calibration sequences, (N, T).
+        progress: Show bars on stderr.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, tokens: torch.Tensor, progress: bool) -> None:
+        self.source, self.recipe, self.progress = source, recipe, progress
+        self.device = resolve_device(recipe.device)
+        check_tokens(tokens, source.config.hidden_size)
+        self.batch = max(1, _TOKENS_PER_STEP // tokens.shape[1])
+        self.original = embed(source, tokens)
+        self.compressed = self.original
+        self.steps = refinement_steps(source, recipe)
+        self.depth = source.config.num_hidden_layers
+        self.runner = self._runner(0)
+
+    def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
+        """Statistics, closed form and refinement of the next layer; `advance` comes after it."""
+        statistics = self._statistics(layer.layer)
+        composed, fidelity = compose(self.source, layer, statistics, self.recipe.fit)
+        report: dict[str, Any] = {k: v for k, v in fidelity.items() if v == v}
+        if self.steps:
+            composed, refined = self._refine(layer.layer, composed)
+            report["refinement"] = refined
+        return composed, report
+
+    def advance(self, layer: int, stored: StoredLayer | None) -> None:
+        """Sends the calibration text through a finished layer, as the original has it and as it was stored."""
+        if stored is not None and self.compressed is self.original:
+            self.compressed = self.original.copy()
+        own = None if stored is None else self._runner(layer, stored)
+        bar = self._bar(f"layer {layer}: passing on", self.original.shape[0])
+        for part in batches(self.original.shape[0], self.batch):
+            if self.compressed is not self.original:
+                self.compressed[part] = (own or self.runner).run(self.compressed[part])[0].cpu()
+            self.original[part] = self.runner.run(self.original[part])[0].cpu()
+            bar.update(part.stop - part.start)
+        bar.close()
+        if layer + 1 < self.depth:
+            self.runner = self._runner(layer + 1)
+
+    def _runner(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
+        return LayerRunner(self.source, layer, stored, device=self.device)
+
+    def _bar(self, description: str, total: int) -> Any:
+        return tqdm(total=total, desc=description, leave=False, disable=not self.progress)
+
+    def _statistics(self, layer: int) -> LayerStatistics | None:
+        if self.recipe.fit == "weights":
+            return None
+        seen = self.compressed if self.recipe.statistics == "sequential" else self.original
+        accumulator = StatisticsAccumulator(self.runner.attention)
+        bar = self._bar(f"layer {layer}: statistics", seen.shape[0])
+        for part in batches(seen.shape[0], self.batch):
+            accumulator.add(self.runner.run(seen[part])[1])
+            bar.update(part.stop - part.start)
+        bar.close()
+        return accumulator.finish()
+
+    def _refine(self, layer: int, composed: ComposedLayer) -> tuple[ComposedLayer, dict[str, float]]:
+        settings = Settings(self.steps, batch=self.batch)
+        following = [self._runner(k) for k in range(layer + 1, min(layer + settings.window, self.depth))]
+        targets = self.original.copy()
+        for part in batches(targets.shape[0], self.batch):
+            hidden = self.original[part]
+            for runner in (self.runner, *following):
+                hidden = runner.run(hidden)[0]
+            targets[part] = hidden.cpu()
+        stored = store_layer(composed, self.source.config.mea["bias"], torch.float32)
+        bar = self._bar(f"layer {layer}: refining", settings.steps + len(settings.rates) * settings.trial_steps)
+        refined = refine(
+            composed,
+            self._runner(layer, stored),
+            following,
+            self.compressed,
+            targets,
+            settings,
+            self.recipe.seed + layer,
+            bar.update,
+        )
+        bar.close()
+        return refined.layer, {"before": refined.before, "after": refined.after, "rate": refined.rate}
+
+
+def refinement_steps(source: Source, recipe: Recipe) -> int:
+    """Optimiser steps of a layer's refinement: asked for, or by the model's size where the fit has it on."""
+    if recipe.refine is not None:
+        return recipe.refine
+    if recipe.fit != "aligned":
+        return 0
+    # Wide layers cost more a step and are moved further by each.
+    return max(100, min(300, 300 * 512 // source.config.hidden_size))
+
+
+def needs_text(source: Source, recipe: Recipe) -> bool:
+    """Whether a fit looks at anything but weights."""
+    return recipe.fit != "weights" or refinement_steps(source, recipe) > 0
+
+
+def calibration_tokens(source: Source, recipe: Recipe, progress: bool) -> torch.Tensor:
+    """Calibration sequences, (N, T): of the recipe's text, or sampled from the model itself.
+
+    Raises:
+        RequestError: There is too little text, or the model cannot be loaded to sample from.
+    """
+    directory = source.reader.directory
+    context = source.config.max_position_embeddings or _SEQUENCE
+    length = recipe.sequence_length or min(context, _SEQUENCE)
+    if length > context:
+        raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
+    count = recipe.sequences or max(1, _CALIBRATION_TOKENS // length)
+    if recipe.text is not None:
+        tokenizer = load_tokenizer(directory)
+        return token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)
+    model = load_model(directory, device=recipe.device)
+    bos = model.config.bos_token_id
+    return sample_sequences(model, bos, count, length, recipe.seed, progress=progress).cpu()

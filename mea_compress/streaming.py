@@ -1,0 +1,175 @@
+"""A model run one decoder layer at a time: weights from the lazy reader, activations kept or spilled to disk."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mea_compress.architectures import Source
+from mea_compress.heads import StoredLayer, read_projection
+from mea_compress.modeling import modeling_mea
+
+# Activations of all calibration tokens beyond this many bytes live in a file instead of memory.
+SPILL_BYTES = 4 << 30
+
+
+class Activations:
+    """Hidden states of all sequences, (N, T, D), in memory or, when they are many, in a temporary file."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.shape = shape
+        size = shape[0] * shape[1] * shape[2]
+        self._file = None
+        if size * dtype.itemsize > SPILL_BYTES:
+            self._file = tempfile.NamedTemporaryFile(prefix="mea-compress-")  # noqa: SIM115 (lives as long as this)
+            self._file.truncate(size * dtype.itemsize)
+            self._data = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)
+        else:
+            self._data = torch.empty(shape, dtype=dtype)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
+        return self._data[index]
+
+    def __setitem__(self, index: slice, value: torch.Tensor) -> None:
+        self._data[index] = value.to(self._data.dtype)
+
+    def copy(self) -> "Activations":
+        """Another set of the same numbers."""
+        other = Activations(self.shape, self._data.dtype)
+        other._data.copy_(self._data)
+        return other
+
+
+@dataclass
+class Trace:
+    """What the attention of one layer saw and sent in one batch.
+
+    Attributes:
+        inputs: (B, T, D), the normed input of the attention block.
+        outputs: (B, T, D), what the block adds to the residual stream.
+        position_embeddings: cos and sin, each (B or 1, T, rotary_dim).
+        mask: The attention mask that it was given, or None.
+    """
+
+    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] = field(default_factory=tuple)  # type: ignore[assignment]
+    mask: torch.Tensor | None = None
+
+
+class LayerRunner:
+    """One decoder layer of a checkpoint as a model of its own, so that masks and rotary tables are transformers'.
+
+    Args:
+        source: The checkpoint.
+        layer: Number of the layer.
+        stored: What to put in the place of its keys and values (and queries and output where they changed).
+        dtype: To compute in.
+        device: To compute on.
+
+    Attributes:
+        model: The base model with this layer alone and no final norm.
+        attention: Its attention module.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layer: int,
+        stored: StoredLayer | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        config = copy.deepcopy(source.config)
+        config.num_hidden_layers = 1
+        config.vocab_size = 1
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[layer]]
+        if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+            sparse = (layer + 1) % config.decoder_sparse_step == 0 and layer not in (config.mlp_only_layers or [])
+            config.decoder_sparse_step, config.mlp_only_layers = 1, [] if sparse else [0]
+        spec = config.mea["layers"][layer] if stored is None else stored.section
+        config.mea = {**config.mea, "layers": [spec]}
+        config._attn_implementation = "sdpa"
+        config.dtype = dtype
+        state = _layer_state(source, layer, dtype)
+        if stored is not None:
+            state = {name: tensor for name, tensor in state.items() if "_composition." not in name}
+            for name, tensor in stored.tensors.items():
+                state[f"layers.0.self_attn.{name}"] = tensor.to(dtype)
+        state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size, dtype=dtype)
+        state["norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
+        base = getattr(modeling_mea, f"Mea{source.family.prefix}Model")
+        self.model: Any = base.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval().to(device)
+        self.model.norm = nn.Identity()
+        self.model.requires_grad_(False)
+        self.attention: Any = self.model.layers[0].self_attn
+        self.device = torch.device(device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output for (B, T, D), with gradients where they are enabled."""
+        embeds = hidden.to(self.device, self.model.dtype)
+        return self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Trace]:
+        """Runs the layer on (B, T, D): the next hidden states and what its attention saw."""
+        trace = Trace()
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            trace.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            trace.position_embeddings = kwargs["position_embeddings"]
+            trace.mask = kwargs.get("attention_mask")
+
+        def after(_: nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+            trace.outputs = output[0]
+
+        hooks = [
+            self.attention.register_forward_pre_hook(before, with_kwargs=True),
+            self.attention.register_forward_hook(after),
+        ]
+        try:
+            following = self.forward(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return following, trace
+
+
+def embed(source: Source, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
+    """Token embeddings of all sequences, (N, T) -> (N, T, D); only the rows that occur are read."""
+    name = "model.embed_tokens.weight"
+    unique, inverse = tokens.unique(return_inverse=True)
+    rows = torch.stack([source.reader.read_rows(name, int(row), int(row) + 1)[0].to(dtype) for row in unique])
+    hidden = Activations((*tokens.shape, rows.shape[-1]), dtype)
+    for index in range(len(tokens)):
+        hidden[index : index + 1] = rows[inverse[index]][None]
+    return hidden
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` out of `count`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _layer_state(source: Source, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The layer's tensors under the names of layer 0; a fused projection is split."""
+    prefix, attention = source.family.layer.format(layer=layer), source.family.attention(layer)
+    state = {}
+    fused = source.family.fused if not source.native else None
+    for name in source.reader.tensors:
+        if name.startswith(prefix) and not (fused and name.startswith(f"{attention}{fused}.")):
+            state["layers.0." + name.removeprefix(prefix)] = source.reader.read(name).to(dtype)
+    if fused:
+        for side in ("query", "key", "value"):
+            state[f"layers.0.self_attn.{side[0]}_proj.weight"] = read_projection(source, layer, side)[:, :-1].to(dtype)
+    return state
+
+
+__all__ = ["Activations", "LayerRunner", "Trace", "batches", "embed"]
