@@ -193,8 +193,9 @@ class LatentComposition(nn.Module):
 def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Positions of all cached tokens, for keys that are cached before RoPE.
 
-    Positions grow by one from one visible token to the next, so those of cached tokens follow from the last query's
-    position and from which tokens it sees (padding is skipped).
+    They follow from the last query's position. Where positions count tokens (the last one is at least the number of
+    cached tokens before it: transformers' default, and always without padding) each cached token is one before the
+    next. Where they count visible tokens, as in `generate`, padding is skipped.
 
     Args:
         position_ids: (B or 1, new tokens).
@@ -207,15 +208,16 @@ def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch
     new = position_ids.shape[-1]
     if new == length:
         return position_ids
-    if attention_mask is None:
-        after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
-    else:
-        row = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, -1]
-        row = row[:, :length]
+    last = position_ids[:, -1:]
+    after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
+    if attention_mask is not None:
         # Additive masks are 0 where a token is seen and hugely negative elsewhere.
-        visible = row > -1 if row.is_floating_point() else row != 0
-        after = visible.flip(-1).cumsum(-1).flip(-1) - 1
-    return position_ids[:, -1:] - after
+        visible = attention_mask > -1 if attention_mask.is_floating_point() else attention_mask != 0
+        if visible.dim() == 4:  # by any of the new tokens: under a sliding window the last one does not see all
+            visible = visible[:, 0].any(-2)
+        skipping = visible[:, :length].flip(-1).cumsum(-1).flip(-1) - 1
+        after = torch.where(last >= length - 1, after, skipping)
+    return last - after
 
 
 class MeaAttention(nn.Module):
