@@ -112,7 +112,9 @@ def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Works
     dtype = torch_dtype(source.dtype) if recipe.dtype is None else getattr(torch, recipe.dtype)
     fitter = None
     unfinished = [
-        layer.layer for layer in plan.layers if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
+        layer.layer
+        for layer in plan.layers
+        if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
     ]
     if unfinished and needs_text(source, recipe):
         fitter = Fitter(source, recipe, _tokens(source, recipe, workspace, progress), progress)
@@ -121,7 +123,7 @@ def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Works
             continue
         stored = None
         if layer.layer in unfinished:
-            composed, fidelity = fitter.fit(layer) if fitter else compose(source, layer, None, recipe.fit)
+            composed, fidelity = fitter.fit(layer) if fitter else compose(source, layer, None, recipe)
             stored = store_layer(composed, source.config.mea["bias"], dtype)
             write_checkpoint(
                 _layer_directory(workspace, layer.layer),

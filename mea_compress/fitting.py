@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
-from mea_compress.compositions import COMPOSITIONS
+from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
 from mea_compress.plan import LayerPlan
@@ -29,7 +29,7 @@ _SEQUENCE = 1024
 
 
 def compose(
-    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, fit: str
+    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, recipe: Recipe
 ) -> tuple[ComposedLayer, dict[str, float]]:
     """The closed form of one layer.
 
@@ -37,7 +37,7 @@ def compose(
         source: The checkpoint.
         layer: What the plan says of the layer.
         statistics: Of its inputs; None with the ``weights`` fit.
-        fit: ``weights``, ``activations`` or ``aligned``.
+        recipe: Fit and what else compositions are asked.
 
     Returns:
         The composed layer, and for each side the share of the heads' squared weights that is lost.
@@ -46,7 +46,7 @@ def compose(
         RequestError: A weight is not finite, or the composition cannot do what is asked.
     """
     # Weights alone never change what is not keys or values, so queries and output need not be in memory.
-    heads = original = read_heads(source, layer.layer, whole=fit != "weights")
+    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights")
     sides = {}
     spec = source.config.mea["layers"][layer.layer]
     for side in ("key", "value"):
@@ -55,7 +55,8 @@ def compose(
             sides[side] = read_composed(source, layer.layer, side)
             continue
         fitter = getattr(COMPOSITIONS[kind], f"{side}s")
-        sides[side], heads = fitter(heads, statistics, getattr(layer, f"{side}_components"), fit)
+        request = Request(getattr(layer, f"{side}_components"), recipe.fit, recipe.rotary_budget)
+        sides[side], heads = fitter(heads, statistics, request)
     composed = ComposedLayer(
         sides["key"],
         sides["value"],
@@ -63,14 +64,15 @@ def compose(
         output=None if heads.output is original.output else heads.output,
         head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
     )
-    return composed, {f"{side}_relative_error": _lost(heads, sides[side], side) for side in ("key", "value")}
+    lost = {f"{side}_relative_error": _lost(heads, sides[side], side) for side in ("key", "value")}
+    return composed, {name: value for name, value in lost.items() if value is not None}
 
 
-def _lost(heads: AttentionHeads, composed: Any, side: str) -> float:
+def _lost(heads: AttentionHeads, composed: Any, side: str) -> float | None:
     target = getattr(heads, side)
     found = composed.composed_heads()
     if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
-        return float("nan")
+        return None
     if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
         found = found / heads.key_norm[:, None]
     return float((target - found).square().sum() / target.square().sum().clamp(min=1e-300))
@@ -100,8 +102,8 @@ class Fitter:
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
         """Statistics, closed form and refinement of the next layer; `advance` comes after it."""
         statistics = self._statistics(layer.layer)
-        composed, fidelity = compose(self.source, layer, statistics, self.recipe.fit)
-        report: dict[str, Any] = {k: v for k, v in fidelity.items() if v == v}
+        composed, fidelity = compose(self.source, layer, statistics, self.recipe)
+        report: dict[str, Any] = dict(fidelity)
         if self.steps:
             composed, refined = self._refine(layer.layer, composed)
             report["refinement"] = refined

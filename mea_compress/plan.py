@@ -235,12 +235,21 @@ def layer_window(source: Source, layer: int) -> int | None:
 
 
 def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
-    """Compositions of keys and values, and the reason where the recipe left them open."""
-    keys, values, reason = recipe.key_composition, recipe.value_composition, ""
-    if keys is None or values is None:
-        keys, values = keys or "head", values or "head"
-        reason = "head-level linear composition"
-    return keys, values, reason
+    """Compositions of keys and values, and the reason where the recipe left them open.
+
+    The best that decodes without rebuilding keys: a complex composition commutes with RoPE, and o_proj reads values
+    through their latent. Both stay exact under a key norm (its scalars are cached) and under a head norm.
+    """
+    keys, values = recipe.key_composition, recipe.value_composition
+    reasons = []
+    if keys is None:
+        keys = "frequency"
+        extra = ", with one norm scalar a head cached beside them" if source.config.mea["qk_norm"] else ""
+        reasons.append(f"frequency keys: the closest that decode without being rebuilt (they commute with RoPE){extra}")
+    if values is None:
+        values = "latent"
+        reasons.append("latent values: the closest at these bytes, read through o_proj")
+    return keys, values, "; ".join(reasons)
 
 
 def _dtype(source: Source, recipe: Recipe) -> str:

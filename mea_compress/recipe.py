@@ -143,6 +143,11 @@ class Recipe(_Settings):
         description="How value heads are made from components; without it the best that the family allows.",
         json_schema_extra=_group("How to compose"),
     )
+    rotary_budget: Literal["energy", "uniform"] = Field(
+        "energy",
+        description="How frequency keys deal components out to rotary pairs: by energy, or the same to each.",
+        json_schema_extra=_group("How to compose"),
+    )
     fit: Fit = Field(
         "aligned",
         description="What the fit looks at: weights (the paper's), activations, or activations after aligning heads.",

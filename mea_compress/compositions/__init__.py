@@ -2,12 +2,13 @@
 
 A composition is a class with a ``name`` and one or both of::
 
-    keys(heads, statistics, components, fit) -> (Composed, AttentionHeads)
-    values(heads, statistics, components, fit) -> (Composed, AttentionHeads)
+    keys(heads, statistics, request) -> (Composed, AttentionHeads)
+    values(heads, statistics, request) -> (Composed, AttentionHeads)
 
-It gets a layer as heads, the second moments of its inputs (None for ``fit="weights"``) and a number of component
-heads, and returns components and composition of its side, with the layer whose remaining parts fit them (queries or
-o_proj may have changed basis). It never sees a file or a model. An instance in ``COMPOSITIONS`` makes it reachable.
+It gets a layer as heads, the second moments of its inputs (None for ``fit="weights"``) and what is asked for (a number
+of component heads, a fit). It returns components and composition of its side, with the layer whose remaining parts fit
+them: queries or o_proj may have changed basis. It never sees a file or a model. An instance in ``COMPOSITIONS`` makes
+it reachable.
 """
 
 from typing import Any
@@ -18,10 +19,11 @@ from mea_compress.compositions.head import Head
 from mea_compress.compositions.latent import Latent
 from mea_compress.compositions.pool import Pool
 from mea_compress.compositions.prune import Prune
+from mea_compress.compositions.request import Request
 from mea_compress.compositions.share import Share
 
 COMPOSITIONS: dict[str, Any] = {
     composition.name: composition for composition in (Head(), Frequency(), Latent(), Pool(), Prune(), Share())
 }
 
-__all__ = ["COMPOSITIONS", "Composed"]
+__all__ = ["COMPOSITIONS", "Composed", "Request"]

@@ -12,6 +12,7 @@ from mea_compress.alignment import key_pairs
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_weights, moment
+from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
@@ -42,13 +43,11 @@ class Frequency:
 
     name = "frequency"
 
-    def __init__(self, uniform: bool = False) -> None:
-        self.uniform = uniform
-
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys; queries stay as they are. Under a key norm the lanes compose weighted keys."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "key", heads.key.shape[-1])
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
@@ -62,7 +61,7 @@ class Frequency:
         values, vectors = torch.linalg.eigh(cross)
         values, vectors = values.flip(-1), vectors.flip(-1)
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = (components,) * pairs if self.uniform else allot(values, components * pairs)
+        counts = (components,) * pairs if request.rotary_budget == "uniform" else allot(values, components * pairs)
         lanes, combinations = [], []
         for p, number in enumerate(counts):
             basis = vectors[p, :, :number]  # (H, C_p)

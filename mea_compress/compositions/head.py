@@ -17,6 +17,7 @@ from mea_compress.alignment import (
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
@@ -35,7 +36,7 @@ def combine(heads: torch.Tensor, components: int, second: torch.Tensor) -> Compo
     """
     count, head_dim = heads.shape[:2]
     gram = torch.einsum("gdx,hdx->gh", heads @ second, heads)
-    values, vectors = torch.linalg.eigh(gram)  # ascending
+    vectors = torch.linalg.eigh(gram).eigenvectors  # ascending
     top = vectors.flip(-1)[:, :components]  # (H, C)
     # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
     top = top * torch.sign(top.gather(0, top.abs().argmax(0, keepdim=True)))
@@ -52,9 +53,10 @@ class Head:
     name = "head"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them; see `compositions`."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "key", heads.key.shape[-1])
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
@@ -85,9 +87,10 @@ class Head:
         return Composed("head", composed.heads, composed.head_dim, projection.flatten(0, 1), weight)
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them; see `compositions`."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "value", heads.value.shape[-1])
         if fit == "aligned":
             if heads.head_norm is None:

@@ -9,12 +9,13 @@ import torch
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_weights, moment, value_root
+from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
 def low_rank(rows: torch.Tensor, second: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank for E‖(R - U P) x‖²: U (n, rank) and P (rank, D + 1), P's rows as large as an average row of R."""
-    values, vectors = torch.linalg.eigh(rows @ second @ rows.T)
+    vectors = torch.linalg.eigh(rows @ second @ rows.T).eigenvectors
     basis = vectors.flip(-1)[:, :rank]
     basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
     projection = basis.T @ rows
@@ -29,9 +30,10 @@ class Latent:
     name = "latent"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys; queries stay as they are."""
+        components, fit = request.components, request.fit
         count, head_dim, size = heads.key.shape
         weights = key_weights(heads, statistics, fit)
         channels = torch.ones(count, head_dim, dtype=torch.float64)
@@ -45,9 +47,10 @@ class Latent:
         return Composed(self.name, count, head_dim, projection, expansion / channels.flatten()[:, None]), heads
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values; o_proj stays as it is."""
+        components, fit = request.components, request.fit
         count, head_dim, size = heads.value.shape
         square, inverse = value_root(heads, fit)
         rows = (square @ heads.value).flatten(0, 1)

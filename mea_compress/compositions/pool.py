@@ -15,6 +15,7 @@ from mea_compress.composed import Composed
 from mea_compress.compositions.head import combine
 from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads
 
@@ -76,9 +77,10 @@ class Pool:
     name = "pool"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled keys and the layer whose queries fit them, its heads ordered by group."""
+        components, fit = request.components, request.fit
         count, head_dim, size = heads.key.shape
         _check(count, components)
         if fit == "weights":
@@ -105,9 +107,10 @@ class Pool:
         return composed, replace(heads, query=query_for(heads, factors.conj()))
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled values of adjacent heads and the layer whose o_proj fits them."""
+        components, fit = request.components, request.fit
         count, head_dim, size = heads.value.shape
         _check(count, components)
         if fit == "weights":

@@ -11,6 +11,7 @@ from mea_compress.alignment import change_key_basis, change_value_basis, fold_he
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross
+from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 _ROUNDS = 200
@@ -48,9 +49,10 @@ class Prune:
     name = "prune"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "key", heads.key.shape[-1])
         weights = key_weights(heads, statistics, fit)
         if fit == "aligned" and heads.key_norm is None:
@@ -62,9 +64,10 @@ class Prune:
         return self._composed(heads.key, kept, second), heads
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "value", heads.value.shape[-1])
         gram = torch.einsum("gdx,hdx->gh", heads.value @ second, heads.value)
         kept = choose_kept(gram, components)
@@ -75,7 +78,7 @@ class Prune:
 
     def _composed(self, side: torch.Tensor, kept: list[int], second: torch.Tensor) -> Composed:
         gram = torch.einsum("gdx,hdx->gh", side @ second, side)
-        return Composed(self.name, *side.shape[:2], side[kept].flatten(0, 1), least_squares(gram, kept))
+        return Composed(self.name, side.shape[0], side.shape[1], side[kept].flatten(0, 1), least_squares(gram, kept))
 
 
 def _coherent(cross: torch.Tensor) -> torch.Tensor:

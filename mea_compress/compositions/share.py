@@ -10,6 +10,7 @@ from mea_compress.alignment import change_key_basis, change_value_basis, fold_he
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross
+from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
@@ -37,9 +38,10 @@ class Share:
     name = "share"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Shared keys and the layer whose queries fit them."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "key", heads.key.shape[-1])
         cross = key_cross(heads, second, key_weights(heads, statistics, fit))
         energy = cross.diagonal(dim1=-2, dim2=-1).real.clamp(min=1e-300)  # (P, H)
@@ -60,9 +62,10 @@ class Share:
         return self._composed(heads.key, kept, place), heads
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, components: int, fit: str
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Shared values and the layer whose o_proj fits them."""
+        components, fit = request.components, request.fit
         second = moment(statistics, fit, "value", heads.value.shape[-1])
         if fit != "aligned":
             gram = torch.einsum("gdx,hdx->gh", heads.value @ second, heads.value)
@@ -85,7 +88,7 @@ class Share:
     def _composed(self, side: torch.Tensor, kept: list[int], place: list[int]) -> Composed:
         weight = torch.zeros(len(kept), len(side), dtype=torch.float64)
         weight[place, torch.arange(len(side))] = 1.0
-        return Composed(self.name, *side.shape[:2], side[kept].flatten(0, 1), weight)
+        return Composed(self.name, side.shape[0], side.shape[1], side[kept].flatten(0, 1), weight)
 
 
 def _overlap(gram: torch.Tensor) -> torch.Tensor:
