@@ -50,7 +50,7 @@ from .configuration_mea import (
 
 
 def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
-    """The two channels of every pair of a head: RoPE turns (p, p + rotary_dim/2); what it leaves alone is paired alike."""
+    """The two channels of every pair of a head: RoPE turns (p, p + rotary_dim/2); what it leaves is paired alike."""
     half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
     first = [*range(half), *range(rotary_dim, rotary_dim + rest)]
     second = [*range(half, rotary_dim), *range(rotary_dim + rest, head_dim)]
@@ -282,7 +282,7 @@ class MeaAttention(nn.Module):
         return cached.repeat_interleave(self.plain_heads // cached.shape[1], dim=1)
 
     def _flat(self, x: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
-        """Projected components (B, T, width) as the cache holds them: one wide head, or plain heads (B, heads, T, d)."""
+        """Projected components (B, T, width) as they are cached: one wide head, or plain heads (B, heads, T, d)."""
         if composition is not None:
             return x[:, None]
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
