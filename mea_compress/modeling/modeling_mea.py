@@ -143,7 +143,7 @@ class FrequencyComposition(nn.Module):
         init.copy_(self.weight, start)
 
     def rotate(self, lanes: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """RoPE on lanes (B, T, 2N), each at the frequency of its pair; pairs that RoPE leaves alone stay as they are."""
+        """RoPE on lanes (B, T, 2N), each at its pair's frequency; pairs that RoPE leaves alone stay as they are."""
         half = cos.shape[-1] // 2
         turning = (self.pair_of_lane < half).to(cos.dtype)
         index = self.pair_of_lane.clamp(max=half - 1)
