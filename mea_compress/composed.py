@@ -47,7 +47,8 @@ class Composed:
             return weight
         if self.kind == "frequency":
             return self._frequency_expansion(weight)
-        return torch.kron(weight.T.contiguous(), torch.eye(d, dtype=torch.float64))
+        same = torch.eye(d, dtype=torch.float64)
+        return torch.einsum("ch,ij->hicj", weight, same).reshape(self.heads * d, width)
 
     def _frequency_expansion(self, weight: torch.Tensor) -> torch.Tensor:
         assert self.pairs is not None and self.rotary_components is not None

@@ -166,7 +166,7 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     whole = {"key_composition": "none", "key_components": heads, "value_composition": "none", "value_components": heads}
     config = type(model.config).from_dict(model.config.to_dict())
     config.mea = {**config.mea, "layers": [dict(whole) for _ in config.mea["layers"]]}
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     state = {name: tensor for name, tensor in model.state_dict().items() if "_composition." not in name}
     for layer in range(config.num_hidden_layers):
         prefix = emitted.family.attention(layer)
