@@ -5,6 +5,9 @@ heads that lose least, share the best component of each group, and let q_proj an
 a complex number for every rotary pair, any matrix for values. The emitted layer needs no composition at all.
 """
 
+import functools
+import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -20,10 +23,13 @@ from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads
 
 
+_EXACT_HEADS = 12
+
+
 def group_heads(distance: torch.Tensor, groups: int) -> list[list[int]]:
     """Heads in groups of one size, so that the sum of distances within groups is small.
 
-    Greedy, then improved by swapping heads between groups until no swap helps.
+    The best there is for up to 12 heads; beyond that greedy, then improved by swaps until no swap helps.
 
     Args:
         distance: Loss of putting two heads together, (H, H), symmetric.
@@ -31,6 +37,8 @@ def group_heads(distance: torch.Tensor, groups: int) -> list[list[int]]:
     """
     count = len(distance)
     size = count // groups
+    if count <= _EXACT_HEADS:
+        return _best_grouping(distance.tolist(), size)
     free, grouping = list(range(count)), []
     for _ in range(groups):
         first = max(free, key=lambda g: float(distance[g, free].sum()))  # the hardest to place chooses first
@@ -57,6 +65,26 @@ def group_heads(distance: torch.Tensor, groups: int) -> list[list[int]]:
                         if loss(left) + loss(right) < loss(grouping[a]) + loss(grouping[b]) - 1e-12:
                             grouping[a], grouping[b], improved = left, right, True
     return sorted(sorted(members) for members in grouping)
+
+
+def _best_grouping(distance: list[list[float]], size: int) -> list[list[int]]:
+    """Exhaustive search: the first free head is grouped with every choice of others."""
+
+    @functools.cache
+    def search(free: tuple[int, ...]) -> tuple[float, tuple[tuple[int, ...], ...]]:
+        if not free:
+            return 0.0, ()
+        best: tuple[float, tuple[tuple[int, ...], ...]] = (math.inf, ())
+        for others in itertools.combinations(free[1:], size - 1):
+            members = (free[0], *others)
+            rest = tuple(head for head in free if head not in members)
+            own = sum(distance[a][b] for a, b in itertools.permutations(members, 2))
+            cost, grouping = search(rest)
+            if own + cost < best[0]:
+                best = (own + cost, (members, *grouping))
+        return best
+
+    return [list(members) for members in search(tuple(range(len(distance))))[1]]
 
 
 def reorder(heads: AttentionHeads, order: list[int]) -> AttentionHeads:

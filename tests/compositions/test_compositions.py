@@ -1,0 +1,227 @@
+"""Every composition on every kind of head: exact where nothing is left out, best where something is."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from blocks import GROUP, HEAD_DIM, HEADS, D, make_heads, run
+
+from mea_compress.calibration import LayerStatistics
+from mea_compress.compositions import COMPOSITIONS, Request
+from mea_compress.compositions.frequency import allot
+from mea_compress.compositions.head import combine
+from mea_compress.compositions.latent import low_rank
+from mea_compress.compositions.pool import group_heads
+from mea_compress.compositions.prune import choose_kept, least_squares
+from mea_compress.errors import RequestError
+
+KEYS = ("head", "frequency", "latent", "pool", "prune", "share")
+VALUES = ("head", "latent", "pool", "prune", "share")
+FITS = ("weights", "activations", "aligned")
+
+
+def make_statistics(seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, D, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 2, D, dtype=torch.float64)
+    x = torch.cat((x, torch.ones(400, 1, dtype=torch.float64)), 1)
+    smooth = (x[1:] + x[:-1]) / 2
+    energy = torch.rand(HEADS, HEAD_DIM // 2, generator=generator, dtype=torch.float64) + 0.1
+    return LayerStatistics(400, x.T @ x / 400, smooth.T @ smooth / 399, energy)
+
+
+def surgery(heads, kind, side, components, fit):
+    statistics = None if fit == "weights" else make_statistics()
+    return getattr(COMPOSITIONS[kind], f"{side}s")(heads, statistics, Request(components, fit))
+
+
+def with_composed(heads, composed, side):
+    rebuilt = composed.composed_heads()
+    if side == "key" and composed.kind == "frequency" and heads.key_norm is not None:
+        rebuilt = rebuilt / heads.key_norm[:, None]
+    return replace(heads, **{side: rebuilt})
+
+
+def lost(heads, kind, side, components, fit):
+    """Relative squared change of the block's output on random input."""
+    composed, changed = surgery(heads, kind, side, components, fit)
+    expected = run(heads)
+    return float((run(with_composed(changed, composed, side)) - expected).square().sum() / expected.square().sum())
+
+
+CASES = [("key", kind) for kind in KEYS] + [("value", kind) for kind in VALUES]
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("head_norm", "key_norm"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("side", "kind"), CASES)
+def test_with_as_many_components_as_heads_the_block_is_the_same(side, kind, head_norm, key_norm, fit):
+    heads = make_heads(head_norm=head_norm, key_norm=key_norm)
+    composed, _ = surgery(heads, kind, side, HEADS, fit)
+    assert composed.components == HEADS
+    assert lost(heads, kind, side, HEADS, fit) < 1e-18
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("head_norm", "key_norm"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("side", "kind"), CASES)
+def test_with_half_the_components_half_is_cached_and_the_rest_is_kept_in_place(side, kind, head_norm, key_norm, fit):
+    heads = make_heads(head_norm=head_norm, key_norm=key_norm)
+    composed, changed = surgery(heads, kind, side, HEADS // 2, fit)
+    assert composed.projection.shape == (HEADS // 2 * HEAD_DIM, D + 1)
+    assert composed.expansion().shape == (HEADS * HEAD_DIM, HEADS // 2 * HEAD_DIM)
+    assert torch.isfinite(run(with_composed(changed, composed, side))).all()
+    if kind != "pool":  # what else changed is only a change of basis (pool folds its factors into it)
+        torch.testing.assert_close(run(changed), run(heads), rtol=0, atol=1e-10)
+
+
+def test_weights_fit_of_head_is_the_papers_svd():
+    heads = make_heads()
+    matrix = heads.key.flatten(1).T  # (d·(D + 1), H)
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    expected = (left[:, :2] * singular[:2]) @ right[:2]
+    composed, _ = surgery(heads, "head", "key", 2, "weights")
+    torch.testing.assert_close(composed.composed_heads().flatten(1).T, expected)
+
+
+def test_combine_weighs_inputs_by_their_moment():
+    heads, second = make_heads().value, make_statistics().moment
+
+    def error(rebuilt):
+        gap = heads - rebuilt
+        return float(torch.einsum("gdx,xy,gdy->", gap, second, gap))
+
+    best = error(combine(heads, 2, second).composed_heads())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):  # no other two directions do better
+        basis = torch.linalg.qr(torch.randn(HEADS, 2, dtype=torch.float64, generator=generator)).Q
+        assert error(torch.einsum("gh,hdx->gdx", basis @ basis.T, heads)) >= best - 1e-9
+
+
+def test_low_rank_is_the_whitened_svd():
+    rows, second = make_heads().value.flatten(0, 1), make_statistics().moment
+    expansion, projection = low_rank(rows, second, 5)
+    values, vectors = torch.linalg.eigh(second)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    left, singular, right = torch.linalg.svd(rows @ root, full_matrices=False)
+    torch.testing.assert_close(expansion @ projection @ root, (left[:, :5] * singular[:5]) @ right[:5])
+
+
+def test_frequency_captures_what_the_complex_gram_says():
+    heads, second = make_heads(), make_statistics().moment
+    first, other = heads.pairs
+    pairs = torch.complex(heads.key[:, first], heads.key[:, other])
+    for uniform in (True, False):
+        request = Request(2, "activations", "uniform" if uniform else "energy")
+        composed, _ = COMPOSITIONS["frequency"].keys(heads, make_statistics(), request)
+        assert sum(composed.rotary_components) == 2 * HEAD_DIM // 2
+        assert not uniform or set(composed.rotary_components) == {2}
+        gap = heads.key - composed.composed_heads()
+        error = float(torch.einsum("gdx,xy,gdy->", gap, second, gap))
+        expected = 0.0
+        for p, count in enumerate(composed.rotary_components):
+            # An independent route: the singular values of the pair's whitened rows.
+            root = torch.linalg.cholesky(second + 1e-12 * torch.eye(D + 1, dtype=torch.float64))
+            singular = torch.linalg.svdvals(pairs[:, p] @ root.to(pairs.dtype))
+            expected += float(singular[count:].square().sum())
+        assert error == pytest.approx(expected, rel=1e-6)
+
+
+def test_budgeted_components_are_the_best_split_there_is():
+    generator = torch.Generator().manual_seed(3)
+    energies = torch.rand(4, 3, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    for total in range(4, 13):
+        found = allot(energies, total)
+        splits = [s for s in itertools.product(range(1, 4), repeat=4) if sum(s) == total]
+        best = max(sum(float(energies[p, :c].sum()) for p, c in enumerate(s)) for s in splits)
+        assert sum(found) == total
+        assert sum(float(energies[p, :c].sum()) for p, c in enumerate(found)) == pytest.approx(best)
+
+
+def test_kept_heads_stay_bit_identical():
+    heads = make_heads()
+    for kind, side, fit in itertools.product(("prune", "share"), ("key", "value"), FITS):
+        composed, _ = surgery(heads, kind, side, 2, fit)
+        components = composed.projection.unflatten(0, (2, HEAD_DIM))
+        original = getattr(heads, side)
+        kept = [g for g in range(HEADS) if any(torch.equal(original[g], c) for c in components)]
+        assert len(kept) == 2, (kind, side, fit)
+        if kind == "share":
+            assert set(composed.weight.unique().tolist()) == {0.0, 1.0}
+            assert (composed.weight.sum(0) == 1).all()
+
+
+def test_pivoting_explains_heads_as_well_as_any_choice_here():
+    generator = torch.Generator().manual_seed(8)
+    base = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    mix = torch.tensor([[1, 0], [0, 1], [0.6, 0.4], [1, -1]], dtype=torch.float64)
+    heads = mix @ base
+    gram = heads @ heads.T
+    kept = choose_kept(gram, 2)
+    weight = least_squares(gram, kept)
+    torch.testing.assert_close(weight.T @ heads[kept], heads)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_grouping_is_the_best_pairing(seed):
+    generator = torch.Generator().manual_seed(seed)
+    distance = torch.rand(6, 6, generator=generator, dtype=torch.float64)
+    distance = (distance + distance.T).fill_diagonal_(0)
+    found = group_heads(distance, 3)
+    assert sorted(itertools.chain(*found)) == list(range(6))
+
+    def cost(grouping):
+        return sum(float(distance[a, b]) for members in grouping for a in members for b in members)
+
+    def pairings(rest):
+        if not rest:
+            yield []
+        for other in rest[1:]:
+            remaining = [h for h in rest[1:] if h != other]
+            yield from ([[rest[0], other], *more] for more in pairings(remaining))
+
+    assert cost(found) == pytest.approx(min(cost(p) for p in pairings(list(range(6)))))
+
+
+def test_many_heads_are_grouped_by_swaps_and_plain_pairs_are_found():
+    generator = torch.Generator().manual_seed(0)
+    partner = torch.randperm(16, generator=generator).view(8, 2).tolist()
+    distance = torch.rand(16, 16, generator=generator, dtype=torch.float64) + 1
+    distance = (distance + distance.T).fill_diagonal_(0)
+    for a, b in partner:
+        distance[a, b] = distance[b, a] = 0.01
+    assert group_heads(distance, 8) == sorted(sorted(pair) for pair in partner)
+
+
+def test_pool_averages_adjacent_heads_when_it_looks_at_weights_alone():
+    heads = make_heads()
+    composed, _ = surgery(heads, "pool", "key", 2, "weights")
+    torch.testing.assert_close(composed.projection[:HEAD_DIM], (heads.key[0] + heads.key[1]) / 2)
+
+
+def test_pool_wants_groups_of_one_size():
+    with pytest.raises(RequestError, match="divides 4"):
+        surgery(make_heads(), "pool", "key", 3, "aligned")
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_what_is_aligned_loses_less_than_what_is_not(side):
+    # Heads that are turned copies of two: alignment finds out, the paper's initialisation cannot.
+    heads = make_heads()
+    generator = torch.Generator().manual_seed(9)
+    base = getattr(heads, side)[:2]
+    if side == "key":
+        first, other = heads.pairs
+        turn = torch.exp(2j * torch.pi * torch.rand(2, HEAD_DIM // 2, generator=generator, dtype=torch.float64))
+        pairs = torch.complex(base[:, first], base[:, other]) * turn[..., None]
+        copies = base.clone()
+        copies[:, first], copies[:, other] = pairs.real, pairs.imag
+    else:
+        copies = torch.linalg.qr(torch.randn(2, HEAD_DIM, HEAD_DIM, generator=generator, dtype=torch.float64)).Q @ base
+    heads = replace(heads, **{side: torch.cat((base, copies))})
+    assert lost(heads, "head", side, 2, "weights") > 1e-2
+    assert lost(heads, "head", side, 2, "aligned") < (1e-12 if side == "key" else 1e-2)
+
+
+def test_group_size_of_the_blocks_is_what_the_tests_think():
+    assert make_heads().group == GROUP
