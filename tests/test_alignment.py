@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blocks import HEAD_DIM, HEADS, make_heads, run
 
 from mea_compress.alignment import (
     align_phases,
@@ -14,7 +15,6 @@ from mea_compress.alignment import (
     output_metric,
     root,
 )
-from blocks import HEAD_DIM, HEADS, make_heads, run
 
 
 @pytest.mark.parametrize("rotary_dim", [HEAD_DIM, HEAD_DIM // 2])

@@ -22,7 +22,6 @@ from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads
 
-
 _EXACT_HEADS = 12
 
 
