@@ -305,14 +305,29 @@ def train_original(
             torch.manual_seed(seed)
             model = build_model(tokenizer, size).to(device)
             _fit(model, ids, size, seed, progress)
-        model.config._attn_implementation = None
-        model.cpu().save_pretrained(work)
+        _save(model, work)
         tokenizer.save_pretrained(work)
         write_json(work / "training.json", settings)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _save(model: Any, directory: Path) -> None:
+    """Weights, configuration, and the code that loads them where this package is not installed."""
+    from mea_compress import modeling
+    from mea_compress.compress import CODE_FILES
+
+    model.config._attn_implementation = None
+    model.config.auto_map = {
+        "AutoConfig": "configuration_mea.MeaLlamaConfig",
+        "AutoModel": "modeling_mea.MeaLlamaModel",
+        "AutoModelForCausalLM": "modeling_mea.MeaLlamaForCausalLM",
+    }
+    model.cpu().save_pretrained(directory)
+    for name in CODE_FILES:
+        shutil.copyfile(Path(modeling.__file__).with_name(name), directory / name)
 
 
 def train_tokenizer(documents: list[str], vocabulary: int, context: int) -> Any:

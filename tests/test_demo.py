@@ -62,6 +62,16 @@ def test_original_is_a_native_model_with_head_norm(done):
     assert all(layer["key_components"] == 4 for layer in model.config.mea["layers"])
 
 
+@pytest.mark.parametrize("name", ["original", "compressed", "healed"])
+def test_checkpoints_carry_the_code_that_loads_them(done, name):
+    directory = done[0] / name
+    auto_map = json.loads((directory / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for target in auto_map.values():
+        module, name = target.split(".")
+        assert f"class {name}(" in (directory / f"{module}.py").read_text()
+
+
 def test_the_default_model_has_one_to_three_million_parameters():
     class Tokens:
         bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
