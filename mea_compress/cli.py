@@ -267,6 +267,29 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
 
 
 @cli.command()
+@click.argument("checkpoint", metavar="CKPT", type=_PATH)
+@click.argument("out", metavar="OUT", type=_PATH)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["stock", "llama"]),
+    default="stock",
+    show_default=True,
+    help="The base family's own format, or Llama's, which more engines take with wide heads.",
+)
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
+@_json_option
+def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
+    """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
+    from mea_compress.export import export as export_checkpoint
+
+    result = export_checkpoint(checkpoint, out, form, resume=resume)
+    data = result.to_json()
+    text = [report.facts(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
+    _print("\n\n".join(text), data, json_file)
+
+
+@cli.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
 @click.option("--out", metavar="OUT", type=_PATH, help="Where the result goes, instead of the recipe's.")

@@ -229,6 +229,60 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def export_card(
+    source: str, exported: Mapping[str, Any], versions: Mapping[str, str], source_card: str | None = None
+) -> str:
+    """The README.md of a stock checkpoint that was exported.
+
+    Args:
+        source: Name of the model before compression; a path is shortened to its last part.
+        exported: The JSON of `export`.
+        versions: Package name to version.
+        source_card: The compressed checkpoint's README.md; its licence and language are carried over.
+
+    Returns:
+        Markdown with the hub's YAML front matter, ending in a newline.
+    """
+    name = _one_line(Path(source).name if os.path.isabs(source) or source.startswith(".") else source)
+    front = {
+        "base_model": name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **_front_matter(source_card),
+        "tags": ["kv-cache", "compression"],
+    }
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {name} with a smaller KV cache, as a plain {exported['model_type']} checkpoint",
+        f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
+        "the query and output projections: what is left is grouped-query attention with "
+        f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
+        "are written in config.json. It loads without remote code.",
+        facts(exported),
+        stock_outlook(exported),
+        "With " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def stock_outlook(outlook: Mapping[str, Any]) -> str:
+    """What a stock export costs and saves, in a sentence, or why there can be none."""
+    if "reason" in outlook:
+        return f"Stock export: not possible, {outlook['reason']}."
+    width, added = outlook["query_and_output_width"], outlook["weight_bytes_added"]
+    saved, tokens = outlook["kv_bytes_saved_per_token"], outlook["saves_memory_from_tokens"]
+    if added <= 0:
+        weights = f"weights shrink by {format_bytes(-added)}" if added else "weights stay the size they are"
+    else:
+        weights = f"q_proj and o_proj grow {width:g} times, weights by {format_bytes(added)}"
+    since = "never for one sequence" if tokens is None else f"from {tokens:,} cached tokens on"
+    since = "always" if tokens == 0 else since
+    return (
+        f"Stock export: {outlook['key_value_heads']} key/value head(s) of {outlook['head_dim']} channels; {weights}, "
+        f"the cache by {format_bytes(saved)} less a token; memory is saved {since}."
+    )
+
+
 def _one_line(cell: object) -> str:
     return " ".join(str(cell).split()).replace("|", "\\|")
 

@@ -56,7 +56,7 @@ class Family:
         fused: Name of one projection that holds queries, keys and values stacked, or None where they are apart.
         mlp: What a layer has beside its attention and its two norms.
         qk_norm: Whether queries and keys pass an RMSNorm over head_dim before RoPE.
-        stock_export: Whether a stock checkpoint of this family can hold rotary frequencies of its own.
+        stock_export: Whether a stock checkpoint of this family can hold wider heads with frequencies of their own.
     """
 
     model_type: str
@@ -83,7 +83,7 @@ FAMILIES = (
     Family("qwen2", "Qwen2"),
     Family("qwen3", "Qwen3", qk_norm=True),
     Family("qwen3_moe", "Qwen3Moe", mlp=experts, qk_norm=True),
-    Family("phi3", "Phi3", fused="qkv_proj", mlp=fused_gated),
+    Family("phi3", "Phi3", fused="qkv_proj", mlp=fused_gated, stock_export=False),
 )
 
 # Well-known families whose attention does not fit, and why.
