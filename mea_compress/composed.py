@@ -68,4 +68,10 @@ class Composed:
 
     def composed_heads(self) -> torch.Tensor:
         """The heads as the queries see them, (H, d, D + 1)."""
+        own = self.projection.unflatten(0, (-1, self.head_dim))
+        if self.kind in ("none", "pool"):
+            return own.repeat_interleave(self.heads // own.shape[0], dim=0)
+        if self.kind in ("head", "prune", "share"):
+            assert self.weight is not None
+            return torch.einsum("ch,cdx->hdx", self.weight, own)
         return (self.expansion() @ self.projection).unflatten(0, (self.heads, self.head_dim))

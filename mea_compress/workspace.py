@@ -57,6 +57,14 @@ class Workspace:
         """What was noted for a piece of work, or None."""
         return self.manifest.get(section, {}).get(key)
 
+    def clear_unfinished(self) -> None:
+        """Removes whatever of the checkpoint is not noted as finished: a kill may have left parts of files."""
+        for child in self.path.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif self.finished("shards", child.name) is None:
+                child.unlink()
+
     def publish(self, out: Path) -> None:
         """Makes the checkpoint durable, renames it to OUT and removes the scratch."""
         for folder, _, files in os.walk(self.path):
@@ -143,6 +151,7 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
                 if not taken_up:
                     write_json(work / MANIFEST, manifest)
                 workspace.path.mkdir(exist_ok=True)
+                workspace.clear_unfinished()
                 yield workspace
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {work} keeps what is finished: add --resume to go on") from None

@@ -11,31 +11,36 @@ import torch
 from mea_compress.alignment import key_pairs
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_weights, moment
+from mea_compress.compositions.measure import key_weights, moment, through
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
 def allot(energies: torch.Tensor, total: int) -> tuple[int, ...]:
-    """Components of each pair: one each, then the largest eigenvalues that are left.
+    """Components of each pair: the largest eigenvalues of all.
 
     Args:
         energies: Eigenvalues of each pair's Gram, descending, (P, H).
         total: Sum of components.
 
     Returns:
-        P counts between 1 and H.
+        P counts between 0 and H.
     """
     pairs, heads = energies.shape
-    counts = [1] * pairs
-    queue = [(-float(energies[p, 1]), p) for p in range(pairs) if heads > 1]
+    counts = [0] * pairs
+    queue = [(-float(energies[p, 0]), p) for p in range(pairs)]
     heapq.heapify(queue)
-    for _ in range(total - pairs):
+    for _ in range(total):
         _, p = heapq.heappop(queue)
         counts[p] += 1
         if counts[p] < heads:
             heapq.heappush(queue, (-float(energies[p, counts[p]]), p))
     return tuple(counts)
+
+
+def _uniform(total: int, pairs: int) -> tuple[int, ...]:
+    """As many components for every pair; what is left over goes to the fastest pairs."""
+    return tuple(total // pairs + (p < total % pairs) for p in range(pairs))
 
 
 class Frequency:
@@ -47,8 +52,8 @@ class Frequency:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys; queries stay as they are. Under a key norm the lanes compose weighted keys."""
-        components, fit = request.components, request.fit
-        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        fit, budget = request.fit, request.width(heads.key.shape[1]) // 2
+        second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
             first, other = heads.pairs
@@ -57,13 +62,15 @@ class Frequency:
         else:
             weighted = key_pairs(heads)
         scaled = weighted * weights[..., None]  # (H, P, D + 1)
-        cross = torch.einsum("gpx,xy,hpy->pgh", scaled, second.to(scaled.dtype), scaled.conj())
+        cross = torch.einsum("gpx,hpx->pgh", through(scaled, second), scaled.conj())
         values, vectors = torch.linalg.eigh(cross)
         values, vectors = values.flip(-1), vectors.flip(-1)
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = (components,) * pairs if request.rotary_budget == "uniform" else allot(values, components * pairs)
+        counts = _uniform(budget, pairs) if request.rotary_budget == "uniform" else allot(values, budget)
         lanes, combinations = [], []
         for p, number in enumerate(counts):
+            if not number:
+                continue
             basis = vectors[p, :, :number]  # (H, C_p)
             turn = basis.gather(0, basis.abs().argmax(0, keepdim=True))
             basis = basis * (turn.abs() / turn)  # the phase is free: the largest entry becomes real

@@ -16,12 +16,12 @@ from mea_compress.alignment import (
 )
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross, value_root
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
-def combine(heads: torch.Tensor, components: int, second: torch.Tensor) -> Composed:
+def combine(heads: torch.Tensor, components: int, second: torch.Tensor | None) -> Composed:
     """The best `components` component heads for real combinations.
 
     Components are scaled to the size of an average head, so that they survive float16.
@@ -29,13 +29,13 @@ def combine(heads: torch.Tensor, components: int, second: torch.Tensor) -> Compo
     Args:
         heads: (H, d, D + 1), float64.
         components: C, between 1 and H.
-        second: E[x xᵀ], (D + 1, D + 1).
+        second: E[x xᵀ], (D + 1, D + 1), or None for the identity.
 
     Returns:
         Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of G[g, h] = tr(W_g Σ W_hᵀ).
     """
     count, head_dim = heads.shape[:2]
-    gram = torch.einsum("gdx,hdx->gh", heads @ second, heads)
+    gram = torch.einsum("gdx,hdx->gh", through(heads, second), heads)
     vectors = torch.linalg.eigh(gram).eigenvectors  # ascending
     top = vectors.flip(-1)[:, :components]  # (H, C)
     # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
@@ -57,7 +57,7 @@ class Head:
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them; see `compositions`."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
             return self._normed_keys(heads, second, weights, components, fit), heads
@@ -67,7 +67,7 @@ class Head:
         return combine(heads.key, components, second), heads
 
     def _normed_keys(
-        self, heads: AttentionHeads, second: torch.Tensor, weights: torch.Tensor, components: int, fit: str
+        self, heads: AttentionHeads, second: torch.Tensor | None, weights: torch.Tensor, components: int, fit: str
     ) -> Composed:
         """QK-norm leaves no turns, but weights on channels and on whole heads, which the norm makes free."""
         if fit != "aligned":
@@ -91,7 +91,7 @@ class Head:
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them; see `compositions`."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "value", heads.value.shape[-1])
+        second = moment(statistics, fit, "value")
         if fit == "aligned":
             if heads.head_norm is None:
                 maps, _ = value_root(heads, fit)

@@ -14,11 +14,16 @@ from mea_compress.heads import AttentionHeads
 _FLOOR = 1e-4
 
 
-def moment(statistics: LayerStatistics | None, fit: str, side: str, size: int) -> torch.Tensor:
-    """E[x xᵀ] as the fit sees it, (D + 1, D + 1); the identity where it looks at weights alone."""
+def moment(statistics: LayerStatistics | None, fit: str, side: str) -> torch.Tensor | None:
+    """Σ = E[x xᵀ] as the fit sees it, (D + 1, D + 1); None, for the identity, where it looks at weights alone."""
     if fit == "weights" or statistics is None:
-        return torch.eye(size, dtype=torch.float64)
+        return None
     return statistics.attended if fit == "aligned" and side == "value" else statistics.moment
+
+
+def through(rows: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    """Rows times Σ, (..., D + 1), as inner products of rows take them; see `moment`."""
+    return rows if second is None else rows @ second.to(rows.dtype)
 
 
 def key_weights(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
@@ -37,10 +42,10 @@ def key_weights(heads: AttentionHeads, statistics: LayerStatistics | None, fit: 
     return length
 
 
-def key_cross(heads: AttentionHeads, second: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def key_cross(heads: AttentionHeads, second: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
     """E[k[g, p] conj(k[h, p])] of weighted keys, (P, H, H), complex128."""
     pairs = key_pairs(heads) * weights[..., None]  # (H, P, D + 1)
-    return torch.einsum("gpx,xy,hpy->pgh", pairs, second.to(pairs.dtype), pairs.conj())
+    return torch.einsum("gpx,hpx->pgh", through(pairs, second), pairs.conj())
 
 
 def value_root(heads: AttentionHeads, fit: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +56,6 @@ def value_root(heads: AttentionHeads, fit: str) -> tuple[torch.Tensor, torch.Ten
     return root(output_metric(fold_head_norm(heads)), floor=_FLOOR**2)
 
 
-def value_cross(values: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def value_cross(values: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
     """E[v[g] v[h]ᵀ], (H, H, d, d)."""
-    return torch.einsum("gax,xy,hby->ghab", values, second, values)
+    return torch.einsum("gax,hbx->ghab", through(values, second), values)

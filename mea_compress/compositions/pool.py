@@ -108,11 +108,11 @@ class Pool:
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled keys and the layer whose queries fit them, its heads ordered by group."""
         components, fit = request.components, request.fit
-        count, head_dim, size = heads.key.shape
+        count, head_dim = heads.key.shape[:2]
         _check(count, components)
         if fit == "weights":
             return _averaged(heads.key, components), heads
-        second = moment(statistics, fit, "key", size)
+        second = moment(statistics, fit, "key")
         distance = _key_distance(heads, statistics, fit) + _value_distance(heads, statistics, fit)
         order = [head for members in group_heads(distance, components) for head in members]
         weights = key_weights(heads, statistics, fit)[order]
@@ -138,11 +138,11 @@ class Pool:
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled values of adjacent heads and the layer whose o_proj fits them."""
         components, fit = request.components, request.fit
-        count, head_dim, size = heads.value.shape
+        count, head_dim = heads.value.shape[:2]
         _check(count, components)
         if fit == "weights":
             return _averaged(heads.value, components), heads
-        second = moment(statistics, fit, "value", size)
+        second = moment(statistics, fit, "value")
         rows, maps = [], []
         if heads.head_norm is not None:
             heads = fold_head_norm(heads)
@@ -177,7 +177,9 @@ def _averaged(heads: torch.Tensor, components: int) -> Composed:
     return Composed("pool", heads.shape[0], heads.shape[1], mean.flatten(0, 1))
 
 
-def _normed_keys(heads: AttentionHeads, weights: torch.Tensor, second: torch.Tensor, components: int) -> Composed:
+def _normed_keys(
+    heads: AttentionHeads, weights: torch.Tensor, second: torch.Tensor | None, components: int
+) -> Composed:
     """Under a key norm only the size of a head is free: heads of one size are averaged by their leading direction."""
     rows = []
     size = weights.square().mean(1).sqrt()
@@ -190,7 +192,7 @@ def _normed_keys(heads: AttentionHeads, weights: torch.Tensor, second: torch.Ten
 
 def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
     """Share of two heads' weighted energy that one shared key loses, (H, H)."""
-    second = moment(statistics, fit, "key", heads.key.shape[-1])
+    second = moment(statistics, fit, "key")
     cross = key_cross(heads, second, key_weights(heads, statistics, fit))
     energy = cross.diagonal(dim1=-2, dim2=-1).real  # (P, H)
     first, other = energy[:, :, None], energy[:, None, :]
@@ -205,7 +207,7 @@ def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit
 
 def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
     """Share of two heads' weighted energy that one shared value of d channels loses, (H, H)."""
-    second = moment(statistics, fit, "value", heads.value.shape[-1])
+    second = moment(statistics, fit, "value")
     square, _ = value_root(heads, fit)
     cross = value_cross(square @ heads.value, second)  # (H, H, d, d)
     count, head_dim = heads.value.shape[:2]

@@ -10,7 +10,7 @@ import torch
 from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross
+from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
@@ -53,14 +53,14 @@ class Prune:
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
         if fit == "aligned" and heads.key_norm is None:
             cross = key_cross(heads, second, weights)
             kept = choose_kept(_coherent(cross), components)
             heads = change_key_basis(heads, _turn_to_kept(key_cross(heads, second, torch.ones_like(weights)), kept))
         else:
-            kept = choose_kept(torch.einsum("gdx,hdx->gh", heads.key @ second, heads.key), components)
+            kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.key, second), heads.key), components)
         return self._composed(heads.key, kept, second), heads
 
     def values(
@@ -68,16 +68,16 @@ class Prune:
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "value", heads.value.shape[-1])
-        gram = torch.einsum("gdx,hdx->gh", heads.value @ second, heads.value)
+        second = moment(statistics, fit, "value")
+        gram = torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value)
         kept = choose_kept(gram, components)
         if fit == "aligned":
             heads = fold_head_norm(heads)
             heads = change_value_basis(heads, _rotate_to_kept(value_cross(heads.value, second), kept))
         return self._composed(heads.value, kept, second), heads
 
-    def _composed(self, side: torch.Tensor, kept: list[int], second: torch.Tensor) -> Composed:
-        gram = torch.einsum("gdx,hdx->gh", side @ second, side)
+    def _composed(self, side: torch.Tensor, kept: list[int], second: torch.Tensor | None) -> Composed:
+        gram = torch.einsum("gdx,hdx->gh", through(side, second), side)
         return Composed(self.name, side.shape[0], side.shape[1], side[kept].flatten(0, 1), least_squares(gram, kept))
 
 

@@ -9,7 +9,7 @@ import torch
 from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross
+from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
@@ -42,7 +42,7 @@ class Share:
     ) -> tuple[Composed, AttentionHeads]:
         """Shared keys and the layer whose queries fit them."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "key", heads.key.shape[-1])
+        second = moment(statistics, fit, "key")
         cross = key_cross(heads, second, key_weights(heads, statistics, fit))
         energy = cross.diagonal(dim1=-2, dim2=-1).real.clamp(min=1e-300)  # (P, H)
         if fit == "aligned" and heads.key_norm is None:
@@ -66,9 +66,9 @@ class Share:
     ) -> tuple[Composed, AttentionHeads]:
         """Shared values and the layer whose o_proj fits them."""
         components, fit = request.components, request.fit
-        second = moment(statistics, fit, "value", heads.value.shape[-1])
+        second = moment(statistics, fit, "value")
         if fit != "aligned":
-            gram = torch.einsum("gdx,hdx->gh", heads.value @ second, heads.value)
+            gram = torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value)
             kept, place = choose_shared(_overlap(gram), components)
             return self._composed(heads.value, kept, place), heads
         heads = fold_head_norm(heads)
