@@ -201,7 +201,8 @@ def plan(source: Path, recipe: str | None, json_file: Path | None, **flags: Any)
 
     planned = make_plan(source, load_recipe(recipe, flags))
     data = planned.to_json()
-    _print("\n\n".join([report.plan_report(data), *_choice(planned)]), data, json_file)
+    outlook = report.stock_outlook(data["stock_export"])
+    _print("\n\n".join([report.plan_report(data), *_choice(planned), outlook]), data, json_file)
 
 
 @cli.command()

@@ -17,6 +17,7 @@ class Composed:
         weight: ``key_composition.weight`` or ``value_composition.weight``; None where heads are cached or pooled.
         rotary_components: Complex components of each rotary pair (``frequency`` alone).
         pairs: The two channels of every rotary pair (``frequency`` alone).
+        groups: Separate groups of adjacent heads, each composed from its own share of the components.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Composed:
     weight: torch.Tensor | None = None
     rotary_components: tuple[int, ...] | None = None
     pairs: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    groups: int = 1
 
     @property
     def components(self) -> int:

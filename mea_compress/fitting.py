@@ -1,5 +1,6 @@
 """Fits layer after layer: statistics, closed form, refinement, and on to the next with what was stored."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from tqdm import tqdm
 from mea_compress.architectures import Source
 from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
 from mea_compress.compositions import COMPOSITIONS, Request
+from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
 from mea_compress.plan import LayerPlan
@@ -46,17 +48,27 @@ def compose(
         RequestError: A weight is not finite, or the composition cannot do what is asked.
     """
     # Weights alone never change what is not keys or values, so queries and output need not be in memory.
-    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights")
+    grouped = recipe.kv_groups > 1
+    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights" or grouped)
+    if grouped:
+        heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
     spec = source.config.mea["layers"][layer.layer]
     for side in ("key", "value"):
         kind = getattr(layer, f"{side}_composition")
         if (kind, getattr(layer, f"{side}_components")) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
-            sides[side] = read_composed(source, layer.layer, side)
             continue
         fitter = getattr(COMPOSITIONS[kind], f"{side}s")
         request = Request(getattr(layer, f"{side}_components"), recipe.fit, recipe.rotary_budget)
-        sides[side], heads = fitter(heads, statistics, request)
+        if grouped:
+            sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
+        else:
+            sides[side], heads = fitter(heads, statistics, request)
+    for side in {"key", "value"} - set(sides):
+        kept = read_composed(source, layer.layer, side)
+        if kept.kind == "none":  # heads may have come into another order
+            kept = replace(kept, projection=getattr(heads, side).flatten(0, 1))
+        sides[side] = kept
     composed = ComposedLayer(
         sides["key"],
         sides["value"],

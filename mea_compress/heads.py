@@ -1,6 +1,7 @@
 """A layer's attention as heads: projections read in float64, compositions already multiplied out."""
 
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def read_composed(source: Source, layer: int, side: str) -> Composed:
         weight,
         tuple(spec["rotary_components"]) if kind == "frequency" else None,
         (tuple(first), tuple(second)) if kind == "frequency" else None,
+        groups=spec.get("groups", 1),
     )
 
 
@@ -247,4 +249,7 @@ def layer_section(layer: ComposedLayer) -> dict[str, Any]:
         section[f"{side}_components"] = composed.components
     if layer.key.rotary_components is not None:
         section["rotary_components"] = list(layer.key.rotary_components)
+    groups = [side.groups for side in (layer.key, layer.value) if side.kind not in ("none", "pool")]
+    if gcd(*groups) > 1:
+        section["groups"] = gcd(*groups)
     return section

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea_compress.compositions.groups import hold_groups
 from mea_compress.errors import RequestError
 from mea_compress.text import (
     choose_sequence_length,
@@ -234,6 +235,7 @@ def _trainable(model: Any, train: str) -> dict[str, torch.nn.Parameter]:
         raise RequestError("The student has no weights that are recognised as attention: use train: all.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+    hold_groups(model)
     return chosen
 
 

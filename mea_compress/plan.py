@@ -1,7 +1,7 @@
 """What will happen to every layer, in bytes and parameters; from headers alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ from mea_compress.architectures.source import FLOATS, composition_shape
 from mea_compress.checkpoint.reader import DTYPE_BITS, torch_dtype
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, select_layers
+from mea_compress.stock import growth, stock_form
 
 SCALAR_NORM_KINDS = ("head", "prune", "share", "frequency")
 CONTEXTS = (8_192, 32_768, 131_072)
@@ -90,6 +91,7 @@ class Plan:
         disk_bytes: Most that is on disk while the work goes on.
         memory_bytes: Memory to expect above what importing the libraries takes.
         choice: Why these compositions, where the recipe left it open; empty where it named them.
+        stock_export: What a stock export costs and saves, or the ``reason`` why there is none.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -99,6 +101,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     choice: str = ""
+    stock_export: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -119,6 +122,7 @@ class Plan:
             "cache": cache_sizes(((one.bytes_before, one.bytes_after, one.window) for one in self.layers), batch),
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
+            "stock_export": self.stock_export,
         }
 
 
@@ -156,6 +160,7 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
                     heads,
                 ),
             )
+            _check_groups(recipe, before, after, heads)
         layers.append(
             LayerPlan(
                 layer,
@@ -194,7 +199,57 @@ def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice:
         memory += 3 * 4 * config.hidden_size * (recipe.sequences or 64) * (recipe.sequence_length or 256)
     largest = max((prod(info.shape) for info in infos), default=0)
     memory += (4 + size) * largest if recipe.dtype else 0
-    return Plan(tuple(layers), total, total + grown, output, output + size * scratch, memory + _WORKING_BYTES, choice)
+    return Plan(
+        tuple(layers),
+        total,
+        total + grown,
+        output,
+        output + size * scratch,
+        memory + _WORKING_BYTES,
+        choice,
+        _stock_export(source, recipe, layers, size),
+    )
+
+
+def _check_groups(recipe: Recipe, before: "_Sides", after: "_Sides", heads: int) -> None:
+    """Heads and components must divide into the groups that are asked for, and no composition may lie across them."""
+    groups = recipe.kv_groups
+    if groups == 1:
+        return
+    for side, now, kind, count, kept in (
+        ("key", before.keys, after.keys, after.key_components, before.key_components),
+        ("value", before.values, after.values, after.value_components, before.value_components),
+    ):
+        if (kind, count) == (now, kept):
+            if kind != "none":
+                raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
+        elif heads % groups or count % groups:
+            options = [str(n) for n in range(1, heads + 1) if heads % n == 0 and count % n == 0]
+            raise RequestError(
+                f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; "
+                f"choose one of {', '.join(options) or 'other counts'}"
+            )
+
+
+def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], itemsize: int) -> dict[str, Any]:
+    """What a stock export of the planned layers costs and saves."""
+    sections = []
+    for layer, spec in zip(layers, source.config.mea["layers"], strict=True):
+        section = dict(spec)
+        if layer.compressed:
+            section = {name: value for name, value in layer.to_json().items() if name.startswith(("key_", "value_"))}
+            if recipe.kv_groups > 1:
+                section["groups"] = recipe.kv_groups
+            count = layer.key_components
+            if layer.key_composition == "frequency" and recipe.rotary_budget == "uniform" and isinstance(count, int):
+                section["rotary_components"] = [count] * (source.head_dim // 2)
+        sections.append(section)
+    try:
+        form = stock_form(source, sections)
+    except RequestError as error:
+        return {"reason": str(error)}
+    cost = growth(source, form, itemsize, [layer.window for layer in layers])
+    return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}
 
 
 @dataclass(frozen=True)

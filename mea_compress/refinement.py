@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mea_compress.compositions.groups import hold_groups
 from mea_compress.heads import ComposedLayer
 from mea_compress.streaming import Activations, LayerRunner, batches
 
@@ -172,6 +173,7 @@ def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
     for name, parameter in attention.named_parameters():
         if "norm" not in name and not name.startswith(tuple(frozen)):
             chosen[name] = parameter.requires_grad_(True)
+    hold_groups(attention)
     return chosen
 
 

@@ -113,8 +113,8 @@ class Pool:
         if fit == "weights":
             return _averaged(heads.key, components), heads
         second = moment(statistics, fit, "key")
-        distance = _key_distance(heads, statistics, fit) + _value_distance(heads, statistics, fit)
-        order = [head for members in group_heads(distance, components) for head in members]
+        grouping = group_heads(head_distance(heads, statistics, fit), components)
+        order = [head for members in grouping for head in members]
         weights = key_weights(heads, statistics, fit)[order]
         heads = reorder(heads, order)
         if heads.key_norm is not None:
@@ -188,6 +188,11 @@ def _normed_keys(
         assert one.weight is not None
         rows.append(one.projection * one.weight.mean() / size[members].mean())
     return Composed("pool", heads.key.shape[0], heads.key.shape[1], torch.cat(rows))
+
+
+def head_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+    """What two heads lose when they share one component, keys and values together, (H, H)."""
+    return _key_distance(heads, statistics, fit) + _value_distance(heads, statistics, fit)
 
 
 def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:

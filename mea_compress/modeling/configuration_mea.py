@@ -15,7 +15,8 @@ The section::
 
 ``key_components`` and ``value_components`` count component heads: the layer caches that many times ``head_dim``
 numbers a token. A layer with ``frequency`` keys also lists ``rotary_components``, the number of complex components
-of each rotary pair. Compositions: ``none`` (every head is cached), ``pool`` (a component is shared by the heads of
+of each rotary pair. ``groups`` says that adjacent heads form so many groups, each composed from its own share of the
+components (nothing is computed differently). Compositions: ``none`` (every head is cached), ``pool`` (a component is shared by the heads of
 one group, as in grouped-query attention), ``head``, ``prune`` and ``share`` (a matrix of components x heads),
 ``frequency`` (complex, a matrix for each rotary pair; keys only) and ``latent`` (a matrix of channels x rank).
 """
@@ -67,6 +68,9 @@ def complete_section(
                 raise ValueError(f"mea layer {index}: composition none caches all {heads} heads, not {components}")
             if composition == "frequency":
                 _check_rotary_components(index, layer.get("rotary_components"), components, config)
+            groups = layer.get("groups", 1)
+            if not isinstance(groups, int) or groups < 1 or heads % groups:
+                raise ValueError(f"mea layer {index}: groups must divide {heads} heads, not {groups!r}")
             if composition == "pool" and heads % components:
                 raise ValueError(f"mea layer {index}: {components} pooled components do not divide {heads} heads")
     return section
