@@ -66,9 +66,8 @@ class StatisticsAccumulator:
         length = x.shape[1]
         at = torch.linspace(0, length - 1, min(length, _ATTENDED_QUERIES), device=x.device).round().long()
         queries = rotate_heads(queries, cos, sin)[:, at].transpose(1, 2)  # (B, Hq, S, d)
-        keys = attention._composed_keys(
-            attention._keys_to_cache(x, cos, sin), torch.arange(length, device=x.device)[None], None, attention.rotary
-        )
+        positions = torch.arange(length, device=x.device)[None]
+        keys, _ = attention.compose(*attention.project(x, cos, sin), positions, None, attention.rotary)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
         logits = queries @ keys.transpose(-1, -2) * attention.scaling
         visible = torch.arange(length, device=x.device) <= at[:, None]

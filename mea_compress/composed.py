@@ -17,6 +17,7 @@ class Composed:
         weight: ``key_composition.weight`` or ``value_composition.weight``; None where heads are cached or pooled.
         rotary_components: Complex components of each rotary pair (``frequency`` alone).
         pairs: The two channels of every rotary pair (``frequency`` alone).
+        latent: The rows of k_proj and v_proj together, (both widths, D + 1), which the weight reads (``joint`` alone).
         groups: Separate groups of adjacent heads, each composed from its own share of the components.
     """
 
@@ -27,12 +28,14 @@ class Composed:
     weight: torch.Tensor | None = None
     rotary_components: tuple[int, ...] | None = None
     pairs: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    latent: torch.Tensor | None = None
     groups: int = 1
 
     @property
-    def components(self) -> int:
+    def components(self) -> int | float:
         """Component heads: cached width over head_dim."""
-        return self.projection.shape[0] // self.head_dim
+        whole, rest = divmod(self.projection.shape[0], self.head_dim)
+        return whole if not rest else self.projection.shape[0] / self.head_dim
 
     def expansion(self) -> torch.Tensor:
         """The linear map from components to heads, (H * d, width): every composition is one.
@@ -45,7 +48,7 @@ class Composed:
             own = torch.eye(components, dtype=torch.float64).repeat_interleave(self.heads // components, dim=0)
             return torch.kron(own, torch.eye(d, dtype=torch.float64))
         assert weight is not None
-        if self.kind == "latent":
+        if self.kind in ("latent", "joint"):
             return weight
         if self.kind == "frequency":
             return self._frequency_expansion(weight)

@@ -21,7 +21,7 @@ from mea_compress.checkpoint.writer import shard_finished, write_index, write_sh
 from mea_compress.errors import RequestError
 from mea_compress.fitting import Fitter, calibration_tokens, compose, needs_text
 from mea_compress.heads import SIDES, StoredLayer, projection_info, store_layer
-from mea_compress.plan import Plan, plan_source
+from mea_compress.plan import Plan, plan_source, realised_plan
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
 from mea_compress.verification import verify
@@ -72,6 +72,7 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
     check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + _SPARE_BYTES)
     with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
         _compose_layers(opened, plan, recipe, workspace, progress)
+        plan = realised_plan(opened, recipe, plan, _sections(plan, workspace))
         _write_weights(opened, plan, recipe, workspace, progress)
         config = _write_config(opened, plan, recipe, workspace)
         _copy_other_files(opened, workspace.path)
@@ -137,6 +138,11 @@ def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Works
             stored = StoredLayer(section, {name: reader.read(name) for name in reader.tensors})
         if fitter and layer.layer < unfinished[-1]:
             fitter.advance(layer.layer, stored)
+
+
+def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
+    """Entries of the ``mea`` section of the layers that were composed."""
+    return {one.layer: workspace.finished("layers", str(one.layer)) for one in plan.layers if one.compressed}
 
 
 def _tokens(source: Source, recipe: Recipe, workspace: Workspace, progress: bool) -> torch.Tensor:

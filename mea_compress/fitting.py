@@ -12,10 +12,11 @@ from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
-from mea_compress.plan import LayerPlan
+from mea_compress.modeling.configuration_mea import FRACTIONAL
+from mea_compress.plan import LayerPlan, splits_itself
 from mea_compress.recipe import Recipe
-from mea_compress.refinement import Settings, refine
-from mea_compress.streaming import LayerRunner, batches, embed
+from mea_compress.refinement import Refiner, Settings
+from mea_compress.streaming import Activations, LayerRunner, batches, embed
 from mea_compress.text import (
     load_model,
     load_tokenizer,
@@ -28,6 +29,7 @@ from mea_compress.text import (
 _TOKENS_PER_STEP = 4096
 _CALIBRATION_TOKENS = 1 << 17
 _SEQUENCE = 1024
+_HELD_OUT = 64
 
 
 def compose(
@@ -59,7 +61,9 @@ def compose(
         if (kind, getattr(layer, f"{side}_components")) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
             continue
         fitter = getattr(COMPOSITIONS[kind], f"{side}s")
-        request = Request(getattr(layer, f"{side}_components"), recipe.fit, recipe.rotary_budget)
+        other = layer.value_components if side == "key" else layer.key_components
+        own = getattr(layer, f"{side}_components")
+        request = Request(own, recipe.fit, recipe.rotary_budget, other=other)
         if grouped:
             sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
         else:
@@ -107,6 +111,9 @@ class Fitter:
         self.batch = max(1, _TOKENS_PER_STEP // tokens.shape[1])
         self.original = embed(source, tokens)
         self.compressed = self.original
+        self.following: Activations | None = None
+        # Sequences at the front are for choosing; no statistic and no step looks at them.
+        self.held_out = min(_HELD_OUT, len(tokens) // 4) if refinement_steps(source, recipe) else 0
         self.steps = refinement_steps(source, recipe)
         self.depth = source.config.num_hidden_layers
         self.runner = self._runner(0)
@@ -114,27 +121,53 @@ class Fitter:
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
         """Statistics, closed form and refinement of the next layer; `advance` comes after it."""
         statistics = self._statistics(layer.layer)
-        composed, fidelity = compose(self.source, layer, statistics, self.recipe)
-        report: dict[str, Any] = dict(fidelity)
-        if self.steps:
-            composed, refined = self._refine(layer.layer, composed)
-            report["refinement"] = refined
-        return composed, report
+        forms = [layer]
+        if self.steps and splits_itself(self.recipe, layer.key_composition, layer.value_composition):
+            forms += splits(layer, self.source.config.num_key_value_heads, self.source.head_dim)
+        composed = [compose(self.source, form, statistics, self.recipe) for form in forms]
+        if not self.steps:
+            return composed[0]
+        settings = Settings(self.steps, self.batch, self.held_out)
+        trials = len(settings.rates) + (len(forms) if len(forms) > 1 else 0)
+        with self._bar(f"layer {layer.layer}: refining", settings.steps + trials * settings.trial_steps) as bar:
+            seed = self.recipe.seed + layer.layer
+            refiner = Refiner(self.compressed, self._targets(), settings, seed, bar.update)
+            best = 0
+            if len(forms) > 1:
+                errors = [refiner.try_out(self._composed_runner(layer.layer, form)) for form, _ in composed]
+                best = min(range(len(forms)), key=lambda index: errors[index])
+            form, report = composed[best]
+            refined = refiner.refine(form, self._composed_runner(layer.layer, form))
+        fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
+        return refined.layer, {**report, "refinement": fidelity}
 
     def advance(self, layer: int, stored: StoredLayer | None) -> None:
         """Sends the calibration text through a finished layer, as the original has it and as it was stored."""
+        following = self._targets()
         if stored is not None and self.compressed is self.original:
             self.compressed = self.original.copy()
-        own = None if stored is None else self._runner(layer, stored)
-        bar = self._bar(f"layer {layer}: passing on", self.original.shape[0])
-        for part in batches(self.original.shape[0], self.batch):
-            if self.compressed is not self.original:
-                self.compressed[part] = (own or self.runner).run(self.compressed[part])[0].cpu()
-            self.original[part] = self.runner.run(self.original[part])[0].cpu()
-            bar.update(part.stop - part.start)
-        bar.close()
+        if self.compressed is self.original:
+            self.compressed = following
+        else:
+            own = self.runner if stored is None else self._runner(layer, stored)
+            with self._bar(f"layer {layer}: passing on", self.compressed.shape[0]) as bar:
+                for part in batches(self.compressed.shape[0], self.batch):
+                    self.compressed[part] = own.run(self.compressed[part])[0].cpu()
+                    bar.update(part.stop - part.start)
+        self.original, self.following = following, None
         if layer + 1 < self.depth:
             self.runner = self._runner(layer + 1)
+
+    def _targets(self) -> Activations:
+        """What the original has behind the present layer, computed once."""
+        if self.following is None:
+            self.following = Activations(self.original.shape, torch.float32)
+            for part in batches(self.original.shape[0], self.batch):
+                self.following[part] = self.runner.run(self.original[part])[0].cpu()
+        return self.following
+
+    def _composed_runner(self, layer: int, composed: ComposedLayer) -> LayerRunner:
+        return self._runner(layer, store_layer(composed, self.source.config.mea["bias"], torch.float32))
 
     def _runner(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
         return LayerRunner(self.source, layer, stored, device=self.device)
@@ -147,36 +180,31 @@ class Fitter:
             return None
         seen = self.compressed if self.recipe.statistics == "sequential" else self.original
         accumulator = StatisticsAccumulator(self.runner.attention)
-        bar = self._bar(f"layer {layer}: statistics", seen.shape[0])
-        for part in batches(seen.shape[0], self.batch):
-            accumulator.add(self.runner.run(seen[part])[1])
-            bar.update(part.stop - part.start)
-        bar.close()
+        with self._bar(f"layer {layer}: statistics", seen.shape[0] - self.held_out) as bar:
+            for part in batches(seen.shape[0] - self.held_out, self.batch):
+                own = slice(part.start + self.held_out, part.stop + self.held_out)
+                accumulator.add(self.runner.run(seen[own])[1])
+                bar.update(part.stop - part.start)
         return accumulator.finish()
 
-    def _refine(self, layer: int, composed: ComposedLayer) -> tuple[ComposedLayer, dict[str, float]]:
-        settings = Settings(self.steps, batch=self.batch)
-        following = [self._runner(k) for k in range(layer + 1, min(layer + settings.window, self.depth))]
-        targets = self.original.copy()
-        for part in batches(targets.shape[0], self.batch):
-            hidden = self.original[part]
-            for runner in (self.runner, *following):
-                hidden = runner.run(hidden)[0]
-            targets[part] = hidden.cpu()
-        stored = store_layer(composed, self.source.config.mea["bias"], torch.float32)
-        bar = self._bar(f"layer {layer}: refining", settings.steps + len(settings.rates) * settings.trial_steps)
-        refined = refine(
-            composed,
-            self._runner(layer, stored),
-            following,
-            self.compressed,
-            targets,
-            settings,
-            self.recipe.seed + layer,
-            bar.update,
-        )
-        bar.close()
-        return refined.layer, {"before": refined.before, "after": refined.after, "rate": refined.rate}
+
+def splits(layer: LayerPlan, heads: int, head_dim: int) -> list[LayerPlan]:
+    """Other ways to divide the layer's components between keys and values: keys get 2/5 or 3/10 of them.
+
+    Refined values repay width more than refined keys do, most of all in late layers; the even split stays the first
+    candidate.
+    """
+    total = layer.key_components + layer.value_components
+    fractional = layer.key_composition in FRACTIONAL
+    step = 2 / head_dim if fractional else 1
+    found: list[LayerPlan] = []
+    for share in (0.4, 0.3):
+        keys = max(1, round(total * share / step)) * step
+        keys = keys if fractional else int(keys)
+        known = [layer.key_components, *(form.key_components for form in found)]
+        if keys not in known and total - keys <= heads:
+            found.append(replace(layer, key_components=keys, value_components=total - keys))
+    return found
 
 
 def refinement_steps(source: Source, recipe: Recipe) -> int:

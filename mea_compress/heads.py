@@ -79,8 +79,13 @@ def read_composed(source: Source, layer: int, side: str) -> Composed:
         weight,
         tuple(spec["rotary_components"]) if kind == "frequency" else None,
         (tuple(first), tuple(second)) if kind == "frequency" else None,
+        _latent(source, layer) if kind == "joint" else None,
         groups=spec.get("groups", 1),
     )
+
+
+def _latent(source: Source, layer: int) -> torch.Tensor:
+    return torch.cat([read_projection(source, layer, side) for side in SIDES])
 
 
 def read_side(source: Source, layer: int, side: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.source import FLOATS, composition_shape
 from mea_compress.checkpoint.reader import DTYPE_BITS, torch_dtype
 from mea_compress.errors import RequestError
+from mea_compress.modeling.configuration_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
 from mea_compress.stock import growth, stock_form
 
@@ -59,8 +60,8 @@ class LayerPlan:
     compressed: bool
     key_composition: str
     value_composition: str
-    key_components: int
-    value_components: int
+    key_components: float
+    value_components: float
     bytes_before: int
     bytes_after: int
     parameters_before: int
@@ -141,42 +142,67 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
     heads, head_dim = config.num_key_value_heads, source.head_dim
     chosen = set(select_layers(recipe.layers, config.num_hidden_layers))
     keys, values, choice = choose_compositions(source, recipe)
-    bias, norm = config.mea["bias"], config.mea["qk_norm"]
-    size_before, size_after = DTYPE_BITS[source.dtype] // 8, DTYPE_BITS[_dtype(source, recipe)] // 8
     layers = []
     for layer, spec in enumerate(config.mea["layers"]):
-        before = _Sides.of(spec)
-        after = before
+        after = before = _Sides.of(spec)
         if layer in chosen:
+            asked = (recipe.key_components, recipe.value_components)
             after = _Sides(
-                *_side("key", keys, recipe.key_components, recipe.kv_ratio, before.keys, before.key_components, heads),
+                *_side("key", keys, asked[0], recipe.kv_ratio, before.keys, before.key_components, heads, head_dim),
                 *_side(
-                    "value",
-                    values,
-                    recipe.value_components,
-                    recipe.kv_ratio,
-                    before.values,
-                    before.value_components,
-                    heads,
+                    "value", values, asked[1], recipe.kv_ratio, before.values, before.value_components, heads, head_dim
                 ),
             )
+            _check_joint(after)
             _check_groups(recipe, before, after, heads)
-        layers.append(
-            LayerPlan(
-                layer,
-                after != before,
-                key_composition=after.keys,
-                key_components=after.key_components,
-                value_composition=after.values,
-                value_components=after.value_components,
-                bytes_before=_cached_bytes(before, heads, head_dim, size_before, norm),
-                bytes_after=_cached_bytes(after, heads, head_dim, size_after, norm),
-                parameters_before=_parameters(before, heads, head_dim, config.hidden_size, bias),
-                parameters_after=_parameters(after, heads, head_dim, config.hidden_size, bias),
-                window=layer_window(source, layer),
-            )
-        )
+        layers.append(_layer_plan(source, recipe, layer, before, after))
+    if splits_itself(recipe, keys, values):
+        choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
     return _whole_plan(source, recipe, layers, choice)
+
+
+def realised_plan(source: Source, recipe: Recipe, plan: Plan, sections: dict[int, dict[str, Any]]) -> Plan:
+    """The plan as it was carried out: fitting may have divided a layer's budget between keys and values otherwise.
+
+    Args:
+        source: The opened checkpoint.
+        recipe: The recipe of the plan.
+        plan: The plan.
+        sections: Entries of the ``mea`` section of the layers that were composed.
+    """
+    layers = list(plan.layers)
+    for layer, section in sections.items():
+        before = _Sides.of(source.config.mea["layers"][layer])
+        layers[layer] = _layer_plan(source, recipe, layer, before, _Sides.of(section))
+    return _whole_plan(source, recipe, layers, plan.choice)
+
+
+def splits_itself(recipe: Recipe, keys: str, values: str) -> bool:
+    """Whether fitting may divide the budget of a layer between keys and values: nobody said how, and both sides can."""
+    open_budget = recipe.split == "auto" and recipe.key_components is None and recipe.value_components is None
+    refined = recipe.refine != 0 if recipe.fit == "aligned" else bool(recipe.refine)
+    both = {keys, values} <= set(FRACTIONAL) or {keys, values} <= {"head", "prune", "share"}
+    return open_budget and refined and both and recipe.kv_groups == 1 and keys != "joint" and (recipe.kv_ratio or 1) < 1
+
+
+def _layer_plan(source: Source, recipe: Recipe, layer: int, before: "_Sides", after: "_Sides") -> LayerPlan:
+    config = source.config
+    heads, head_dim, hidden = config.num_key_value_heads, source.head_dim, config.hidden_size
+    bias, norm = config.mea["bias"], config.mea["qk_norm"]
+    size_before, size_after = DTYPE_BITS[source.dtype] // 8, DTYPE_BITS[_dtype(source, recipe)] // 8
+    return LayerPlan(
+        layer,
+        after != before,
+        key_composition=after.keys,
+        key_components=after.key_components,
+        value_composition=after.values,
+        value_components=after.value_components,
+        bytes_before=_cached_bytes(before, heads, head_dim, size_before, norm),
+        bytes_after=_cached_bytes(after, heads, head_dim, size_after, norm),
+        parameters_before=_parameters(before, heads, head_dim, hidden, bias),
+        parameters_after=_parameters(after, heads, head_dim, hidden, bias),
+        window=layer_window(source, layer),
+    )
 
 
 def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice: str) -> Plan:
@@ -227,7 +253,7 @@ def _check_groups(recipe: Recipe, before: "_Sides", after: "_Sides", heads: int)
             options = [str(n) for n in range(1, heads + 1) if heads % n == 0 and count % n == 0]
             raise RequestError(
                 f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; "
-                f"choose one of {', '.join(options) or 'other counts'}"
+                f"choose one of {', '.join(options)}"
             )
 
 
@@ -240,9 +266,8 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
             section = {name: value for name, value in layer.to_json().items() if name.startswith(("key_", "value_"))}
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
-            count = layer.key_components
-            if layer.key_composition == "frequency" and recipe.rotary_budget == "uniform" and isinstance(count, int):
-                section["rotary_components"] = [count] * (source.head_dim // 2)
+            if layer.key_composition == "frequency" and recipe.rotary_budget == "uniform":
+                section["rotary_components"] = [layer.key_components] * (source.head_dim // 2)
         sections.append(section)
     try:
         form = stock_form(source, sections)
@@ -255,9 +280,9 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
 @dataclass(frozen=True)
 class _Sides:
     keys: str
-    key_components: int
+    key_components: float
     values: str
-    value_components: int
+    value_components: float
 
     @staticmethod
     def of(spec: dict[str, Any]) -> "_Sides":
@@ -267,18 +292,35 @@ class _Sides:
 
 
 def _side(
-    side: str, kind: str, count: int | None, ratio: float | None, kind_now: str, components_now: int, heads: int
-) -> tuple[str, int]:
+    side: str,
+    kind: str,
+    count: int | None,
+    ratio: float | None,
+    kind_now: str,
+    components_now: float,
+    heads: int,
+    head_dim: int,
+) -> tuple[str, float]:
     """Composition and components of one side of a chosen layer; a side that nothing is said about stays as it is."""
     if count is None and ratio is None:
         return kind_now, components_now
-    components = _components(count, side, ratio, components_now, heads)
+    # A complex component takes two channels, part of a latent one, anything else whole heads.
+    channels = 2 if kind == "frequency" else 1 if kind in FRACTIONAL else head_dim
+    components = _components(count, side, ratio, components_now, heads, Fraction(channels, head_dim))
     if kind == "pool" and heads % components:
         raise RequestError(
             f"--{side}-composition pool needs a number of components that divides the {heads} key/value heads, "
             f"not {components}"
         )
     return kind, components
+
+
+def _check_joint(sides: _Sides) -> None:
+    if (sides.keys == "joint") != (sides.values == "joint"):
+        raise RequestError(
+            "joint keys and joint values read one latent: give both --key-composition joint and "
+            "--value-composition joint"
+        )
 
 
 def layer_window(source: Source, layer: int) -> int | None:
@@ -312,7 +354,9 @@ def _dtype(source: Source, recipe: Recipe) -> str:
     return names[recipe.dtype] if recipe.dtype else source.dtype
 
 
-def _components(count: int | None, side: str, ratio: float | None, now: int, heads: int) -> int:
+def _components(
+    count: int | None, side: str, ratio: float | None, now: float, heads: int, step: Fraction
+) -> int | float:
     """Components of one side: as asked for, or the ratio's share of the component heads that the source caches now."""
     if count is not None:
         if not 1 <= count <= heads:
@@ -321,29 +365,31 @@ def _components(count: int | None, side: str, ratio: float | None, now: int, hea
             )
         return count
     assert ratio is not None
-    exact = Fraction(ratio).limit_denominator(10_000) * now
-    if exact.denominator != 1 or exact < 1:
-        options = ", ".join(f"{c / now:.4g}" for c in range(1, now + 1))
+    cached = Fraction(now)
+    exact = Fraction(ratio).limit_denominator(10_000) * cached
+    if exact % step or exact < step:
+        below = max(exact // step, 1) * step
+        near = sorted({float(below / cached), float(min(below + step, cached) / cached)})
         raise RequestError(
-            f"--kv-ratio {ratio:g} is {float(exact):g} of {now} cached {side} heads; choose one of {options}, "
-            "or name counts with --key-components and --value-components"
+            f"--kv-ratio {ratio:g} is {float(exact):g} of {now:g} cached {side} heads; the nearest possible are "
+            f"{' and '.join(f'{value:.6g}' for value in near)}, or name counts with --key-components and "
+            "--value-components"
         )
-    return int(exact)
+    return int(exact) if exact.denominator == 1 else float(exact)
 
 
 def _cached_bytes(sides: _Sides, heads: int, head_dim: int, itemsize: int, qk_norm: bool) -> int:
     scalars = heads if qk_norm and sides.keys in SCALAR_NORM_KINDS else 0
-    return itemsize * ((sides.key_components + sides.value_components) * head_dim + scalars)
+    widths = [cached_width(components, head_dim) for components in (sides.key_components, sides.value_components)]
+    return itemsize * (sum(widths) + scalars)
 
 
 def _parameters(sides: _Sides, heads: int, head_dim: int, hidden: int, bias: dict[str, bool]) -> int:
     total = 0
-    for side, kind, components in (
-        ("key", sides.keys, sides.key_components),
-        ("value", sides.values, sides.value_components),
-    ):
-        total += components * head_dim * (hidden + bias[side])
-        shape = composition_shape(kind, components, heads, head_dim)
+    widths = [cached_width(components, head_dim) for components in (sides.key_components, sides.value_components)]
+    for side, kind, width in (("key", sides.keys, widths[0]), ("value", sides.values, widths[1])):
+        total += width * (hidden + bias[side])
+        shape = composition_shape(kind, width, sum(widths), heads, head_dim)
         total += prod(shape) if shape else 0
     return total
 

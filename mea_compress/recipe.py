@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mea_compress.errors import RequestError
 
-KeyComposition = Literal["head", "frequency", "latent", "pool", "prune", "share"]
-ValueComposition = Literal["head", "latent", "pool", "prune", "share"]
+KeyComposition = Literal["head", "frequency", "latent", "joint", "pool", "prune", "share"]
+ValueComposition = Literal["head", "latent", "joint", "pool", "prune", "share"]
 Fit = Literal["weights", "activations", "aligned"]
 DType = Literal["float64", "float32", "float16", "bfloat16"]
 S = TypeVar("S", bound=BaseModel)
@@ -142,6 +142,11 @@ class Recipe(_Settings):
         None,
         description="How value heads are made from components; without it the best that the family allows.",
         json_schema_extra=_group("How to compose"),
+    )
+    split: Literal["auto", "even"] = Field(
+        "auto",
+        description="How keys and values divide a layer's budget: as trial refinements say, or as in the source.",
+        json_schema_extra=_group("What to keep"),
     )
     rotary_budget: Literal["energy", "uniform"] = Field(
         "energy",

@@ -1,9 +1,9 @@
-"""Layer-local refinement: a composed layer is fitted, by gradient, to what the original layers send.
+"""Layer-local refinement: a composed layer is fitted, by gradient, to what the original layer sends.
 
-The layer gets what the already compressed layers really send it; the target is the residual stream of the original, so
-that earlier errors are corrected as well. The error is looked at behind the following layers of a short window, each
-token relative to the size of its stream (the next norm divides by it). The result is the best on held-out calibration
-sequences and never worse than the start.
+The layer gets what the already compressed layers really send it; the target is the residual stream that the original
+has behind the layer, so that earlier errors are corrected as well. Each token's error counts relative to the size of
+its stream, for the next norm divides by it. The result is the best on held-out calibration sequences and never worse
+than the start.
 """
 
 import math
@@ -32,16 +32,14 @@ class Settings:
         rates: Step sizes to try, as a share of a tensor's root mean square.
         trial_steps: Length of each trial.
         checks: How often the full run looks at the held-out sequences.
-        window: Layers behind which the error is looked at, the refined one included.
     """
 
     steps: int
-    batch: int = 16
-    held_out: int = 64
-    rates: tuple[float, ...] = (0.03, 0.1)
-    trial_steps: int = 20
+    batch: int
+    held_out: int
+    rates: tuple[float, ...] = (0.03, 0.12)
+    trial_steps: int = 30
     checks: int = 5
-    window: int = 2
 
 
 @dataclass(frozen=True)
@@ -61,57 +59,53 @@ class Refined:
     rate: float
 
 
-def refine(
-    composed: ComposedLayer,
-    runner: LayerRunner,
-    following: list[LayerRunner],
-    inputs: Activations,
-    targets: Activations,
-    settings: Settings,
-    seed: int,
-    tick: Callable[[int], object] = lambda _: None,
-) -> Refined:
-    """Fits a composed layer.
+class Refiner:
+    """Refines one layer, or tries out several forms of it.
 
     Args:
-        composed: The layer's closed form.
-        runner: The layer with that closed form in place; its weights are trained.
-        following: The original's next layers, as many as the window goes on.
         inputs: What the compressed model sends into the layer, (N, T, D).
-        targets: What the original model has behind the window, (N, T, D).
+        targets: What the original model has behind it, (N, T, D).
         settings: Steps, batches, step sizes.
         seed: Seed of the order of sequences.
         tick: Called with the number of optimiser steps done since its last call.
-
-    Returns:
-        The refined layer, float64 from float32.
     """
-    objective = _Objective(runner, following, inputs, targets, settings)
-    parameters = _trainable(runner.attention)
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before = objective.held_out()
-    best, rate = _Best(before, start), 0.0
-    trials: dict[float, float] = {}
-    for candidate in settings.rates:
-        _set(parameters, start)
-        order = _order(len(range(*inputs_range(inputs, settings))), settings, seed)
-        trials[candidate] = _descend(
-            parameters, start, objective, order, settings.trial_steps, candidate, 1, best, tick
-        )
-    chosen = min(settings.rates, key=lambda r: trials[r])
-    # A step size that blew up may still be right when halved.
-    if math.isfinite(trials[chosen]):
-        _set(parameters, start)
-        order = _order(len(range(*inputs_range(inputs, settings))), settings, seed)
-        _descend(parameters, start, objective, order, settings.steps, chosen, settings.checks, best, tick)
-        rate = chosen if best.value < before else 0.0
-    _set(parameters, best.weights)
-    return Refined(_read_back(composed, runner.attention), before, best.value, rate)
 
+    def __init__(
+        self,
+        inputs: Activations,
+        targets: Activations,
+        settings: Settings,
+        seed: int,
+        tick: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.inputs, self.targets, self.settings = inputs, targets, settings
+        self.seed, self.tick = seed, tick
 
-def inputs_range(inputs: Activations, settings: Settings) -> tuple[int, int]:
-    """First and past-last sequence that may be trained on."""
-    return min(settings.held_out, inputs.shape[0] // 4), inputs.shape[0]
+    def try_out(self, runner: LayerRunner) -> float:
+        """Held-out error after a short refinement at the largest step size; infinite where that blows up."""
+        run = _Run(self, runner)
+        return min(run.descend(self.settings.trial_steps, self.settings.rates[-1], 1), run.best.value)
+
+    def refine(self, composed: ComposedLayer, runner: LayerRunner) -> Refined:
+        """Fits a composed layer.
+
+        Args:
+            composed: The layer's closed form.
+            runner: The layer with that closed form in place; its weights are trained.
+
+        Returns:
+            The refined layer, float64 from float32.
+        """
+        run = _Run(self, runner)
+        before, settings = run.best.value, self.settings
+        trials = {rate: run.descend(min(settings.trial_steps, settings.steps), rate, 1) for rate in settings.rates}
+        chosen = min(settings.rates, key=lambda rate: trials[rate])
+        if math.isfinite(trials[chosen]):
+            run.descend(settings.steps, chosen, settings.checks)
+        _set(run.parameters, run.best.weights)
+        improved = run.best.value < before
+        layer = _read_back(composed, runner.attention) if improved else composed
+        return Refined(layer, before, run.best.value, chosen if improved else 0.0)
 
 
 @dataclass
@@ -125,41 +119,72 @@ class _Best:
             self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-class _Objective:
-    """Squared error of the residual stream, each token relative to its size, over that of doing nothing."""
+class _Run:
+    """One layer's weights, where they began, and the best of them so far."""
 
-    def __init__(
-        self,
-        runner: LayerRunner,
-        following: list[LayerRunner],
-        inputs: Activations,
-        targets: Activations,
-        settings: Settings,
-    ) -> None:
-        self.runners = [runner, *following]
-        self.inputs, self.targets, self.settings = inputs, targets, settings
-        self.first, self.count = inputs_range(inputs, settings)
-        reach = slice(self.first, min(self.first + settings.batch, self.count))
-        size = self._size(self.targets[reach])
-        self.scale = float(((self.targets[reach] - self.inputs[reach]).square() / size).mean().clamp(min=1e-30))
+    def __init__(self, refiner: Refiner, runner: LayerRunner) -> None:
+        self.runner, self.refiner, self.settings = runner, refiner, refiner.settings
+        self.inputs, self.targets = refiner.inputs, refiner.targets
+        self.parameters = _trainable(runner.attention)
+        self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        first = self.settings.held_out
+        reach = slice(first, first + self.settings.batch)
+        moved = (self.targets[reach] - self.inputs[reach]).square() / _size(self.targets[reach])
+        self.scale = float(moved.mean().clamp(min=1e-30))
+        self.best = _Best(self.held_out(), self.start)
 
-    @staticmethod
-    def _size(target: torch.Tensor) -> torch.Tensor:
-        return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
-
-    def __call__(self, index: slice | torch.Tensor) -> torch.Tensor:
-        hidden = self.inputs[index]
-        for runner in self.runners:
-            hidden = runner.forward(hidden)
+    def error(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """Squared error of the residual stream, each token relative to its size, over that of doing nothing."""
+        hidden = self.runner.forward(self.inputs[index])
         target = self.targets[index].to(hidden.device)
-        return ((hidden - target).square() / self._size(target)).mean() / self.scale
+        return ((hidden - target).square() / _size(target)).mean() / self.scale
 
     @torch.no_grad()
     def held_out(self) -> float:
+        """The error on the held-out sequences."""
         total = 0.0
-        for part in batches(self.first, self.settings.batch):
-            total += float(self(part)) * (part.stop - part.start)
-        return total / self.first
+        for part in batches(self.settings.held_out, self.settings.batch):
+            total += float(self.error(part)) * (part.stop - part.start)
+        return total / self.settings.held_out
+
+    def descend(self, steps: int, rate: float, checks: int) -> float:
+        """Adam from the start, with a short warm-up and a cosine to zero; every look at the held-out error counts.
+
+        Returns:
+            The last held-out error; infinite where it blew up.
+        """
+        _set(self.parameters, self.start)
+        groups = []
+        for name, parameter in self.parameters.items():
+            size = float(self.start[name].square().mean().sqrt()) or _fallback_size(self.start)
+            groups.append({"params": [parameter], "lr": 0.0, "size": size})
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        order = _order(self.inputs.shape[0] - self.settings.held_out, self.settings.batch, self.refiner.seed)
+        warm_up = max(1, min(10, steps // 5))
+        looks = {round(steps * (i + 1) / checks) - 1 for i in range(checks)}
+        value = math.inf
+        for step in range(steps):
+            factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor * group["size"]
+            loss = self.error(next(order) + self.settings.held_out)
+            if not torch.isfinite(loss):
+                return math.inf
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            self.refiner.tick(1)
+            if step in looks:
+                value = self.held_out()
+                if not math.isfinite(value):
+                    return math.inf
+                self.best.offer(value, self.parameters)
+        return value
+
+
+def _size(target: torch.Tensor) -> torch.Tensor:
+    """Mean square of each token's stream, (…, 1)."""
+    return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
 def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
@@ -177,60 +202,20 @@ def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
     return chosen
 
 
-def _order(count: int, settings: Settings, seed: int) -> Iterator[torch.Tensor]:
+def _order(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
     """Batches of indices, every sequence once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.long)
     while True:
-        while len(queue) < settings.batch:
+        while len(queue) < batch:
             queue = torch.cat((queue, torch.randperm(count, generator=generator)))
-        yield queue[: settings.batch]
-        queue = queue[settings.batch :]
+        yield queue[:batch]
+        queue = queue[batch:]
 
 
-def _descend(
-    parameters: dict[str, torch.nn.Parameter],
-    start: dict[str, torch.Tensor],
-    objective: _Objective,
-    order: Iterator[torch.Tensor],
-    steps: int,
-    rate: float,
-    checks: int,
-    best: _Best,
-    tick: Callable[[int], object],
-) -> float:
-    """Adam with a short warm-up and a cosine to zero; returns the last held-out error and offers every one."""
-    groups = []
-    for name, parameter in parameters.items():
-        size = float(start[name].square().mean().sqrt())
-        groups.append({"params": [parameter], "lr": 0.0, "size": size or float(_fallback_size(start))})
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    warm = max(1, min(10, steps // 5))
-    value = math.inf
-    looks = {round(steps * (i + 1) / checks) - 1 for i in range(checks)}
-    for step in range(steps):
-        factor = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = rate * factor * group["size"]
-        loss = objective(next(order) + objective.first)
-        if not torch.isfinite(loss):
-            return math.inf
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        tick(1)
-        if step in looks:
-            value = objective.held_out()
-            if not math.isfinite(value):
-                return math.inf
-            best.offer(value, parameters)
-    return value
-
-
-def _fallback_size(start: dict[str, torch.Tensor]) -> torch.Tensor:
+def _fallback_size(start: dict[str, torch.Tensor]) -> float:
     """A step size for tensors that begin at zero (biases): that of the smallest other tensor."""
-    sizes = [tensor.square().mean().sqrt() for tensor in start.values() if tensor.any()]
-    return torch.stack(sizes).min() if sizes else torch.tensor(0.02)
+    return min((float(tensor.square().mean().sqrt()) for tensor in start.values() if tensor.any()), default=0.02)
 
 
 def _set(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
@@ -246,9 +231,11 @@ def _read_back(composed: ComposedLayer, attention: Any) -> ComposedLayer:
         column = weight.new_zeros(len(weight)) if bias is None else bias.detach().double().cpu()
         return torch.cat((weight, column[:, None]), 1)
 
+    latent = torch.cat((rows(attention.k_proj), rows(attention.v_proj))) if attention.key_kind == "joint" else None
+
     def side(old: Any, projection: Any, composition: Any) -> Any:
         weight = None if composition is None else composition.weight.detach().double().cpu()
-        return replace(old, projection=rows(projection), weight=weight)
+        return replace(old, projection=rows(projection), weight=weight, latent=latent)
 
     head_dim = attention.head_dim
     output = attention.o_proj.weight.detach().double().cpu()

@@ -103,12 +103,8 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
 
     with torch.no_grad():
         cache = DynamicCache()
-        keys = attention._keys_to_cache(hidden, cos, sin)
-        values = attention._flat(attention.v_proj(hidden), attention.value_composition)
-        keys, values = cache.update(keys, values, 0)
-        positions = torch.arange(_TOKENS)[None]
-        found_keys = attention._composed_keys(keys, positions, None, rotary)
-        found_values = attention._heads(values, attention.value_composition)
+        keys, values = cache.update(*attention.project(hidden, cos, sin), 0)
+        found_keys, found_values = attention.compose(keys, values, torch.arange(_TOKENS)[None], None, rotary)
         expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _plain_heads(read_side(emitted, layer, "value"), hidden)
     worst = 0.0

@@ -7,6 +7,7 @@ from typing import Any
 from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError
+from mea_compress.modeling.configuration_mea import cached_width
 
 _MOST_LAYERS = 10_000
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -157,7 +158,7 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
     spec, bias = config.mea["layers"][layer], config.mea["bias"]
     hidden, width = config.hidden_size, config.num_attention_heads * source.head_dim
     heads, head_dim = config.num_key_value_heads, source.head_dim
-    key_width, value_width = spec["key_components"] * head_dim, spec["value_components"] * head_dim
+    key_width, value_width = (cached_width(spec[f"{side}_components"], head_dim) for side in ("key", "value"))
     shapes: Shapes = {"o_proj.weight": (hidden, width)}
     if family.fused and not source.native:
         shapes[f"{family.fused}.weight"] = (width + key_width + value_width, hidden)
@@ -174,7 +175,8 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
     if config.mea["head_norm"]:
         shapes["head_norm.weight"] = (head_dim,)
     for side in ("key", "value"):
-        shape = composition_shape(spec[f"{side}_composition"], spec[f"{side}_components"], heads, head_dim)
+        width = {"key": key_width, "value": value_width}[side]
+        shape = composition_shape(spec[f"{side}_composition"], width, key_width + value_width, heads, head_dim)
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
     return {family.attention(layer) + name: shape for name, shape in shapes.items()}
@@ -186,12 +188,22 @@ def _remaining_shapes(source: Source, layer: int) -> Shapes:
     return {prefix + name: shape for name, shape in (norms | source.family.mlp(config, layer)).items()}
 
 
-def composition_shape(kind: str, components: int, heads: int, head_dim: int) -> tuple[int, ...] | None:
-    """Shape of ``key_composition.weight`` or ``value_composition.weight``; None where there is no such tensor."""
+def composition_shape(kind: str, width: int, both: int, heads: int, head_dim: int) -> tuple[int, ...] | None:
+    """Shape of ``key_composition.weight`` or ``value_composition.weight``; None where there is no such tensor.
+
+    Args:
+        kind: Of the side's composition.
+        width: Numbers a token that the side caches.
+        both: The same of keys and values together.
+        heads: H.
+        head_dim: d.
+    """
     if kind in ("head", "prune", "share"):
-        return (components, heads)
+        return (width // head_dim, heads)
     if kind == "frequency":
-        return (2, components * head_dim // 2, heads)
+        return (2, width // 2, heads)
     if kind == "latent":
-        return (heads * head_dim, components * head_dim)
+        return (heads * head_dim, width)
+    if kind == "joint":
+        return (heads * head_dim, both)
     return None

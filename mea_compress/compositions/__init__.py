@@ -16,14 +16,14 @@ from typing import Any
 from mea_compress.composed import Composed
 from mea_compress.compositions.frequency import Frequency
 from mea_compress.compositions.head import Head
-from mea_compress.compositions.latent import Latent
+from mea_compress.compositions.latent import Joint, Latent
 from mea_compress.compositions.pool import Pool
 from mea_compress.compositions.prune import Prune
 from mea_compress.compositions.request import Request
 from mea_compress.compositions.share import Share
 
 COMPOSITIONS: dict[str, Any] = {
-    composition.name: composition for composition in (Head(), Frequency(), Latent(), Pool(), Prune(), Share())
+    composition.name: composition for composition in (Head(), Frequency(), Latent(), Joint(), Pool(), Prune(), Share())
 }
 
 __all__ = ["COMPOSITIONS", "Composed", "Request"]

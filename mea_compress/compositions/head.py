@@ -56,7 +56,7 @@ class Head:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them; see `compositions`."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
@@ -90,7 +90,7 @@ class Head:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them; see `compositions`."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "value")
         if fit == "aligned":
             if heads.head_norm is None:

@@ -1,7 +1,8 @@
-"""Joint low rank over all heads of a side: a latent of C·d numbers, from which every head is rebuilt linearly.
+"""Joint low rank over all heads: a latent from which every head is rebuilt linearly.
 
-`latent` has one latent a side: the whitened SVD of Palu (2407.21118), SVD-LLM (2403.07378) and CARE (2603.17946), with errors weighed by what the
-layer does with them. `joint` has one for both. Values are read through the latent by o_proj; keys must be rebuilt before RoPE.
+`latent` has one latent a side: the whitened SVD of Palu (2407.21118), SVD-LLM (2403.07378) and CARE (2603.17946), with
+errors weighed by what the layer does with them. `joint` has one for both sides. Values are read through the latent by
+o_proj; keys must be rebuilt before RoPE.
 """
 
 import torch
@@ -80,7 +81,9 @@ class Joint:
         """Composed keys; queries stay as they are."""
         latent, expansion, _ = _share_latent(heads, statistics, request)
         own = latent[: request.width(heads.key.shape[1])]
-        return Composed(self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent), heads
+        return Composed(
+            self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent
+        ), heads
 
     def values(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
@@ -88,7 +91,9 @@ class Joint:
         """Composed values; o_proj stays as it is."""
         latent, _, expansion = _share_latent(heads, statistics, request)
         own = latent[len(latent) - request.width(heads.value.shape[1]) :]
-        return Composed(self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent), heads
+        return Composed(
+            self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent
+        ), heads
 
 
 def _share_latent(
@@ -99,14 +104,14 @@ def _share_latent(
     Keys and values are stacked, weighed and made equal in size; then keys count `emphasis` times as much, for an error
     of a key changes what is attended to.
     """
-    count, head_dim, size = heads.key.shape
+    count, head_dim = heads.key.shape[:2]
     channels = _channel_weights(heads, statistics, request.fit)
     square, inverse = value_root(heads, request.fit)
-    second = moment(statistics, request.fit, "key", size)
+    second = moment(statistics, request.fit, "key")
     keys = (heads.key * channels[..., None]).flatten(0, 1)
     values = (square @ heads.value).flatten(0, 1)
-    attended = moment(statistics, request.fit, "value", size)
-    energy = [torch.einsum("nx,xy,ny->", rows, seen, rows) for rows, seen in ((keys, second), (values, attended))]
+    attended = moment(statistics, request.fit, "value")
+    energy = [(through(rows, seen) * rows).sum() for rows, seen in ((keys, second), (values, attended))]
     scale = request.emphasis * float((energy[1] / energy[0].clamp(min=1e-300)).sqrt())
     rank = request.width(head_dim) + round(request.other * head_dim)
     expansion, latent = low_rank(torch.cat((keys * scale, values)), second, rank)

@@ -107,7 +107,7 @@ class Pool:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled keys and the layer whose queries fit them, its heads ordered by group."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         count, head_dim = heads.key.shape[:2]
         _check(count, components)
         if fit == "weights":
@@ -137,7 +137,7 @@ class Pool:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Pooled values of adjacent heads and the layer whose o_proj fits them."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         count, head_dim = heads.value.shape[:2]
         _check(count, components)
         if fit == "weights":

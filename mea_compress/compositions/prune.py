@@ -52,7 +52,7 @@ class Prune:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys and the layer whose queries fit them."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
         if fit == "aligned" and heads.key_norm is None:
@@ -67,7 +67,7 @@ class Prune:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Composed values and the layer whose o_proj fits them."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "value")
         gram = torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value)
         kept = choose_kept(gram, components)

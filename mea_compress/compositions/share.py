@@ -41,7 +41,7 @@ class Share:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Shared keys and the layer whose queries fit them."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
         cross = key_cross(heads, second, key_weights(heads, statistics, fit))
         energy = cross.diagonal(dim1=-2, dim2=-1).real.clamp(min=1e-300)  # (P, H)
@@ -65,7 +65,7 @@ class Share:
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
     ) -> tuple[Composed, AttentionHeads]:
         """Shared values and the layer whose o_proj fits them."""
-        components, fit = request.components, request.fit
+        components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "value")
         if fit != "aligned":
             gram = torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value)

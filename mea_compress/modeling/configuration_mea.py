@@ -14,11 +14,12 @@ The section::
                  "value_composition": "head", "value_components": 2}, ...]}
 
 ``key_components`` and ``value_components`` count component heads: the layer caches that many times ``head_dim``
-numbers a token. A layer with ``frequency`` keys also lists ``rotary_components``, the number of complex components
-of each rotary pair. ``groups`` says that adjacent heads form so many groups, each composed from its own share of the
-components (nothing is computed differently). Compositions: ``none`` (every head is cached), ``pool`` (a component is shared by the heads of
-one group, as in grouped-query attention), ``head``, ``prune`` and ``share`` (a matrix of components x heads),
-``frequency`` (complex, a matrix for each rotary pair; keys only) and ``latent`` (a matrix of channels x rank).
+numbers a token. Compositions: ``none`` (every head is cached), ``pool`` (a component is shared by the heads of one
+group, as in grouped-query attention), ``head``, ``prune`` and ``share`` (a matrix of components x heads), ``frequency``
+(complex, a matrix for each rotary pair; keys only), ``latent`` (a matrix of channels x rank) and ``joint`` (a latent of
+which keys and values each cache a part and which both read whole). The last three may have part of a head as
+components: their width is any number of channels. A layer with ``frequency`` keys also lists ``rotary_components``, the
+number of complex components of each rotary pair.
 """
 
 from typing import Any
@@ -26,8 +27,15 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 FORMAT = 1
-KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "latent")
-VALUE_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "latent")
+KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "latent", "joint")
+VALUE_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "latent", "joint")
+# Compositions whose cached width is not tied to whole heads.
+FRACTIONAL = ("frequency", "latent", "joint")
+
+
+def cached_width(components: float, head_dim: int) -> int:
+    """Numbers a token that `components` component heads take; part of a head is a whole number of channels."""
+    return round(components * head_dim)
 
 
 def complete_section(
@@ -60,7 +68,10 @@ def complete_section(
             composition, components = layer.get(f"{side}_composition"), layer.get(f"{side}_components")
             if composition not in known:
                 raise ValueError(f"mea layer {index}: unknown {side}_composition {composition!r}")
-            if not isinstance(components, int) or not 1 <= components <= heads:
+            fractional = composition in FRACTIONAL
+            numeric = isinstance(components, int | float) and not isinstance(components, bool)
+            least = 1 / 1024 if fractional else 1
+            if not numeric or not least <= components <= heads or (components % 1 and not fractional):
                 raise ValueError(
                     f"mea layer {index}: {side}_components must lie between 1 and {heads}, not {components!r}"
                 )
@@ -73,13 +84,15 @@ def complete_section(
                 raise ValueError(f"mea layer {index}: groups must divide {heads} heads, not {groups!r}")
             if composition == "pool" and heads % components:
                 raise ValueError(f"mea layer {index}: {components} pooled components do not divide {heads} heads")
+        if (layer["key_composition"] == "joint") != (layer["value_composition"] == "joint"):
+            raise ValueError(f"mea layer {index}: joint keys and joint values read one latent and go together")
     return section
 
 
-def _check_rotary_components(index: int, counts: Any, components: int, config: Any) -> None:
+def _check_rotary_components(index: int, counts: Any, components: float, config: Any) -> None:
     """Every rotary pair has a whole number of complex components, and they fill the width that the layer caches."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs, lanes = head_dim // 2, components * head_dim // 2
+    pairs, lanes = head_dim // 2, cached_width(components, head_dim) // 2
     whole = isinstance(counts, list | tuple) and all(type(count) is int and count >= 0 for count in counts)
     if not whole or len(counts) != pairs or sum(counts) != lanes:
         raise ValueError(

@@ -46,6 +46,7 @@ from .configuration_mea import (
     MeaQwen2Config,
     MeaQwen3Config,
     MeaQwen3MoeConfig,
+    cached_width,
 )
 
 
@@ -248,8 +249,8 @@ class MeaAttention(nn.Module):
         # Pooled keys and values are plain grouped-query attention, with fewer heads than the configuration names.
         self.plain_heads = spec["key_components"] if self.key_kind == self.value_kind == "pool" else self.heads
         self.num_key_value_groups = self.query_heads // self.plain_heads
-        self.key_width = spec["key_components"] * self.head_dim
-        self.value_width = spec["value_components"] * self.head_dim
+        self.key_width = cached_width(spec["key_components"], self.head_dim)
+        self.value_width = cached_width(spec["value_components"], self.head_dim)
 
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.query_heads * self.head_dim, bias=bias["query"])
@@ -263,16 +264,18 @@ class MeaAttention(nn.Module):
         if section["head_norm"]:
             self.head_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
         self.has_head_norm = section["head_norm"]
-        self.key_composition = self._composition(self.key_kind, spec["key_components"], spec.get("rotary_components"))
-        self.value_composition = self._composition(self.value_kind, spec["value_components"], None)
+        self.key_composition = self._composition(self.key_kind, self.key_width, spec.get("rotary_components"))
+        self.value_composition = self._composition(self.value_kind, self.value_width, None)
 
-    def _composition(self, kind: str, components: int, rotary_components: list[int] | None) -> nn.Module | None:
+    def _composition(self, kind: str, width: int, rotary_components: list[int] | None) -> nn.Module | None:
         if kind in ("head", "prune", "share"):
-            return HeadComposition(components, self.heads)
+            return HeadComposition(width // self.head_dim, self.heads)
         if kind == "frequency":
             return FrequencyComposition(rotary_components or [], self.heads, self.head_dim, self.rotary_dim)
         if kind == "latent":
-            return LatentComposition(components * self.head_dim, self.heads, self.head_dim)
+            return LatentComposition(width, self.heads, self.head_dim)
+        if kind == "joint":
+            return LatentComposition(self.key_width + self.value_width, self.heads, self.head_dim)
         return None
 
     def _heads(self, cached: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
@@ -323,6 +326,27 @@ class MeaAttention(nn.Module):
         components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
         return self._heads(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
 
+    def project(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width) or plain heads (B, heads, T, d)."""
+        values = self._flat(self.v_proj(hidden_states), self.value_composition)
+        return self._keys_to_cache(hidden_states, cos, sin), values
+
+    def compose(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position_ids: Any,
+        attention_mask: torch.Tensor | None,
+        rotary: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (rotated) and values that the queries see, each (B, heads, T, d), from what is cached."""
+        if self.key_kind == "joint":  # both sides read the whole latent
+            keys = values = torch.cat((keys, values), dim=-1)
+        keys = self._composed_keys(keys, position_ids, attention_mask, rotary)
+        return keys, self._heads(values, self.value_composition)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -348,13 +372,11 @@ class MeaAttention(nn.Module):
         if self.qk_norm:
             queries = self.q_norm(queries)
         queries = rotate_heads(queries, cos, sin).transpose(1, 2)
-        keys = self._keys_to_cache(hidden_states, cos, sin)
-        values = self._flat(self.v_proj(hidden_states), self.value_composition)
+        keys, values = self.project(hidden_states, cos, sin)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
 
-        keys = self._composed_keys(keys, kwargs.get("position_ids"), attention_mask, self.rotary)
-        values = self._heads(values, self.value_composition)
+        keys, values = self.compose(keys, values, kwargs.get("position_ids"), attention_mask, self.rotary)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -62,6 +62,8 @@ def reference_attention(
     queries = attention.q_proj(hidden_states).reshape(-1, query_heads, head_dim)
     keys = attention.k_proj(hidden_states)
     values = attention.v_proj(hidden_states)
+    if attention.key_kind == "joint":  # both sides read the whole latent
+        keys = values = torch.cat((keys, values), -1)
     if attention.qk_norm and isinstance(attention.key_composition, FrequencyComposition):
         keys = (
             compose(attention.key_composition, keys, heads, head_dim) / attention.k_norm.weight
