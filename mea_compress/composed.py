@@ -73,10 +73,11 @@ class Composed:
 
     def composed_heads(self) -> torch.Tensor:
         """The heads as the queries see them, (H, d, D + 1)."""
-        own = self.projection.unflatten(0, (-1, self.head_dim))
+        if self.kind in ("frequency", "latent", "joint"):
+            rows = self.projection if self.latent is None else self.latent
+            return (self.expansion() @ rows).unflatten(0, (self.heads, self.head_dim))
+        own = self.projection.unflatten(0, (-1, self.head_dim))  # whole component heads: no matrix of H * d is made
         if self.kind in ("none", "pool"):
             return own.repeat_interleave(self.heads // own.shape[0], dim=0)
-        if self.kind in ("head", "prune", "share"):
-            assert self.weight is not None
-            return torch.einsum("ch,cdx->hdx", self.weight, own)
-        return (self.expansion() @ self.projection).unflatten(0, (self.heads, self.head_dim))
+        assert self.weight is not None
+        return torch.einsum("ch,cdx->hdx", self.weight, own)
