@@ -85,7 +85,7 @@ def read_composed(source: Source, layer: int, side: str) -> Composed:
 
 
 def _latent(source: Source, layer: int) -> torch.Tensor:
-    return torch.cat([read_projection(source, layer, side) for side in SIDES])
+    return torch.cat([read_projection(source, layer, side) for side in ("key", "value")])
 
 
 def read_side(source: Source, layer: int, side: str) -> torch.Tensor:
