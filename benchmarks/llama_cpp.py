@@ -1,0 +1,191 @@
+"""An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp, held against transformers.
+
+    pip install gguf llama-cpp-python
+    mea-compress compress SRC HALF --recipe serve-anywhere
+    mea-compress export HALF EXPORT --format llama
+    python benchmarks/llama_cpp.py EXPORT --compressed HALF --json benchmarks/results/llama_cpp.json
+
+Tokens go in and come out as numbers, so that no tokenizer is converted. llama.cpp's `convert_hf_to_gguf.py` knows
+longrope for Phi-3 alone; the tensor `rope_freqs.weight` and the lengths of keys and values below are what it lacks.
+"""
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name):
+    stem, kind = name.rsplit(".", 1)
+    if stem in WHOLE:
+        return f"{WHOLE[stem]}.{kind}"
+    _, _, layer, own = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[own]}.{kind}"
+
+
+def interleaved(rows, heads):
+    """llama.cpp's Llama turns neighbouring channels, transformers' channels half a head apart."""
+    shape = rows.shape
+    return rows.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+
+def write(export, file):
+    """A Llama checkpoint as GGUF in float32."""
+    config = AutoConfig.from_pretrained(export)
+    assert config.model_type == "llama", "export it with --format llama"
+    rope = config.rope_parameters
+    assert rope["rope_type"] in ("default", "longrope"), rope["rope_type"]
+    out = gguf.GGUFWriter(file, "llama")
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_key_length(config.head_dim)
+    out.add_value_length(config.head_dim)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_rope_freq_base(rope["rope_theta"])
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_vocab_size(config.vocab_size)
+    out.add_file_type(gguf.LlamaFileType.ALL_F32)
+    out.add_tokenizer_model("none")
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for path in sorted(Path(export).glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            rows = tensor.float().numpy()
+            projection = name.split(".")[-2]
+            if projection in heads:
+                rows = interleaved(rows, heads[projection])
+            out.add_tensor(gguf_name(name), np.ascontiguousarray(rows))
+    if rope["rope_type"] == "longrope":
+        out.add_tensor("rope_freqs.weight", np.array(rope["short_factor"], dtype=np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+class Engine:
+    """llama.cpp, fed tokens and read logits, with a cache in float32."""
+
+    def __init__(self, file, context):
+        llama_cpp.llama_backend_init()
+        self.log = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
+        model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        assert model, "llama.cpp does not load it"
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+        settings.n_threads = settings.n_threads_batch = 1
+        self.context = llama_cpp.llama_init_from_model(model, settings)
+        assert self.context, "llama.cpp makes no context for it"
+        self.size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def state_bytes(self):
+        """Bytes of everything a sequence keeps: its cache and little else."""
+        return llama_cpp.llama_state_seq_get_size(self.context, 0)
+
+    def __call__(self, tokens, position):
+        """Logits (len(tokens), vocabulary) of tokens at positions from `position` on."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.logits[i] = 1, 1
+            batch.seq_id[i][0] = 0
+        assert llama_cpp.llama_decode(self.context, batch) == 0
+        rows = [
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, i), shape=(self.size,)).copy()
+            for i in range(len(tokens))
+        ]
+        llama_cpp.llama_batch_free(batch)
+        return torch.from_numpy(np.stack(rows))
+
+
+@torch.no_grad()
+def greedy(forward, prompt, count):
+    """Prompt logits, and the prompt continued one most likely token at a time."""
+    logits = forward(prompt, 0)
+    tokens, last = list(prompt), logits[-1]
+    for _ in range(count):
+        tokens.append(int(last.argmax()))
+        last = forward(tokens[-1:], len(tokens) - 1)[-1]
+    return logits, tokens
+
+
+def stock(directory):
+    """The same of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    cache = DynamicCache()
+
+    def forward(tokens, position):
+        return model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0]
+
+    return forward
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--compressed", type=Path, help="what it was exported from (needs mea-compress)")
+    parser.add_argument("--original", type=Path, help="the model before compression, for the size of its cache")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[1, 5, 9, 20, 31, 40])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    context = len(arguments.prompt) + arguments.tokens + 2
+    file = arguments.export / "model-f32.gguf"
+    write(arguments.export, file)
+    engine = Engine(file, context)
+    logits, tokens = greedy(engine, arguments.prompt, arguments.tokens)
+    result = {"tokens": arguments.tokens, "state_bytes": engine.state_bytes()}
+    references = {"export_in_transformers": arguments.export}
+    if arguments.compressed:
+        import mea_compress.modeling  # noqa: F401  (registers the compressed checkpoint's classes)
+
+        references["compressed_checkpoint"] = arguments.compressed
+    for name, directory in references.items():
+        expected, text = greedy(stock(directory), arguments.prompt, arguments.tokens)
+        result[name] = {
+            "largest_logit_difference": float((logits - expected).abs().max()),
+            "same_greedy_tokens": sum(a == b for a, b in zip(tokens, text, strict=True)) - len(arguments.prompt),
+        }
+    if arguments.original:
+        whole = arguments.export / "original-f32.gguf"
+        write(arguments.original, whole)
+        original = Engine(whole, context)
+        greedy(original, arguments.prompt, arguments.tokens)
+        result["original_state_bytes"] = original.state_bytes()
+        whole.unlink()
+    file.unlink()
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
