@@ -1,4 +1,4 @@
-"""An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp, held against transformers.
+"""An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp, and transformers beside.
 
     pip install gguf llama-cpp-python
     mea-compress compress SRC HALF --recipe serve-anywhere
@@ -12,6 +12,7 @@ longrope for Phi-3 alone; the tensor `rope_freqs.weight` and the lengths of keys
 import argparse
 import ctypes
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -99,6 +100,7 @@ class Engine:
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+        settings.flash_attn_type = 0  # off: it would round queries to half precision
         settings.n_threads = settings.n_threads_batch = 1
         self.context = llama_cpp.llama_init_from_model(model, settings)
         assert self.context, "llama.cpp makes no context for it"
@@ -147,6 +149,14 @@ def stock(directory):
     return forward
 
 
+def compare(logits, tokens, expected, text, prompt):
+    """Largest difference of prompt logits, and generated tokens that are the same."""
+    return {
+        "largest_logit_difference": float((logits - expected).abs().max()),
+        "same_greedy_tokens": sum(a == b for a, b in zip(tokens, text, strict=True)) - prompt,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path)
@@ -161,7 +171,8 @@ def main():
     write(arguments.export, file)
     engine = Engine(file, context)
     logits, tokens = greedy(engine, arguments.prompt, arguments.tokens)
-    result = {"tokens": arguments.tokens, "state_bytes": engine.state_bytes()}
+    versions = {name: version(name) for name in ("llama_cpp_python", "gguf", "transformers", "torch")}
+    result = {"versions": versions, "tokens": arguments.tokens, "state_bytes": engine.state_bytes()}
     references = {"export_in_transformers": arguments.export}
     if arguments.compressed:
         import mea_compress.modeling  # noqa: F401  (registers the compressed checkpoint's classes)
@@ -169,16 +180,16 @@ def main():
         references["compressed_checkpoint"] = arguments.compressed
     for name, directory in references.items():
         expected, text = greedy(stock(directory), arguments.prompt, arguments.tokens)
-        result[name] = {
-            "largest_logit_difference": float((logits - expected).abs().max()),
-            "same_greedy_tokens": sum(a == b for a, b in zip(tokens, text, strict=True)) - len(arguments.prompt),
-        }
+        result[name] = compare(logits, tokens, expected, text, len(arguments.prompt))
     if arguments.original:
         whole = arguments.export / "original-f32.gguf"
         write(arguments.original, whole)
         original = Engine(whole, context)
-        greedy(original, arguments.prompt, arguments.tokens)
-        result["original_state_bytes"] = original.state_bytes()
+        logits, tokens = greedy(original, arguments.prompt, arguments.tokens)
+        expected, text = greedy(stock(arguments.original), arguments.prompt, arguments.tokens)
+        # How far llama.cpp and transformers are apart on a checkpoint that nobody touched.
+        result["original"] = compare(logits, tokens, expected, text, len(arguments.prompt))
+        result["original"]["state_bytes"] = original.state_bytes()
         whole.unlink()
     file.unlink()
     text = json.dumps(result, indent=2)

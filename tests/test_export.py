@@ -282,7 +282,7 @@ def test_a_stock_checkpoint_is_not_exported(tmp_path):
 
 def test_groups_must_divide(tmp_path):
     stock_checkpoint(tmp_path / "source")
-    with pytest.raises(RequestError, match="--kv-groups 4 does not divide .* choose one of 1, 2"):
+    with pytest.raises(RequestError, match=r"--kv-groups 4 does not divide .* choose one of 1, 2"):
         make_plan(tmp_path / "source", Recipe(kv_ratio=0.5, kv_groups=4, **HEAD))
     out = compressed(tmp_path)
     with pytest.raises(RequestError, match="compress the original"):
