@@ -73,8 +73,9 @@ class Workspace:
                     _sync(Path(folder, name))
             _sync(Path(folder))
         os.rename(self.path, out)
-        _sync(out.parent)
-        _remove(self.work)
+        with contextlib.suppress(OSError):  # OUT is complete, whatever becomes of what is left
+            _sync(out.parent)
+            _remove(self.work)
 
 
 def check_free(out: Path, source: Path) -> None:

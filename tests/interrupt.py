@@ -53,7 +53,9 @@ class Counter:
             return False
         self.count += 1
         # A full disk stays full; a kill happens once.
-        return (self.action != "count" and self.count == self.point) or (self.action == "full" and 0 < self.point <= self.count)
+        return (self.action != "count" and self.count == self.point) or (
+            self.action == "full" and 0 < self.point <= self.count
+        )
 
     def act(self):
         if self.action == "kill":
@@ -107,7 +109,7 @@ def main(source, work, recipe_json, seed, kills, failures):
         # Every other run is stopped a second time while it resumes.
         if point % 2 and not out.exists():
             attempt(source, out, recipe, True, chance.randrange(1, total), action)
-        if not report["early"] and out.exists():  # the second interruption would have come after the end
+        if not report["early"] and out.exists() and not partial.exists():
             report["resumed"] = {"status": 0, "said": ""}
         else:
             report["resumed"] = attempt(source, out, recipe, True)

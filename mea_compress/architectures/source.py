@@ -103,10 +103,28 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
         rotary = _rotary_dim(config)
         if not 2 <= rotary <= _head_dim(config) or rotary % 2 or _head_dim(config) % 2:
             raise ValueError(f"RoPE cannot turn {rotary} of {_head_dim(config)} channels of a head")
+        _check_settings(config, rotary)
         return config
     except Exception as error:  # transformers' strict configurations raise classes of their own
         reason = " ".join(str(error).split())
         raise RequestError(f"{where} is not a usable configuration: {reason}") from error
+
+
+def _check_settings(config: Any, rotary_dim: int) -> None:
+    """What a model of this configuration would stumble over when it is built, long after the work has begun."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not known")
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    if kind == "default":
+        return
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type {kind!r} is not known")
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    if frequencies.shape != (rotary_dim // 2,) or not bool(frequencies.isfinite().all()):
+        raise ValueError(f"rope_parameters do not give {rotary_dim // 2} frequencies")
 
 
 def _check_tensors(source: Source) -> None:
