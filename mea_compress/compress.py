@@ -27,7 +27,7 @@ from mea_compress.report import model_card, write_json
 from mea_compress.verification import verify
 from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
 
-CODE_FILES = ("configuration_mea.py", "modeling_mea.py")
+CODE_FILES = ("configuration_mea.py", "decode_mea.py", "modeling_mea.py")
 # Room for the files that are not weights, beside them and the layers' own files.
 _SPARE_BYTES = 64 << 20
 

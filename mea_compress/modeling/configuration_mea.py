@@ -10,6 +10,7 @@ The section::
      "head_norm": false,           RMSNorm over head_dim on every query head's attention output
      "qk_norm": false,             RMSNorm over head_dim on queries and on composed keys, before RoPE
      "bias": {"query": false, "key": false, "value": false, "output": false},
+     "decode": "auto",             optional: absorb or expand decides how new tokens read a cache of components
      "layers": [{"key_composition": "head", "key_components": 2,
                  "value_composition": "head", "value_components": 2}, ...]}
 
@@ -28,6 +29,7 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qw
 
 FORMAT = 1
 KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "latent", "joint")
+DECODE = ("auto", "absorb", "expand")
 VALUE_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "latent", "joint")
 # Compositions whose cached width is not tied to whole heads.
 FRACTIONAL = ("frequency", "latent", "joint")
@@ -58,6 +60,8 @@ def complete_section(
     section.setdefault("head_norm", False)
     section.setdefault("qk_norm", qk_norm)
     section["bias"] = {**bias, **section.get("bias", {})}
+    if section.get("decode", "auto") not in DECODE:
+        raise ValueError(f"mea section: decode is one of {', '.join(DECODE)}, not {section['decode']!r}")
     heads, depth = config.num_key_value_heads, config.num_hidden_layers
     whole = {"key_composition": "head", "key_components": heads, "value_composition": "head", "value_components": heads}
     layers = section.setdefault("layers", [dict(whole) for _ in range(depth)])

@@ -48,6 +48,7 @@ from .configuration_mea import (
     MeaQwen3MoeConfig,
     cached_width,
 )
+from .decode_mea import TILE, absorbing_pays, add_mask, read_keys, read_values, readable_mask, softmax
 
 
 def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
@@ -104,6 +105,15 @@ class HeadComposition(nn.Module):
         """(B, T, C * d) -> (B, T, H, d)."""
         return torch.einsum("btcd,ch->bthd", components.unflatten(-1, (self.weight.shape[0], -1)), self.weight)
 
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries of composed heads as queries of components: (B, H, rows, d) -> (B, H, rows, C * d)."""
+        return torch.einsum("bhrd,ch->bhrcd", queries, self.weight.to(queries.dtype)).flatten(-2)
+
+    def contract(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of components as those of composed heads: (B, H, rows, C * d) -> (B, H, rows, d)."""
+        outputs = outputs.unflatten(-1, (self.weight.shape[0], -1))
+        return torch.einsum("bhrcd,ch->bhrd", outputs, self.weight.to(outputs.dtype))
+
 
 class FrequencyComposition(nn.Module):
     """Complex composition for every rotary pair: K[h, p] = sum over lanes l of pair p of w[l, h] * lane l.
@@ -124,6 +134,7 @@ class FrequencyComposition(nn.Module):
         self.channel_order = nn.Buffer(
             order.to(pair.device), persistent=False
         )  # (d,): from (first, second) halves to channels
+        self.channels_of_lane = nn.Buffer(self._channels(pair), persistent=False)  # (2, N)
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         most = max(self.rotary_components)
@@ -131,9 +142,14 @@ class FrequencyComposition(nn.Module):
         slot = [p * most + i for p, count in enumerate(self.rotary_components) for i in range(count)]
         return torch.tensor(pair), torch.tensor(slot)
 
+    def _channels(self, pair: torch.Tensor) -> torch.Tensor:
+        """The channels of a head that hold the real and the imaginary part of every lane's pair."""
+        return torch.tensor([self.first, self.second]).to(pair.device)[:, pair]
+
     def reset(self) -> None:
         """Real composition, a head after another; also refills the tables, which no checkpoint stores."""
         pair, slot = self._tables()
+        init.copy_(self.channels_of_lane, self._channels(pair))
         init.copy_(self.pair_of_lane, pair)
         init.copy_(self.slot_of_lane, slot)
         init.copy_(self.channel_order, torch.argsort(torch.tensor(self.first + self.second)))
@@ -172,6 +188,18 @@ class FrequencyComposition(nn.Module):
         )
         return torch.cat((head_real, head_imaginary), dim=-1)[..., self.channel_order]
 
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries of composed heads as queries of lanes: (B, H, rows, d) -> (B, H, rows, 2N)."""
+        real, imaginary = queries[..., self.channels_of_lane].unbind(-2)  # (B, H, rows, N)
+        weight_real, weight_imaginary = self.weight.to(queries.dtype).mT[:, :, None]  # (H, 1, N)
+        return torch.cat(
+            (
+                real * weight_real + imaginary * weight_imaginary,
+                imaginary * weight_real - real * weight_imaginary,
+            ),
+            dim=-1,
+        )
+
 
 class LatentComposition(nn.Module):
     """Low rank over all heads at once: head h = weight[h] @ latent (weight: H * d x m)."""
@@ -189,6 +217,10 @@ class LatentComposition(nn.Module):
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """(B, T, m) -> (B, T, H, d)."""
         return nn.functional.linear(latent, self.weight).unflatten(-1, (self.heads, -1))
+
+    def contract(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of latents as those of composed heads: (B, H, rows, m) -> (B, H, rows, d)."""
+        return outputs @ self.weight.to(outputs.dtype).unflatten(0, (self.heads, -1)).mT
 
 
 def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -266,6 +298,9 @@ class MeaAttention(nn.Module):
         self.has_head_norm = section["head_norm"]
         self.key_composition = self._composition(self.key_kind, self.key_width, spec.get("rotary_components"))
         self.value_composition = self._composition(self.value_kind, self.value_width, None)
+        # Static caches want as many heads of keys as of values: where these differ, plain heads too are cached flat.
+        plain = self.key_composition is None and self.value_composition is None
+        self.caches_heads = plain and self.key_width == self.value_width
 
     def _composition(self, kind: str, width: int, rotary_components: list[int] | None) -> nn.Module | None:
         if kind in ("head", "prune", "share"):
@@ -282,7 +317,12 @@ class MeaAttention(nn.Module):
         """What is cached (B, groups, T, width) as heads (B, heads, T, d)."""
         if composition is not None:
             return composition(cached[:, 0]).transpose(1, 2)
-        return cached.repeat_interleave(self.plain_heads // cached.shape[1], dim=1)
+        plain = self._plain_heads(cached)
+        return plain.repeat_interleave(self.plain_heads // plain.shape[1], dim=1)
+
+    def _plain_heads(self, cached: torch.Tensor) -> torch.Tensor:
+        """A side without a composition, as heads (B, groups, T, d)."""
+        return cached if self.caches_heads else cached[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _flat(self, x: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
         """Projected components (B, T, width) as they are cached: one wide head, or plain heads (B, heads, T, d)."""
@@ -316,11 +356,8 @@ class MeaAttention(nn.Module):
     ) -> torch.Tensor:
         """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
         if isinstance(self.key_composition, LatentComposition):
-            keys = self.key_composition(cached[:, 0])  # (B, T, H, d)
-            if self.qk_norm:
-                keys = self.k_norm(keys)
             positions = key_positions(position_ids, cached.shape[-2], attention_mask)
-            return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
+            return self._rebuilt_keys(cached[:, 0], positions, rotary)
         if self.key_composition is None or not self.qk_norm:
             return self._heads(cached, self.key_composition)
         components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
@@ -329,9 +366,12 @@ class MeaAttention(nn.Module):
     def project(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width) or plain heads (B, heads, T, d)."""
+        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width), or both (B, heads, T, d)."""
+        keys = self._keys_to_cache(hidden_states, cos, sin)
         values = self._flat(self.v_proj(hidden_states), self.value_composition)
-        return self._keys_to_cache(hidden_states, cos, sin), values
+        if self.caches_heads:
+            return keys, values
+        return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
 
     def compose(
         self,
@@ -346,6 +386,79 @@ class MeaAttention(nn.Module):
             keys = values = torch.cat((keys, values), dim=-1)
         keys = self._composed_keys(keys, position_ids, attention_mask, rotary)
         return keys, self._heads(values, self.value_composition)
+
+    def _rebuilt_keys(self, latent: torch.Tensor, positions: torch.Tensor, rotary: Any) -> torch.Tensor:
+        """Latent keys (B, T, m) as rotated heads (B, H, T, d)."""
+        keys = self.key_composition(latent)  # type: ignore[misc]  # (B, T, H, d)
+        if self.qk_norm:
+            keys = self.k_norm(keys)
+        return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
+
+    def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
+        """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
+        choice, tokens = self.config.mea.get("decode", "auto"), queries.shape[-2]
+        plain = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
+        if choice == "expand" or not plain or not readable_mask(attention_mask, tokens):
+            return False
+        key = (self.key_kind, self.key_width / self.head_dim)
+        value = (self.value_kind, self.value_width / self.head_dim)
+        return choice == "absorb" or absorbing_pays(
+            key, value, self.query_heads, self.heads, self.head_dim, tokens, queries.device.type
+        )
+
+    def _logits(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T), likewise."""
+        shape, composition = queries.shape, self.key_composition
+        rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)  # (B, H, rows, d)
+        if composition is None:
+            keys = self._plain_heads(keys)
+            rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+            logits = read_keys(rows.to(keys.dtype), keys)
+        elif isinstance(composition, LatentComposition):
+            logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, position_ids, mask)
+        else:
+            rows = composition.absorb(rows).flatten(1, 2)[:, None].to(keys.dtype)  # type: ignore[operator]
+            logits = read_keys(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
+        logits = logits.to(queries.dtype)
+        if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
+            logits = logits * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
+        return logits.reshape(*shape[:-1], -1)
+
+    def _logits_of_latents(
+        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Rows (B, H, rows, d) against keys that are rebuilt, on a CPU tile by tile: (B, H, rows, T)."""
+        whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
+        length = keys.shape[-2]
+        positions = key_positions(position_ids, length, mask)
+        logits = []
+        for start in range(0, length, length if whole else TILE):
+            tile = slice(start, length if whole else start + TILE)
+            latent = keys[:, 0, tile]
+            if self.key_kind == "joint":
+                latent = torch.cat((latent, values[:, 0, tile]), dim=-1)
+            logits.append(rows @ self._rebuilt_keys(latent, positions[:, tile], self.rotary).mT)
+        return torch.cat(logits, dim=-1)
+
+    def _attend_to_components(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Attention of queries (B, Hq, Q, d) to what is cached: (B, Q, Hq, d)."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        logits = self._logits(queries.to(wide) * self.scaling, keys, values, position_ids, mask)
+        weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
+        if self.value_composition is None:
+            values = self._plain_heads(values)
+        rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+        output = read_values(rows, values)  # (B, N, rows, W)
+        if self.value_kind == "joint":
+            output = torch.cat((read_values(rows, keys), output), dim=-1)
+        if self.value_composition is not None:
+            output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
+            output = self.value_composition.contract(output).to(queries.dtype)  # type: ignore[operator]
+        return output.reshape(*queries.shape).transpose(1, 2)
 
     def forward(
         self,
@@ -376,21 +489,26 @@ class MeaAttention(nn.Module):
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
 
-        keys, values = self.compose(keys, values, kwargs.get("position_ids"), attention_mask, self.rotary)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )  # (B, T, Hq, d)
+        position_ids = kwargs.get("position_ids")
+        weights = None
+        if self._absorbs(queries, attention_mask):
+            output = self._attend_to_components(queries, keys, values, position_ids, attention_mask)
+        else:
+            keys, values = self.compose(keys, values, position_ids, attention_mask, self.rotary)
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attend(
+                self,
+                queries,
+                keys,
+                values,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )  # (B, T, Hq, d)
         if self.has_head_norm:
             output = self.head_norm(output)
         return self.o_proj(output.flatten(-2)), weights
