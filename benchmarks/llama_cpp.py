@@ -1,12 +1,13 @@
-"""An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp, and transformers beside.
+"""An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp beside transformers.
 
     pip install gguf llama-cpp-python
     mea-compress compress SRC HALF --recipe serve-anywhere
     mea-compress export HALF EXPORT --format llama
     python benchmarks/llama_cpp.py EXPORT --compressed HALF --json benchmarks/results/llama_cpp.json
 
-Tokens go in and come out as numbers, so that no tokenizer is converted. llama.cpp's `convert_hf_to_gguf.py` knows
-longrope for Phi-3 alone; the tensor `rope_freqs.weight` and the lengths of keys and values below are what it lacks.
+Tokens go in and come out as numbers, so that no tokenizer is converted. For Llama, llama.cpp's
+`convert_hf_to_gguf.py` writes the tensor `rope_freqs.weight` only where rope_type is llama3; here it is written from
+the factors of longrope.
 """
 
 import argparse

@@ -308,10 +308,11 @@ def _key_rows(composed: Composed, form: StockForm, rotary_dim: int) -> list[int]
                 lanes.append((i * form.groups // count, pair, len(lanes), total + len(lanes)))
     else:
         first, second = rotary_pairs(composed.head_dim, rotary_dim)
-        for c in range(composed.components):
+        components = len(composed.projection) // composed.head_dim
+        for c in range(components):
             start = c * composed.head_dim
             for pair, (a, b) in enumerate(zip(first, second, strict=True)):
-                lanes.append((c * form.groups // composed.components, pair, start + a, start + b))
+                lanes.append((c * form.groups // components, pair, start + a, start + b))
     rows = []
     for group in range(form.groups):
         own = sorted(lane[1:] for lane in lanes if lane[0] == group)

@@ -98,8 +98,9 @@ def stock_form(source: Source, layers: Sequence[Mapping[str, Any]], target: str 
     for index, spec in enumerate(layers):
         if spec["key_composition"] in ("latent", "joint"):
             raise RequestError(
-                f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded into "
-                "queries; compress with --key-composition frequency --rotary-budget uniform (the recipe serve-anywhere)"
+                f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded "
+                "into queries; compress with --key-composition frequency --rotary-budget uniform (the recipe "
+                "serve-anywhere)"
             )
     groups = gcd(*(side_groups(spec, side) for spec in layers for side in ("key", "value")))
     if section["qk_norm"] and (groups != components or any(spec["key_composition"] not in PLAIN for spec in layers)):

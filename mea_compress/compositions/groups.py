@@ -70,7 +70,7 @@ def join(parts: tuple[Composed, ...]) -> Composed:
     if first.kind == "frequency":
         return _join_lanes(parts, heads)
     projection = torch.cat([part.projection for part in parts])
-    weight = None if first.weight is None else torch.block_diag(*(part.weight for part in parts))  # type: ignore[misc]
+    weight = None if first.weight is None else torch.block_diag(*(part.weight for part in parts))
     return Composed(first.kind, heads, first.head_dim, projection, weight, groups=len(parts))
 
 
@@ -105,8 +105,9 @@ def hold_groups(model: torch.nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, MeaAttention):
             continue
-        groups = module.config.mea["layers"][module.layer_idx].get("groups", 1)
-        for composition in (module.key_composition, module.value_composition):
+        attention: Any = module
+        groups = attention.config.mea["layers"][attention.layer_idx].get("groups", 1)
+        for composition in (attention.key_composition, attention.value_composition):
             if groups > 1 and composition is not None and composition.weight.requires_grad:
                 within = _within_groups(composition, groups)
                 composition.weight.register_hook(lambda gradient, within=within: gradient * within)
