@@ -34,7 +34,7 @@ lint: $(READY)
 
 # One thread a worker: two workers with two threads each are slower on two cores.
 test: lint
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --nbmake tests notebooks
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .

@@ -34,12 +34,9 @@ from mea_compress.recipe import load_recipe
 from mea_compress.report import format_bytes, table, write_json
 
 # What is done to the cache: everything else is the default of `compress`.
-COMPRESSION: dict[str, Any] = {
-    "kv_ratio": 0.5,
-    "key_composition": "head",
-    "value_composition": "head",
-    "fit": "weights",
-}
+COMPRESSION: dict[str, Any] = {"kv_ratio": 0.5}
+# The paper's own start, from the weights alone, to compare with.
+PAPER: dict[str, Any] = {**COMPRESSION, "key_composition": "head", "value_composition": "head", "fit": "weights"}
 # Counted up when the same settings train another model.
 VERSION = 1
 
@@ -59,6 +56,8 @@ class Size:
     Attributes:
         steps: Training steps of the original; `healing_share` of them heal.
         healing_share: Healing steps as a share of the training steps.
+        refining_steps: Steps of each layer's refinement while compressing.
+        calibration_sequences: Sequences of the training text that the fit looks at.
         text_bytes: UTF-8 bytes of text taken from the library, at most.
         held_out_share: Share of these bytes that is held out, in whole documents.
         vocabulary: Tokens of the byte-level BPE tokenizer, the special ones included.
@@ -72,7 +71,9 @@ class Size:
     """
 
     steps: int = 600
-    healing_share: float = 0.25
+    healing_share: float = 0.05
+    refining_steps: int = 60
+    calibration_sequences: int = 128
     text_bytes: int = 6_000_000
     held_out_share: float = 0.04
     vocabulary: int = 1024
@@ -150,12 +151,20 @@ def run_demo(
         stages.begin(f"training a native MEA model: {size.steps} steps of {size.batch_size * size.context} tokens")
         train_original(original, train, size, target, seed, settings, progress)
 
-    compressed, healed = directory / "compressed", directory / "healed"
-    for path in (compressed, compressed.with_name("compressed.partial"), healed):
+    paper, compressed, healed = (directory / name for name in ("paper-start", "compressed", "healed"))
+    for path in (paper, compressed, healed):
         shutil.rmtree(path, ignore_errors=True)
-    stages.begin("compressing it to half of its KV cache")
-    recipe = load_recipe(None, COMPRESSION | {"seed": seed, "device": device})
-    result = compress(original, compressed, recipe, progress=progress)
+        shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+    stages.begin("compressing it to half of its KV cache, the paper's way and with alignment and refinement")
+    start = compress(original, paper, load_recipe(None, PAPER | {"seed": seed, "device": device}), progress=progress)
+    fitted = {
+        "text": train_text,
+        "sequences": size.calibration_sequences,
+        "refine": size.refining_steps,
+        "seed": seed,
+        "device": device,
+    }
+    result = compress(original, compressed, load_recipe(None, COMPRESSION | fitted), progress=progress)
     stages.begin(f"healing: {size.healing_steps} steps of distillation from the original")
     heal(
         compressed,
@@ -169,8 +178,8 @@ def run_demo(
         device=device,
         progress=progress,
     )
-    stages.begin("measuring all three on held-out text")
-    parameters = {"original": result.plan.parameters_before}
+    stages.begin("measuring on held-out text")
+    parameters = {"original": result.plan.parameters_before, "paper-start": start.plan.parameters_after}
     parameters |= dict.fromkeys(("compressed", "healed"), result.plan.parameters_after)
     figures = {
         path.name: evaluate(
@@ -183,7 +192,7 @@ def run_demo(
             progress=progress,
         ).to_json()
         | {"parameters": parameters[path.name]}
-        for path in (original, compressed, healed)
+        for path in (original, paper, compressed, healed)
     }
     stages.end()
     write_json(
@@ -194,7 +203,7 @@ def run_demo(
 
 
 # What of a size has no part in training the original.
-_NOT_TRAINED = ("healing_share", "measured_sequences")
+_NOT_TRAINED = ("healing_share", "refining_steps", "calibration_sequences", "measured_sequences")
 
 
 def check_directory(directory: Path) -> None:
@@ -482,6 +491,7 @@ def _table(figures: dict[str, dict[str, Any]]) -> str:
 def _what_next(original: Path, healed: Path, text: Path) -> str:
     program = shlex.quote(_program())
     first, last, held_out = (shlex.quote(str(path)) for path in (original, healed, text))
+    train = shlex.quote(str(text.with_name("train.txt")))
     out = shlex.quote(str(original.with_name("quarter")))
     return "\n".join(
         [
@@ -491,8 +501,7 @@ def _what_next(original: Path, healed: Path, text: Path) -> str:
             "What to type next:",
             f"  {program} inspect {last}",
             f"  {program} evaluate {last} --reference {first} --text {held_out}",
-            f"  {program} compress {first} {out} --kv-ratio 0.25 --fit weights "
-            "--key-composition head --value-composition head",
+            f"  {program} compress {first} {out} --kv-ratio 0.25 --text {train} --refine 30",
         ]
     )
 

@@ -15,6 +15,8 @@ from mea_compress.errors import RequestError
 TINY = demo.Size(
     steps=4,
     healing_share=0.5,
+    refining_steps=3,
+    calibration_sequences=40,
     text_bytes=120_000,
     held_out_share=0.1,
     vocabulary=300,
@@ -42,7 +44,7 @@ def done(tmp_path_factory):
 def test_table_compares_the_three(done):
     directory, printed = done
     figures = json.loads((directory / "demo.json").read_text())["figures"]
-    assert list(figures) == ["original", "compressed", "healed"]
+    assert list(figures) == ["original", "paper-start", "compressed", "healed"]
     for name, found in figures.items():
         (row,) = [line for line in printed.splitlines() if line.startswith(f"| {name} ")]
         assert f"{found['cross_entropy']:.4f}" in row and f"{found['kl']:.4f}" in row
