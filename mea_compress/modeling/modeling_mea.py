@@ -228,7 +228,8 @@ def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch
 
     They follow from the last query's position. Where positions count tokens (the last one is at least the number of
     cached tokens before it: transformers' default, and always without padding) each cached token is one before the
-    next. Where they count visible tokens, as in `generate`, padding is skipped.
+    next. Where they count visible tokens, as in `generate`, padding is skipped. Several new tokens without a mask are
+    the first that a static cache holds: the rest of it is empty.
 
     Args:
         position_ids: (B or 1, new tokens).
@@ -241,6 +242,8 @@ def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch
     new = position_ids.shape[-1]
     if new == length:
         return position_ids
+    if attention_mask is None and new > 1:
+        return position_ids[:, :1] + torch.arange(length, device=position_ids.device)[None]
     last = position_ids[:, -1:]
     after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
     if attention_mask is not None:
