@@ -158,6 +158,17 @@ def _json_option(function: Function) -> Function:
     )(function)
 
 
+def _batch_option(function: Function) -> Function:
+    return click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=1,
+        metavar="N",
+        show_default=True,
+        help="Sequences to count where whole caches are shown.",
+    )(function)
+
+
 def _given(settings: BaseModel) -> dict[str, Any]:
     """The settings that say something, by name; the defaults of the others stay where the work is done."""
     return {name: value for name, value in settings if value is not None}
@@ -181,26 +192,28 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source", metavar="SRC", type=_PATH)
+@_batch_option
 @_json_option
-def inspect(source: Path, json_file: Path | None) -> None:
+def inspect(source: Path, batch: int, json_file: Path | None) -> None:
     """Say what a checkpoint is: family, heads, cache bytes per token, parameters. Reads headers only."""
     from mea_compress.plan import inspect_checkpoint
 
-    found = inspect_checkpoint(source).to_json()
-    _print(report.facts(found), found, json_file)
+    found = inspect_checkpoint(source).to_json(batch)
+    _print(report.inspection_report(found), found, json_file)
 
 
 @cli.command()
 @click.argument("source", metavar="SRC", type=_PATH)
 @_recipe_option
 @_options(Recipe)
+@_batch_option
 @_json_option
-def plan(source: Path, recipe: str | None, json_file: Path | None, **flags: Any) -> None:
+def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, **flags: Any) -> None:
     """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
     from mea_compress.plan import make_plan
 
     planned = make_plan(source, load_recipe(recipe, flags))
-    data = planned.to_json()
+    data = planned.to_json(batch)
     outlook = report.stock_outlook(data["stock_export"])
     _print("\n\n".join([report.plan_report(data), *_choice(planned), outlook]), data, json_file)
 

@@ -137,7 +137,43 @@ def plan_report(plan: Mapping[str, Any]) -> str:
             ]
         )
     layers = table(rows, ["layers", "keys", "values", "KV/token before", "after"])
-    return f"{before_after(plan)}\n\n{layers}"
+    return "\n\n".join([before_after(plan), layers, *_whole_caches(plan)])
+
+
+def _whole_caches(plan: Mapping[str, Any]) -> list[str]:
+    """Whole caches at some lengths, from the JSON of `plan` or `inspect`, where it has them."""
+    sizes = plan.get("cache", [])
+    if not sizes:
+        return []
+    batch = sizes[0]["batch"]
+    what = "KV cache" if batch == 1 else f"KV cache, {batch} sequences"
+    columns = [key for key in ("before", "after", "bytes") if key in sizes[0]]
+    rows = [[f"{size['tokens']:,} tokens", *(format_bytes(size[key]) for key in columns)] for size in sizes]
+    return [table(rows, [what, *("" if key == "bytes" else key for key in columns)])]
+
+
+def inspection_report(inspection: Mapping[str, Any]) -> str:
+    """What a checkpoint is (the JSON of `inspect`): the facts, one row for each run of like layers, whole caches."""
+    rows: list[list[object]] = []
+    first = 0
+    layers = inspection["attention"]
+    for index, layer in enumerate(layers):
+        following = layers[index + 1] if index + 1 < len(layers) else {}
+        if {**following, "layer": None} == {**layer, "layer": None}:
+            continue
+        rows.append(
+            [
+                str(first) if first == index else f"{first}-{index}",
+                _composed(layer["key_components"], layer["key_composition"]),
+                _composed(layer["value_components"], layer["value_composition"]),
+                f"{layer['sliding_window']:,}" if layer["sliding_window"] else None,
+                format_bytes(layer["kv_bytes_per_token"]),
+            ]
+        )
+        first = index + 1
+    table_of_layers = table(rows, ["layers", "keys", "values", "window", "KV/token"])
+    plain = {key: value for key, value in inspection.items() if key not in ("cache", "attention")}
+    return "\n\n".join([facts(plain), table_of_layers, *_whole_caches(inspection)])
 
 
 def before_after(plan: Mapping[str, Any]) -> str:
@@ -147,6 +183,12 @@ def before_after(plan: Mapping[str, Any]) -> str:
         ["KV cache per token", *(format_bytes(cache[key]) for key in ("before", "after")), _share(cache)],
         ["parameters", *(format_count(parameters[key]) for key in ("before", "after")), _share(parameters)],
     ]
+    for title, key in (
+        ("weights on disk", "output_bytes"),
+        ("memory to compress, above the libraries'", "memory_bytes"),
+    ):
+        if key in plan:
+            rows.append([title, None, format_bytes(plan[key]), None])
     return table(rows, ["", "before", "after", "share"])
 
 

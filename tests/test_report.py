@@ -181,3 +181,17 @@ class TestModelCard:
         assert front["license"] == "apache-2.0" and front["language"] == ["en"] and front["base_model"] != "y"
         assert "license" not in self.front(self.card(source_card="---\na: [\n---\n"))
         assert "license" not in self.front(self.card(source_card="no front matter"))
+
+
+def test_plans_and_inspections_show_whole_caches():
+    cache = [{"tokens": 8192, "batch": 2, "before": 1 << 20, "after": 1 << 19}]
+    text = report.plan_report(PLAN | {"cache": cache, "output_bytes": 1 << 30, "memory_bytes": 100 << 20})
+    assert "2 sequences" in text and "8,192 tokens" in text and "512 KiB" in text
+    assert "1 GiB" in text and "100 MiB" in text
+    layer = {"key_components": 4, "key_composition": "none", "value_components": 4, "value_composition": "none"}
+    layers = [
+        {"layer": i, **layer, "kv_bytes_per_token": 512, "sliding_window": 5 if i == 2 else None} for i in range(3)
+    ]
+    found = {"family": "llama", "attention": layers, "cache": [{"tokens": 8192, "batch": 1, "bytes": 1 << 30}]}
+    text = report.inspection_report(found)
+    assert "| 0-1 " in text and "| 2 " in text and "1 GiB" in text and "llama" in text

@@ -70,7 +70,9 @@ def stock_model(case: str, dtype: torch.dtype = torch.float32, **changes) -> tor
     """A model of transformers' own class."""
     kind, traits = CASES[case]
     config = kind(**{**SIZES, **traits, **changes})
-    return scatter(AutoModelForCausalLM.from_config(config).to(dtype))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return scatter(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def save(model: torch.nn.Module, directory: Path, **options) -> Path:

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import stock_checkpoint, stock_model
+
+from mea_compress.architectures import open_source
+from mea_compress.composed import Composed
+from mea_compress.compress import compress
+from mea_compress.errors import RequestError
+from mea_compress.heads import ComposedLayer, read_composed, read_heads, read_projection, read_side, store_layer
+from mea_compress.recipe import Recipe
+
+PREFIX = "model.layers.1.self_attn."
+
+
+@pytest.mark.parametrize("case", ["llama-rope-bias-wide-tied", "qwen2", "qwen3", "phi3-partial"])
+def test_heads_are_the_projections_in_float64_with_the_bias_as_last_column(case, tmp_path):
+    source = open_source(stock_checkpoint(tmp_path / "source", case))
+    attention = stock_model(case).model.layers[1].self_attn
+    heads = read_heads(source, 1)
+    x = torch.randn(5, source.config.hidden_size, dtype=torch.float64)
+    ones = torch.cat((x, torch.ones(5, 1, dtype=torch.float64)), 1)
+    attention = attention.double()
+    if case == "phi3-partial":
+        width = attention.o_proj.in_features
+        query, key, value = attention.qkv_proj(x).split([width, width // 2, width // 2], dim=-1)
+    else:
+        query, key, value = (getattr(attention, f"{name}_proj")(x) for name in "qkv")
+    for found, expected in ((heads.query, query), (heads.key, key), (heads.value, value)):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(torch.einsum("hdx,tx->thd", found, ones).flatten(1), expected)
+    sent = torch.randn(5, *heads.query.shape[:2], dtype=torch.float64)
+    out = torch.einsum("hDd,thd->tD", heads.output, sent)
+    out = out if heads.output_bias is None else out + heads.output_bias
+    torch.testing.assert_close(out, attention.o_proj(sent.flatten(1)))
+    assert (heads.key_norm is not None) == (case == "qwen3")
+    assert heads.group == 2
+    first, second = heads.pairs
+    assert sorted([*first, *second]) == list(range(source.head_dim))
+
+
+def test_a_layer_survives_being_stored(tmp_path):
+    source = stock_checkpoint(tmp_path / "source", "qwen2", torch.float64)
+    recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="frequency", value_composition="latent")
+    compress(source, tmp_path / "out", recipe, progress=False)
+    opened = open_source(tmp_path / "out")
+    composed = {side: read_composed(opened, 1, side) for side in ("key", "value")}
+    stored = store_layer(ComposedLayer(**composed), opened.config.mea["bias"], torch.float64)
+    on_disk = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in stored.tensors.items():
+        assert torch.equal(tensor, on_disk[PREFIX + name]), name
+    assert {k: v for k, v in opened.config.mea["layers"][1].items() if v is not None} == stored.section
+    for side in ("key", "value"):
+        assert torch.equal(read_side(opened, 1, side), composed[side].composed_heads())
+
+
+def test_composed_heads_are_the_expansion_of_the_projection():
+    heads, head_dim, size = 4, 6, 7
+    weights = {
+        "none": (24, None),
+        "pool": (12, None),
+        "head": (12, torch.randn(2, 4)),
+        "latent": (12, torch.randn(24, 12)),
+    }
+    for kind, (width, weight) in weights.items():
+        weight = None if weight is None else weight.double()
+        composed = Composed(kind, heads, head_dim, torch.randn(width, size, dtype=torch.float64), weight)
+        found = composed.composed_heads()
+        assert found.shape == (heads, head_dim, size)
+        torch.testing.assert_close(found.flatten(0, 1), composed.expansion() @ composed.projection)
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path):
+    directory = stock_checkpoint(tmp_path / "source")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[PREFIX + "q_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, directory / "model.safetensors")
+    source = open_source(directory)
+    read_projection(source, 1, "key")
+    with pytest.raises(RequestError, match=r"q_proj\.weight holds NaN or infinite"):
+        read_projection(source, 1, "query")
