@@ -51,7 +51,8 @@ def compose(
     """
     # Weights alone never change what is not keys or values, so queries and output need not be in memory.
     grouped = recipe.kv_groups > 1
-    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights" or grouped)
+    by_output = recipe.prune_by == "contribution" and "prune" in (layer.key_composition, layer.value_composition)
+    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights" or grouped or by_output)
     if grouped:
         heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
@@ -63,7 +64,7 @@ def compose(
         fitter = getattr(COMPOSITIONS[kind], f"{side}s")
         other = layer.value_components if side == "key" else layer.key_components
         own = getattr(layer, f"{side}_components")
-        request = Request(own, recipe.fit, recipe.rotary_budget, other=other)
+        request = Request(own, recipe.fit, recipe.rotary_budget, recipe.prune_by, other)
         if grouped:
             sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
         else:
@@ -86,12 +87,15 @@ def compose(
 
 def _lost(heads: AttentionHeads, composed: Any, side: str) -> float | None:
     target = getattr(heads, side)
-    found = composed.composed_heads()
     if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
         return None
-    if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
-        found = found / heads.key_norm[:, None]
-    return float((target - found).square().sum() / target.square().sum().clamp(min=1e-300))
+    lost = whole = 0.0
+    for wanted, found in zip(target, composed.each_head(), strict=True):
+        if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
+            found = found / heads.key_norm[:, None]
+        lost += float((wanted - found).square().sum())
+        whole += float(wanted.square().sum())
+    return lost / max(whole, 1e-300)
 
 
 class Fitter:

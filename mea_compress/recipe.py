@@ -153,6 +153,11 @@ class Recipe(_Settings):
         description="How frequency keys deal components out to rotary pairs: by energy, or the same to each.",
         json_schema_extra=_group("How to compose"),
     )
+    prune_by: Literal["pivot", "contribution"] = Field(
+        "pivot",
+        description="How prune chooses the heads to keep: by what they explain of the others, or by what they send.",
+        json_schema_extra=_group("How to compose"),
+    )
     fit: Fit = Field(
         "aligned",
         description="What the fit looks at: weights (the paper's), activations, or activations after aligning heads.",

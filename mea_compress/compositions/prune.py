@@ -1,13 +1,13 @@
 """Pruning proper: some heads stay bit-identical, the others become real combinations of them.
 
-Kept heads are chosen by pivoted elimination on the Gram (the head that is least explained by those already kept is
-kept next) or, for ``weights``, by how much they contribute through the layer. With the ``aligned`` fit a pruned head is
+Kept heads are chosen by pivoted elimination on the Gram (the head that explains most of what is left is kept next) or
+by how much they contribute to the layer's output, ‖o_proj · head‖. With the ``aligned`` fit a pruned head is
 turned towards the kept ones first; q_proj and o_proj take the turn back.
 """
 
 import torch
 
-from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm
+from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm, output_metric
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
 from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross
@@ -36,6 +36,19 @@ def choose_kept(gram: torch.Tensor, components: int) -> list[int]:
     return sorted(kept)
 
 
+def largest_contributions(heads: AttentionHeads, second: torch.Tensor | None, components: int) -> list[int]:
+    """Heads that send most through o_proj, E‖W_O V x‖² summed over the group's queries, ascending.
+
+    Args:
+        heads: The layer.
+        second: E[x xᵀ] of what attention averages; None for the identity.
+        components: How many to keep.
+    """
+    metric = output_metric(fold_head_norm(heads))
+    sent = torch.einsum("gab,gax,gbx->g", metric, through(heads.value, second), heads.value)
+    return sorted(sent.argsort(descending=True, stable=True)[:components].tolist())
+
+
 def least_squares(gram: torch.Tensor, kept: list[int]) -> torch.Tensor:
     """W (C, H) with head h ≈ sum over c of W[c, h] kept head c; the identity on the kept ones."""
     weight = torch.linalg.pinv(gram[kept][:, kept], hermitian=True) @ gram[kept]
@@ -55,12 +68,15 @@ class Prune:
         components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
         weights = key_weights(heads, statistics, fit)
-        if fit == "aligned" and heads.key_norm is None:
-            cross = key_cross(heads, second, weights)
-            kept = choose_kept(_coherent(cross), components)
-            heads = change_key_basis(heads, _turn_to_kept(key_cross(heads, second, torch.ones_like(weights)), kept))
+        turning = fit == "aligned" and heads.key_norm is None
+        if request.prune_by == "contribution":
+            kept = largest_contributions(heads, moment(statistics, fit, "value"), components)
+        elif turning:
+            kept = choose_kept(_coherent(key_cross(heads, second, weights)), components)
         else:
             kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.key, second), heads.key), components)
+        if turning:
+            heads = change_key_basis(heads, _turn_to_kept(key_cross(heads, second, torch.ones_like(weights)), kept))
         return self._composed(heads.key, kept, second), heads
 
     def values(
@@ -69,8 +85,10 @@ class Prune:
         """Composed values and the layer whose o_proj fits them."""
         components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "value")
-        gram = torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value)
-        kept = choose_kept(gram, components)
+        if request.prune_by == "contribution":
+            kept = largest_contributions(heads, second, components)
+        else:
+            kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value), components)
         if fit == "aligned":
             heads = fold_head_norm(heads)
             heads = change_value_basis(heads, _rotate_to_kept(value_cross(heads.value, second), kept))

@@ -152,6 +152,19 @@ def test_kept_heads_stay_bit_identical():
             assert (composed.weight.sum(0) == 1).all()
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_heads_that_send_most_are_kept(fit):
+    heads = make_heads()
+    scale = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+    heads = replace(heads, value=heads.value * scale[:, None, None])
+    statistics = None if fit == "weights" else make_statistics()
+    request = Request(2, fit, prune_by="contribution")
+    for side in ("key", "value"):
+        composed, _ = getattr(COMPOSITIONS["prune"], f"{side}s")(heads, statistics, request)
+        kept = composed.projection.unflatten(0, (2, HEAD_DIM))
+        assert torch.equal(kept, getattr(heads, side)[[1, 3]])
+
+
 def test_pivoting_explains_heads_as_well_as_any_choice_here():
     generator = torch.Generator().manual_seed(8)
     base = torch.randn(2, 30, generator=generator, dtype=torch.float64)
