@@ -133,7 +133,7 @@ def test_budgeted_components_are_the_best_split_there_is():
     energies = torch.rand(4, 3, generator=generator, dtype=torch.float64).sort(1, descending=True).values
     for total in range(1, 13):
         found = allot(energies, total)
-        splits = [s for s in itertools.product(range(0, 4), repeat=4) if sum(s) == total]
+        splits = [s for s in itertools.product(range(4), repeat=4) if sum(s) == total]
         best = max(sum(float(energies[p, :c].sum()) for p, c in enumerate(s)) for s in splits)
         assert sum(found) == total
         assert sum(float(energies[p, :c].sum()) for p, c in enumerate(found)) == pytest.approx(best)
