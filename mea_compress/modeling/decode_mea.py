@@ -21,6 +21,8 @@ _BALANCE_OF_ACCELERATORS = 300.0
 _COMPOSING_RATE = 0.2
 # Latent keys are rebuilt so many tokens at a time on a CPU, which keeps a tile of all heads in its cache.
 TILE = 512
+# A CPU's fast product reads whole blocks of so many tokens.
+BLOCK = 512
 
 
 def side_cost(
@@ -112,10 +114,11 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Queries (B, N, R, W) against cached keys (B, N, T, W): (B, N, R, T), on a CPU with T outermost in memory."""
     if not _on_plain_cpu(queries, keys):
         return queries @ keys.mT
-    if queries.dtype == torch.float32 and _one_dnn():
-        product = [_linear(rows, query) for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True)]
-    else:
-        product = [rows @ query.T for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True)]
+    whole = _whole_blocks(keys)
+    product = []
+    for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True):
+        rest = rows[whole:] @ query.T
+        product.append(torch.cat((_linear(rows[:whole], query), rest)) if whole else rest)
     return _stack(product).unflatten(0, keys.shape[:2]).mT
 
 
@@ -123,18 +126,18 @@ def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Attention weights (B, N, R, T) times cached values (B, N, T, W): (B, N, R, W)."""
     if not _on_plain_cpu(weights, values):
         return weights @ values
-    if values.dtype in (torch.float32, torch.bfloat16) and _one_dnn():
-        pairs = zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True)
-        product = [_linear(weight, rows.T) for weight, rows in pairs]
-    else:
-        product = [weight @ rows for weight, rows in zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True)]
+    whole = _whole_blocks(values)
+    product = []
+    for weight, rows in zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True):
+        rest = weight[:, whole:] @ rows[whole:]
+        product.append(_linear(weight[:, :whole], rows[:whole].T) + rest if whole else rest)
     return _stack(product).unflatten(0, values.shape[:2])
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over cached tokens, along the way they lie in memory."""
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        return logits.mT.softmax(-2).mT
+    """Softmax of (B, Hq, Q, T) over cached tokens, along the way they lie in memory (see `read_keys`)."""
+    if logits.stride(-1) != 1 and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        return logits.permute(0, 3, 1, 2).softmax(1).permute(0, 2, 3, 1)
     return logits.softmax(-1)
 
 
@@ -149,11 +152,18 @@ def _on_plain_cpu(*tensors: torch.Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _one_dnn() -> bool:
-    """Whether oneDNN's linear layer may be used: measured up to three times as fast as the BLAS where there is AVX-512.
+def _whole_blocks(cached: torch.Tensor) -> int:
+    """How many cached tokens oneDNN's linear layer reads; the BLAS reads the others.
 
-    Its time must not depend on the cache having grown by a token since the last step, as other layouts' does.
+    Measured where there is AVX-512, it is up to three times as fast for these shapes, but prepares itself anew for
+    every shape, and a cache has another length at every step: whole blocks change their number seldom.
     """
+    if cached.dtype not in (torch.float32, torch.bfloat16) or not _one_dnn():
+        return 0
+    return cached.shape[-2] // BLOCK * BLOCK
+
+
+def _one_dnn() -> bool:
     wide = torch.backends.mkldnn.enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return bool(wide) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

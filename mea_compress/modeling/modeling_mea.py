@@ -103,7 +103,7 @@ class HeadComposition(nn.Module):
 
     def forward(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, C * d) -> (B, T, H, d)."""
-        return torch.einsum("btcd,ch->bthd", components.unflatten(-1, (self.weight.shape[0], -1)), self.weight)
+        return self.weight.mT @ components.unflatten(-1, (self.weight.shape[0], -1))
 
     def absorb(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries of composed heads as queries of components: (B, H, rows, d) -> (B, H, rows, C * d)."""

@@ -1,0 +1,351 @@
+"""Cache bytes, memory and time of decoding and prefill: the original, and compressed to half, expanded and absorbed.
+
+Attention alone (what happens between the cache and the output projection, on caches that take turns so that none
+stays in the processor's own cache, and that are one token longer at every call), then a small stack of layers with
+transformers' DynamicCache. All variants of a line take turns in one run; what counts are their ratios. The original
+appears in transformers' default, in SDPA with the query heads of a group as rows, and in plain matrix products in
+three orders; the fastest of them all is what the compressed layer is held against.
+
+    python benchmarks/decode.py --contexts 1024 8192 65536 --batches 1 4 --clock cpu --threads 1
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mea_compress.modeling.configuration_mea import MeaLlamaConfig
+from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
+
+SHAPES = {"llama-3.2-1b": (32, 8, 64), "llama-3.1-8b": (32, 8, 128)}
+"""Query heads, key/value heads, head_dim."""
+COMPRESSED = {"head": ("head", "head"), "frequency+latent": ("frequency", "latent")}
+RESULTS = Path(__file__).parent / "results"
+LAYERS = 4  # of the stack; also caches that take turns
+
+
+def clock(arguments):
+    if arguments.device != "cpu":
+        torch.cuda.synchronize()
+    return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
+
+
+def measure(variants, arguments, calls):
+    """Median milliseconds of every variant: each round calls every one of them `calls` times, after a first round."""
+    times = {name: [] for name in variants}
+    for turn in range(arguments.rounds + 1):
+        for name, variant in variants.items():
+            began = clock(arguments)
+            for call in range(calls):
+                variant(turn * calls + call)
+            if turn:
+                times[name].append((clock(arguments) - began) / calls * 1000)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def grouped(query, heads):
+    return query.reshape(query.shape[0], heads, -1, query.shape[-1])
+
+
+def packed(query, key, value, scale):
+    rows = grouped(query, key.shape[1])
+    return torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scale)
+
+
+def products(query, key, value, scale):
+    logits = (grouped(query, key.shape[1]) * scale) @ key.mT
+    return logits.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def products_keys_first(query, key, value, scale):
+    logits = (key @ (grouped(query, key.shape[1]) * scale).mT).mT
+    return logits.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def products_one_by_one(query, key, value, scale):
+    """What the compressed layer does, on the original's heads."""
+    from mea_compress.modeling.decode_mea import read_keys, read_values, softmax
+
+    logits = read_keys(grouped(query, key.shape[1]) * scale, key)
+    return read_values(softmax(logits.float()).to(value.dtype), value)
+
+
+ORIGINALS = {
+    "packed": packed,
+    "products": products,
+    "keys first": products_keys_first,
+    "one by one": products_one_by_one,
+}
+
+
+def section(kinds, heads, head_dim, layers):
+    half = heads // 2
+    layer = {
+        "key_composition": kinds[0],
+        "key_components": half,
+        "value_composition": kinds[1],
+        "value_components": half,
+    }
+    if kinds[0] == "frequency":
+        layer["rotary_components"] = [half] * (head_dim // 2)
+    return {"layers": [dict(layer) for _ in range(layers)]}
+
+
+def sizes(shape, hidden, layers, context):
+    queries, heads, head_dim = SHAPES[shape]
+    return {
+        "vocab_size": 1024,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": queries,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": context + 4096,
+    }
+
+
+def build(shape, kinds, context, arguments, hidden=1024, layers=LAYERS, decode="auto"):
+    options = sizes(shape, hidden, layers, context)
+    torch.manual_seed(0)
+    if kinds is None:
+        model = LlamaForCausalLM(LlamaConfig(**options, attn_implementation="sdpa"))
+    else:
+        mea = section(kinds, options["num_key_value_heads"], options["head_dim"], layers) | {"decode": decode}
+        model = MeaLlamaForCausalLM(MeaLlamaConfig(**options, mea=mea, attn_implementation="sdpa"))
+        for layer in model.model.layers:
+            for composition in (layer.self_attn.key_composition, layer.self_attn.value_composition):
+                torch.nn.init.normal_(composition.weight, std=0.5)
+    return model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+
+
+def attention_alone(shape, context, batch, arguments):
+    queries, heads, head_dim = SHAPES[shape]
+    options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
+    query = torch.randn(batch, queries, 1, head_dim, **options)
+    scale, room = head_dim**-0.5, context
+    full = [[torch.randn(batch, heads, room, head_dim, **options) for _ in range(2)] for _ in range(LAYERS)]
+    half = [[torch.randn(batch, 1, room, heads // 2 * head_dim, **options) for _ in range(2)] for _ in range(LAYERS)]
+    module = SimpleNamespace(num_key_value_groups=queries // heads, is_causal=True)
+
+    def sides(caches, call):  # one token longer at every call, up to the context
+        longest = (arguments.rounds + 1) * LAYERS
+        return (side[:, :, : room - longest + call] for side in caches[call % LAYERS])
+
+    def default(call):
+        return sdpa_attention_forward(module, query, *sides(full, call), None, scaling=scale)
+
+    variants = {"original: default": default}
+    for name, function in ORIGINALS.items():
+        variants[f"original: {name}"] = lambda call, function=function: function(query, *sides(full, call), scale)
+    for name, kinds in COMPRESSED.items():
+        attention = build(shape, kinds, context, arguments, 64, 1).model.layers[0].self_attn
+
+        def expanded(call, attention=attention):
+            keys, values = attention.compose(*sides(half, call), None, None, None)
+            return sdpa_attention_forward(module, query, keys, values, None, scaling=scale)
+
+        def absorbed(call, attention=attention):
+            return attention._attend_to_components(query, *sides(half, call), None, None)
+
+        if context <= arguments.expand_up_to:
+            variants[f"{name}: expanded"] = expanded
+        variants[f"{name}: absorbed"] = absorbed
+    times = measure(variants, arguments, LAYERS)
+    best = min((name for name in times if name.startswith("original")), key=times.get)
+    line = {"shape": shape, "context": context, "batch": batch, "milliseconds": times, "best_original": best}
+    for name in COMPRESSED:
+        line[f"{name}: absorbed / best original"] = times[f"{name}: absorbed"] / times[best]
+        line[f"{name}: default original / absorbed"] = times["original: default"] / times[f"{name}: absorbed"]
+    return line
+
+
+def fill(model, context, batch, arguments):
+    """A cache of random numbers, as wide as this model's own."""
+    cache, options = DynamicCache(config=model.config), {"dtype": model.dtype, "device": arguments.device}
+    probe = DynamicCache(config=model.config)
+    model(torch.zeros(1, 1, dtype=torch.long, device=arguments.device), past_key_values=probe)
+    for index, layer in enumerate(probe.layers):
+        shapes = [(batch, side.shape[1], context, side.shape[3]) for side in (layer.keys, layer.values)]
+        cache.update(*(torch.randn(shape, **options) for shape in shapes), index)
+    return cache
+
+
+def cache_bytes_per_token(cache):
+    """Bytes a token of one sequence, from the tensors of the live cache."""
+    first = cache.layers[0].keys
+    stored = sum(side.untyped_storage().nbytes() for layer in cache.layers for side in (layer.keys, layer.values))
+    return stored / (first.shape[0] * first.shape[2])
+
+
+def best_products(module, query, key, value, attention_mask, scaling=None, **options):
+    """The original with plain products where one token is decoded without a mask, else transformers' own."""
+    if query.shape[2] > 1 or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    output = products_keys_first(query, key, value, scaling)
+    return output.reshape(query.shape).transpose(1, 2).contiguous(), None
+
+
+VARIANTS = {
+    "original: default": (None, "auto"),
+    "original: keys first": (None, "auto"),
+    "head: expanded": (COMPRESSED["head"], "expand"),
+    "head: absorbed": (COMPRESSED["head"], "auto"),
+    "frequency+latent: absorbed": (COMPRESSED["frequency+latent"], "auto"),
+}
+
+
+def variant_model(name, shape, context, arguments):
+    kinds, decode = VARIANTS[name]
+    model = build(shape, kinds, context, arguments, decode=decode)
+    if name == "original: keys first":
+        AttentionInterface.register("best_products", best_products)
+        transformers.masking_utils.AttentionMaskInterface.register(
+            "best_products", transformers.masking_utils.sdpa_mask
+        )
+        model.set_attn_implementation("best_products")
+    return model
+
+
+@torch.no_grad()
+def stack(shape, context, batch, arguments):
+    models = {name: variant_model(name, shape, context, arguments) for name in VARIANTS}
+    token = torch.zeros(batch, 1, dtype=torch.long, device=arguments.device)
+    prompt = torch.randint(1024, (batch, context), device=arguments.device)
+    line = {"shape": shape, "context": context, "batch": batch, "layers": LAYERS}
+    line["cache_bytes_per_token"] = {}
+    steps = {}
+    for name, model in models.items():
+        cache = fill(model, context, batch, arguments)
+        line["cache_bytes_per_token"][name] = cache_bytes_per_token(cache)
+        steps[name] = lambda _, model=model, cache=cache: model(token, past_key_values=cache)
+    line["decode_milliseconds"] = measure(steps, arguments, 1)
+    steps.clear()
+    if context <= arguments.prefill_up_to:
+        prefill = {
+            name: lambda _, model=models[name]: model(prompt, use_cache=True, logits_to_keep=1)
+            for name in ("original: default", "head: absorbed", "frequency+latent: absorbed")
+        }
+        few = argparse.Namespace(**{**vars(arguments), "rounds": min(arguments.rounds, 3)})
+        line["prefill_milliseconds"] = measure(prefill, few, 1)
+    line["decode_peak_megabytes"] = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--peak", name, "--shapes", shape, "--contexts", str(context)]
+        for flag in ("device", "dtype", "threads"):
+            command += [f"--{flag}", str(getattr(arguments, flag))]
+        found = subprocess.run([*command, "--batches", str(batch)], capture_output=True, text=True, check=True)
+        line["decode_peak_megabytes"][name] = float(found.stdout)
+    return line
+
+
+def resident(field):
+    """Megabytes of this process, as Linux says."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+@torch.no_grad()
+def peak(name, arguments):
+    """Megabytes above the loaded model that a cache of the context and three decoded tokens take at their peak."""
+    shape, context, batch = arguments.shapes[0], arguments.contexts[0], arguments.batches[0]
+    model = variant_model(name, shape, context, arguments)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=arguments.device)
+    model(token)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    cache = fill(model, context, batch, arguments)
+    for _ in range(3):
+        model(token, past_key_values=cache)
+    after = resident("VmHWM")
+    if arguments.device != "cpu":
+        after = torch.cuda.max_memory_allocated() / 2**20
+    print(after - before)
+
+
+def plot(result, file):
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    shapes = list(dict.fromkeys(line["shape"] for line in result["attention"]))
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4), squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        lines = [line for line in result["attention"] if line["shape"] == shape and line["batch"] == 1]
+        curves = {"original: best": lambda line: line["milliseconds"][line["best_original"]]}
+        for name in ("original: default", "head: expanded", "head: absorbed", "frequency+latent: absorbed"):
+            curves[name] = lambda line, name=name: line["milliseconds"].get(name, float("nan"))
+        for name, value in curves.items():
+            axis.loglog([line["context"] for line in lines], [value(line) for line in lines], marker="o", label=name)
+        axis.set(title=f"{shape}, {result['dtype']}", xlabel="cached tokens", ylabel="ms per decoded token and layer")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, one thread")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--expand-up-to", type=int, default=16384, help="longest context that is expanded")
+    parser.add_argument("--prefill-up-to", type=int, default=8192, help="longest prompt")
+    parser.add_argument("--stack-up-to", type=int, default=65536, help="longest context of the stack; 0: none")
+    parser.add_argument("--out", type=Path, help="JSON; default: results/decode-DEVICE-DTYPE.json")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        parser.error("--clock cpu adds up the time of all threads: give --threads 1 with it")
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    if arguments.peak:
+        peak(arguments.peak, arguments)
+        return
+    out = arguments.out or RESULTS / f"decode-{arguments.device}-{arguments.dtype}.json"
+    result = {
+        "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "clock": arguments.clock,
+        "attention": [],
+        "stack": [],
+    }
+    combinations = [(s, c, b) for s in arguments.shapes for b in arguments.batches for c in arguments.contexts]
+    with torch.no_grad():
+        for combination in combinations:
+            for part, function in (("attention", attention_alone), ("stack", stack)):
+                if part == "stack" and combination[1] > arguments.stack_up_to:
+                    continue
+                result[part].append(function(*combination, arguments))
+                print(part, json.dumps(result[part][-1]), file=sys.stderr)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
