@@ -1,5 +1,6 @@
 """What a composition makes of one side (keys or values) of one layer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,23 @@ class Composed:
                 lane += 1
         return expansion.flatten(0, 1)
 
-    def composed_heads(self) -> torch.Tensor:
-        """The heads as the queries see them, (H, d, D + 1)."""
+    def each_head(self) -> Iterator[torch.Tensor]:
+        """The heads as the queries see them, one after another, (d, D + 1) each."""
         if self.kind in ("frequency", "latent", "joint"):
             rows = self.projection if self.latent is None else self.latent
-            return (self.expansion() @ rows).unflatten(0, (self.heads, self.head_dim))
-        own = self.projection.unflatten(0, (-1, self.head_dim))  # whole component heads: no matrix of H * d is made
-        if self.kind in ("none", "pool"):
-            return own.repeat_interleave(self.heads // own.shape[0], dim=0)
-        assert self.weight is not None
-        return torch.einsum("ch,cdx->hdx", self.weight, own)
+            for own in self.expansion().unflatten(0, (self.heads, self.head_dim)):
+                yield own @ rows
+            return
+        components = self.projection.unflatten(0, (-1, self.head_dim))  # whole ones: no matrix of H * d is made
+        for head in range(self.heads):
+            if self.weight is None:
+                yield components[head * components.shape[0] // self.heads]
+            else:
+                yield torch.einsum("c,cdx->dx", self.weight[:, head], components)
+
+    def composed_heads(self) -> torch.Tensor:
+        """The heads as the queries see them, (H, d, D + 1)."""
+        heads = self.projection.new_empty(self.heads, self.head_dim, self.projection.shape[1])
+        for head, own in zip(heads, self.each_head(), strict=True):
+            head.copy_(own)
+        return heads

@@ -159,10 +159,12 @@ def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
 def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
     """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
     info = projection_info(source, layer, side)
-    weight = _finite(read_tensor(info), info)
+    projection = torch.zeros(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
+    projection[:, :-1] = read_tensor(info)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
-    column = _read(source, bias) if source.reader.has(bias) else weight.new_zeros(weight.shape[0])
-    return torch.cat((weight, column[:, None]), dim=1)
+    if source.reader.has(bias):
+        projection[:, -1] = _read(source, bias)
+    return _finite(projection, info)
 
 
 def _read(source: Source, name: str) -> torch.Tensor:

@@ -179,7 +179,7 @@ def inspection_report(inspection: Mapping[str, Any]) -> str:
 def before_after(plan: Mapping[str, Any]) -> str:
     """Cache and parameters before and after, from the JSON of `plan`."""
     cache, parameters = plan["kv_bytes_per_token"], plan["parameters"]
-    rows = [
+    rows: list[list[object]] = [
         ["KV cache per token", *(format_bytes(cache[key]) for key in ("before", "after")), _share(cache)],
         ["parameters", *(format_count(parameters[key]) for key in ("before", "after")), _share(parameters)],
     ]
