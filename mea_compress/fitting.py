@@ -10,10 +10,9 @@ from mea_compress.architectures import Source
 from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
-from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
 from mea_compress.modeling.configuration_mea import FRACTIONAL
-from mea_compress.plan import LayerPlan, splits_itself
+from mea_compress.plan import LayerPlan, calibration_shape, splits_itself
 from mea_compress.recipe import Recipe
 from mea_compress.refinement import Refiner, Settings
 from mea_compress.streaming import Activations, LayerRunner, batches, embed
@@ -27,8 +26,6 @@ from mea_compress.text import (
 )
 
 _TOKENS_PER_STEP = 4096
-_CALIBRATION_TOKENS = 1 << 17
-_SEQUENCE = 1024
 _HELD_OUT = 64
 
 
@@ -233,11 +230,7 @@ def calibration_tokens(source: Source, recipe: Recipe, progress: bool) -> torch.
         RequestError: There is too little text, or the model cannot be loaded to sample from.
     """
     directory = source.reader.directory
-    context = source.config.max_position_embeddings or _SEQUENCE
-    length = recipe.sequence_length or min(context, _SEQUENCE)
-    if length > context:
-        raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
-    count = recipe.sequences or max(1, _CALIBRATION_TOKENS // length)
+    count, length = calibration_shape(source, recipe)
     if recipe.text is not None:
         tokenizer = load_tokenizer(directory)
         return token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)

@@ -22,6 +22,26 @@ CONTEXTS = (8_192, 32_768, 131_072)
 _WORKING_BYTES = 100 << 20
 
 
+# Calibration text where the recipe names no amount: this many tokens, in sequences of this length at most.
+_CALIBRATION_TOKENS = 1 << 17
+_CALIBRATION_SEQUENCE = 1024
+# Hidden states of all calibration tokens beyond this many bytes live in a file instead of memory.
+SPILL_BYTES = 4 << 30
+
+
+def calibration_shape(source: Source, recipe: Recipe) -> tuple[int, int]:
+    """Calibration sequences and their length.
+
+    Raises:
+        RequestError: The recipe's sequences are longer than the model's context.
+    """
+    context = source.config.max_position_embeddings or _CALIBRATION_SEQUENCE
+    length = recipe.sequence_length or min(context, _CALIBRATION_SEQUENCE)
+    if length > context:
+        raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
+    return recipe.sequences or max(1, _CALIBRATION_TOKENS // length), length
+
+
 def cache_sizes(layers: Iterable[tuple[int, int, int | None]], batch: int) -> list[dict[str, int]]:
     """Bytes of the whole cache at every one of `CONTEXTS`.
 
@@ -222,7 +242,8 @@ def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice:
         prefix = source.family.layer.format(layer=0)
         decoder = sum(prod(info.shape) for info in infos if info.name.startswith(prefix))
         memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
-        memory += 3 * 4 * config.hidden_size * (recipe.sequences or 64) * (recipe.sequence_length or 256)
+        # The text as the original has it before and behind a layer, and as the compressed layers send it.
+        memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * prod(calibration_shape(source, recipe)))
     largest = max((prod(info.shape) for info in infos), default=0)
     memory += (4 + size) * largest if recipe.dtype else 0
     return Plan(

@@ -12,9 +12,7 @@ from torch import nn
 from mea_compress.architectures import Source
 from mea_compress.heads import StoredLayer, read_projection
 from mea_compress.modeling import modeling_mea
-
-# Activations of all calibration tokens beyond this many bytes live in a file instead of memory.
-SPILL_BYTES = 4 << 30
+from mea_compress.plan import SPILL_BYTES
 
 
 class Activations:
