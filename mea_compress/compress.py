@@ -21,6 +21,7 @@ from mea_compress.checkpoint.writer import shard_finished, write_index, write_sh
 from mea_compress.errors import RequestError
 from mea_compress.fitting import Fitter, calibration_tokens, compose, needs_text
 from mea_compress.heads import SIDES, StoredLayer, projection_info, store_layer
+from mea_compress.memory import release
 from mea_compress.plan import Plan, plan_source, realised_plan
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
@@ -132,6 +133,8 @@ def _compose_layers(source: Source, plan: Plan, recipe: Recipe, workspace: Works
             )
             workspace.record("fidelity", str(layer.layer), fidelity)
             workspace.record("layers", str(layer.layer), stored.section)
+            del composed
+            release()
         elif fitter and layer.compressed:
             reader = CheckpointReader(_layer_directory(workspace, layer.layer))
             section = workspace.finished("layers", str(layer.layer))

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.heads import read_composed, read_side
+from mea_compress.memory import release
 from mea_compress.modeling.modeling_mea import MeaAttention
 
 # Whole models up to this many bytes of weights are also loaded and run; larger ones are checked layer by layer.
@@ -51,6 +52,7 @@ def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = T
         difference, layer_bytes = _check_layer(emitted, layer)
         measured += layer_bytes
         worst = max(worst, difference)
+        release()
     result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
     if sum(info.nbytes for info in emitted.reader.tensors.values()) <= WHOLE_MODEL_BYTES:
         difference, whole_bytes = _check_model(emitted)
