@@ -1,7 +1,7 @@
 """Cache bytes, memory and time of decoding and prefill: the original, and compressed to half, expanded and absorbed.
 
 Attention alone (what happens between the cache and the output projection, on caches that take turns so that none
-stays in the processor's own cache, and that are one token longer at every call), then a small stack of layers with
+stays in the processor's own cache, and that are one token longer in every round), then a small stack of layers with
 transformers' DynamicCache. All variants of a line take turns in one run; what counts are their ratios. The original
 appears in transformers' default, in SDPA with the query heads of a group as rows, and in plain matrix products in
 three orders; the fastest of them all is what the compressed layer is held against.
@@ -137,12 +137,16 @@ def attention_alone(shape, context, batch, arguments):
     query = torch.randn(batch, queries, 1, head_dim, **options)
     scale, room = head_dim**-0.5, context
     full = [[torch.randn(batch, heads, room, head_dim, **options) for _ in range(2)] for _ in range(LAYERS)]
-    half = [[torch.randn(batch, 1, room, heads // 2 * head_dim, **options) for _ in range(2)] for _ in range(LAYERS)]
+    width = heads // 2 * head_dim
+    halves = {  # each compressed variant has its own, or the second would find them in the processor's cache
+        name: [[torch.randn(batch, 1, room, width, **options) for _ in range(2)] for _ in range(LAYERS)]
+        for name in COMPRESSED
+    }
     module = SimpleNamespace(num_key_value_groups=queries // heads, is_causal=True)
 
-    def sides(caches, call):  # one token longer at every call, up to the context
-        longest = (arguments.rounds + 1) * LAYERS
-        return (side[:, :, : room - longest + call] for side in caches[call % LAYERS])
+    def sides(caches, call):  # one token longer every time that it is a cache's turn again, up to the context
+        length = room - arguments.rounds + call // LAYERS
+        return (side[:, :, :length] for side in caches[call % LAYERS])
 
     def default(call):
         return sdpa_attention_forward(module, query, *sides(full, call), None, scaling=scale)
@@ -153,11 +157,11 @@ def attention_alone(shape, context, batch, arguments):
     for name, kinds in COMPRESSED.items():
         attention = build(shape, kinds, context, arguments, 64, 1).model.layers[0].self_attn
 
-        def expanded(call, attention=attention):
+        def expanded(call, attention=attention, half=halves[name]):
             keys, values = attention.compose(*sides(half, call), None, None, None)
             return sdpa_attention_forward(module, query, keys, values, None, scaling=scale)
 
-        def absorbed(call, attention=attention):
+        def absorbed(call, attention=attention, half=halves[name]):
             return attention._attend_to_components(query, *sides(half, call), None, None)
 
         if context <= arguments.expand_up_to:

@@ -94,7 +94,7 @@ def add_mask(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     """Hides what the mask hides.
 
     Args:
-        logits: (B, Hq, Q, T), float32 or wider.
+        logits: (B, Hq, Q, T).
         attention_mask: Boolean or integer, where a token is seen, or additive: (B or 1, Hq or 1, Q, >= T), or (B, T)
             for a single new token; or None.
     """
@@ -104,6 +104,7 @@ def add_mask(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
         attention_mask = attention_mask[:, None, None, :]
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
             attention_mask = attention_mask != 0
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     mask = attention_mask[..., : logits.shape[-1]]
     if mask.is_floating_point():
         return logits + mask
@@ -114,7 +115,8 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Queries (B, N, R, W) against cached keys (B, N, T, W): (B, N, R, T), on a CPU with T outermost in memory."""
     if not _on_plain_cpu(queries, keys):
         return queries @ keys.mT
-    whole = _whole_blocks(keys)
+    # In bfloat16 the plain product is oneDNN's already, and this one of its shapes is prepared once for all lengths.
+    whole = _whole_blocks(keys) if keys.dtype == torch.float32 else 0
     product = []
     for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True):
         rest = rows[whole:] @ query.T
@@ -135,10 +137,11 @@ def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax of (B, Hq, Q, T) over cached tokens, along the way they lie in memory (see `read_keys`)."""
+    """Softmax, in float32 or wider, of (B, Hq, Q, T) over cached tokens, along their order in memory."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
     if logits.stride(-1) != 1 and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        return logits.permute(0, 3, 1, 2).softmax(1).permute(0, 2, 3, 1)
-    return logits.softmax(-1)
+        return logits.permute(0, 3, 1, 2).softmax(1, dtype=wide).permute(0, 2, 3, 1)
+    return logits.softmax(-1, dtype=wide)
 
 
 def _stack(matrices: list[torch.Tensor]) -> torch.Tensor:

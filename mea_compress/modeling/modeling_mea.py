@@ -412,7 +412,7 @@ class MeaAttention(nn.Module):
     def _logits(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
     ) -> torch.Tensor:
-        """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T), likewise."""
+        """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T)."""
         shape, composition = queries.shape, self.key_composition
         rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)  # (B, H, rows, d)
         if composition is None:
@@ -424,9 +424,8 @@ class MeaAttention(nn.Module):
         else:
             rows = composition.absorb(rows).flatten(1, 2)[:, None].to(keys.dtype)  # type: ignore[operator]
             logits = read_keys(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
-        logits = logits.to(queries.dtype)
         if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
-            logits = logits * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
+            logits = logits.to(queries.dtype) * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
         return logits.reshape(*shape[:-1], -1)
 
     def _logits_of_latents(
