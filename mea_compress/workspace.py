@@ -117,7 +117,9 @@ def check_space(out: Path, needed: int) -> None:
 def already_published(out: Path) -> bool:
     """Whether an interrupted run got as far as renaming its result to OUT; if so, its scratch is removed."""
     work = partial_path(out)
-    if not out.is_dir() or not (work / MANIFEST).is_file() or (work / CHECKPOINT).exists():
+    if not out.is_dir() or not work.is_dir() or (work / CHECKPOINT).exists():
+        return False
+    if not (work / MANIFEST).is_file() and any(work.iterdir()):  # the manifest goes last, so this is something else
         return False
     _remove(work)
     return True
@@ -259,7 +261,7 @@ def _remove(work: Path) -> None:
     for child in work.iterdir():
         if child.name != MANIFEST:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
-    (work / MANIFEST).unlink()
+    (work / MANIFEST).unlink(missing_ok=True)
     work.rmdir()
 
 

@@ -182,6 +182,9 @@ def test_a_kill_right_after_publishing_is_cleaned_up(tmp_path):
     assert already_published(out)
     assert not partial.exists()
     assert out.is_dir()
+    partial.mkdir()  # the last but one thing that goes is the manifest
+    assert already_published(out)
+    assert not partial.exists()
 
 
 def test_space_is_checked_before_any_work(tmp_path, monkeypatch):
