@@ -313,7 +313,7 @@ def train_original(
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
             model = build_model(tokenizer, size).to(device)
-            _fit(model, ids, size, seed, progress)
+            train(model, ids, size, seed, progress)
         _save(model, work)
         tokenizer.save_pretrained(work)
         write_json(work / "training.json", settings)
@@ -402,8 +402,16 @@ def build_model(tokenizer: Any, size: Size) -> Any:
     return MeaLlamaForCausalLM(config)
 
 
-def _fit(model: Any, ids: torch.Tensor, size: Size, seed: int, progress: bool) -> None:
-    """Next-token training: AdamW, warm-up, cosine. The batches are the same on every device."""
+def train(model: Any, ids: torch.Tensor, size: Size, seed: int, progress: bool) -> None:
+    """Next-token training: AdamW, warm-up, cosine. The batches are the same on every device.
+
+    Args:
+        model: A causal language model, trained where it is.
+        ids: Rows of tokens, int64 (N, context).
+        size: Steps and batch size.
+        seed: Of the order of rows.
+        progress: Show a bar with loss and time left on stderr.
+    """
     device = next(model.parameters()).device
     if device.type == "cpu":
         model.config._attn_implementation = "eager"  # faster than sdpa to differentiate at this length
