@@ -2,8 +2,8 @@
 
     python benchmarks/small_models.py OUT --kind llama --kind qwen3
 
-Each lands in OUT/KIND, with OUT/train.txt and OUT/held-out.txt beside them: `llama` has grouped queries (16 query heads,
-8 key/value heads), `qwen3` has QK-norm as well, `mea` is the demonstration's native model with head norm.
+Each lands in OUT/KIND, with OUT/train.txt and OUT/held-out.txt beside them: `llama` has grouped queries (16 query heads
+and 8 key/value heads), `qwen3` has QK-norm as well, `mea` is the demonstration's native model with head norm.
 """
 
 from pathlib import Path
