@@ -10,6 +10,7 @@ from mea_compress.architectures import Source
 from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
+from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
 from mea_compress.modeling.configuration_mea import FRACTIONAL
 from mea_compress.plan import LayerPlan, calibration_shape, splits_itself
@@ -103,6 +104,9 @@ class Fitter:
         recipe: Fit, refinement, seed, device.
         tokens: Calibration sequences, (N, T).
         progress: Show bars on stderr.
+
+    Raises:
+        RequestError: There are too few tokens for the statistics, or too few sequences to hold one out.
     """
 
     def __init__(self, source: Source, recipe: Recipe, tokens: torch.Tensor, progress: bool) -> None:
@@ -114,8 +118,13 @@ class Fitter:
         self.compressed = self.original
         self.following: Activations | None = None
         # Sequences at the front are for choosing; no statistic and no step looks at them.
-        self.held_out = min(_HELD_OUT, len(tokens) // 4) if refinement_steps(source, recipe) else 0
         self.steps = refinement_steps(source, recipe)
+        if self.steps and len(tokens) < 2:
+            raise RequestError(
+                "refinement holds a calibration sequence out and there is only one; give --sequences 2 or more, a "
+                "longer --text, a smaller --sequence-length, or --refine 0"
+            )
+        self.held_out = max(1, min(_HELD_OUT, len(tokens) // 4)) if self.steps else 0
         self.depth = source.config.num_hidden_layers
         self.runner = self._runner(0)
 

@@ -270,11 +270,16 @@ def _check_groups(recipe: Recipe, before: "_Sides", after: "_Sides", heads: int)
         if (kind, count) == (now, kept):
             if kind != "none":
                 raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
+        elif kind == "joint":
+            raise RequestError(
+                f"--kv-groups {groups} cannot divide the one latent that joint keys and values read; choose other "
+                "compositions, or leave --kv-groups out"
+            )
         elif heads % groups or count % groups:
             options = [str(n) for n in range(1, heads + 1) if heads % n == 0 and count % n == 0]
+            remedy = f"choose one of {', '.join(options)}" if options else "leave it out, or choose other components"
             raise RequestError(
-                f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; "
-                f"choose one of {', '.join(options)}"
+                f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; {remedy}"
             )
 
 

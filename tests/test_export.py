@@ -287,6 +287,11 @@ def test_groups_must_divide(tmp_path):
     stock_checkpoint(tmp_path / "source")
     with pytest.raises(RequestError, match=r"--kv-groups 4 does not divide .* choose one of 1, 2"):
         make_plan(tmp_path / "source", Recipe(kv_ratio=0.5, kv_groups=4, **HEAD))
+    with pytest.raises(RequestError, match="cannot divide the one latent"):
+        make_plan(
+            tmp_path / "source",
+            Recipe(kv_ratio=0.5, kv_groups=2, key_composition="joint", value_composition="joint"),
+        )
     out = compressed(tmp_path)
     with pytest.raises(RequestError, match="compress the original"):
         make_plan(out, Recipe(value_components=1, kv_groups=2, **HEAD))
