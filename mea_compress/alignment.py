@@ -73,9 +73,13 @@ def output_metric(heads: AttentionHeads) -> torch.Tensor:
 
 
 def root(matrix: torch.Tensor, floor: float = 1e-10) -> tuple[torch.Tensor, torch.Tensor]:
-    """M^½ and M^-½ of symmetric positive matrices (..., n, n), eigenvalues clamped to `floor` of the largest."""
+    """M^½ and M^-½ of symmetric positive matrices (..., n, n), eigenvalues clamped to `floor` of the largest.
+
+    Where nothing is above 0, both are the identity.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    least = floor * values[..., -1:].clamp(min=1e-300)
+    largest = values[..., -1:]
+    least = torch.where(largest > 0, floor * largest, torch.ones_like(largest))
     square = values.clamp(min=least).sqrt()
     return (vectors * square[..., None, :]) @ vectors.mT, (vectors / square[..., None, :]) @ vectors.mT
 

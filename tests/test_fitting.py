@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import contents, stock_checkpoint, stock_model
 from transformers import AutoModelForCausalLM
 
@@ -117,6 +118,32 @@ def test_text_that_is_too_short_leaves_nothing(tmp_path):
     with pytest.raises(RequestError, match="tokens"):
         compress(source, tmp_path / "out", recipe(sequences=1), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    few = {"sequence_length": 64, "sequences": 3, "refine": 4}
+    layers = compress(source, tmp_path / "out", recipe(**few), progress=False).fidelity["layers"]
+    assert all(layer["refinement"]["after"] <= layer["refinement"]["before"] for layer in layers.values())
+    one = {"sequence_length": 256, "sequences": 1, "refine": 4}
+    with pytest.raises(RequestError, match="--sequences 2"):
+        compress(source, tmp_path / "again", recipe(**one), progress=False)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("fit", ["weights", "aligned"])
+def test_projections_that_are_all_zero_stay_finite(name, fit, tmp_path):
+    """Models that were made deeper begin with such layers."""
+    source = stock_checkpoint(tmp_path / "src")
+    weights = load_file(source / "model.safetensors")
+    weights[f"model.layers.1.self_attn.{name}.weight"].zero_()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for keys, values in PAIRS:
+        wanted = recipe(fit=fit, key_composition=keys, value_composition=values)
+        compress(source, tmp_path / f"{keys}-{values}", wanted, progress=False)
+        for tensor in load_file(tmp_path / f"{keys}-{values}" / "model.safetensors").values():
+            assert tensor.isfinite().all()
 
 
 def test_refinement_is_on_with_the_aligned_fit_alone(tmp_path):

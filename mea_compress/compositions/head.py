@@ -42,6 +42,7 @@ def combine(heads: torch.Tensor, components: int, second: torch.Tensor | None) -
     top = top * torch.sign(top.gather(0, top.abs().argmax(0, keepdim=True)))
     sizes = torch.einsum("hc,hdx->cdx", top, heads).square().sum((1, 2)).sqrt()  # (C,)
     average = (heads.square().sum() / count).sqrt()
+    average = torch.where(average > 0, average, torch.ones_like(average))  # heads that are all zero stay so
     scale = average / sizes.clamp(min=1e-12 * average)
     projection = torch.einsum("hc,hdx->cdx", top * scale, heads)
     return Composed("head", count, head_dim, projection.flatten(0, 1), (top / scale).T.contiguous())

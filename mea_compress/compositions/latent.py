@@ -112,7 +112,7 @@ def _share_latent(
     values = (square @ heads.value).flatten(0, 1)
     attended = moment(statistics, request.fit, "value")
     energy = [(through(rows, seen) * rows).sum() for rows, seen in ((keys, second), (values, attended))]
-    scale = request.emphasis * float((energy[1] / energy[0].clamp(min=1e-300)).sqrt())
+    scale = request.emphasis * float((energy[1] / energy[0]).sqrt() if min(energy) > 0 else 1.0)
     rank = request.width(head_dim) + round(request.other * head_dim)
     expansion, latent = low_rank(torch.cat((keys * scale, values)), second, rank)
     for_keys = (expansion[: count * head_dim] / scale / channels.flatten()[:, None]).unflatten(0, (count, head_dim))

@@ -126,7 +126,8 @@ class Pool:
             leading = torch.linalg.eigh(cross[:, members][:, :, members]).eigenvectors[..., -1]  # (P, group)
             average = heads.key[members].square().sum((1, 2)).mean().sqrt()
             shared = torch.einsum("pg,gpx->px", leading.conj(), pairs[members])  # (P, D + 1)
-            scale = average / shared.abs().square().sum().clamp(min=1e-300).sqrt()
+            size = shared.abs().square().sum().sqrt()
+            scale = average / size if size > 0 else torch.ones_like(size)
             rows.append(from_pairs(shared * scale, heads))
             factors[members] = (leading / scale).T / weights[members]
         # k ≈ factor · shared, so q conj(k) becomes (q conj(factor)) conj(shared).
@@ -206,7 +207,8 @@ def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit
         total, inner = energy.sum(0), cross.real.sum(0)
         lost = 1 - inner / (total[:, None] * total[None]).clamp(min=1e-300).sqrt()
     else:
-        lost = ((first + other) / 2 - gap).sum(0) / energy.sum()  # the smaller eigenvalue of each 2 × 2 Gram
+        smaller = (first + other) / 2 - gap  # the smaller eigenvalue of each 2 × 2 Gram
+        lost = smaller.sum(0) / energy.sum().clamp(min=1e-300)
     return lost.fill_diagonal_(0)
 
 
@@ -217,7 +219,7 @@ def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, f
     cross = value_cross(square @ heads.value, second)  # (H, H, d, d)
     count, head_dim = heads.value.shape[:2]
     lost = torch.zeros(count, count, dtype=torch.float64)
-    total = sum(cross[g, g].trace() for g in range(count))
+    total = torch.einsum("ggaa->", cross).clamp(min=1e-300)
     for g in range(count):
         for h in range(g):
             both = torch.cat((torch.cat((cross[g, g], cross[g, h]), 1), torch.cat((cross[h, g], cross[h, h]), 1)))

@@ -80,8 +80,8 @@ class Share:
         for head, index in enumerate(place):
             if head not in kept:
                 left, _, right = torch.linalg.svd(cross[head, kept[index]])
-                size = cross[kept[index], kept[index]].trace() / trace[head, head].clamp(min=1e-300)
-                maps[head] = (right.mT @ left.mT) * (size.sqrt() if heads.head_norm is None else 1.0)
+                size = (trace[kept[index], kept[index]] / trace[head, head].clamp(min=1e-300)).sqrt()
+                maps[head] = (right.mT @ left.mT) * (size if heads.head_norm is None and size > 0 else 1.0)
         heads = change_value_basis(heads, maps)
         return self._composed(heads.value, kept, place), heads
 
