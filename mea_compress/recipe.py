@@ -346,6 +346,8 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
         where = str(path)
         values = _read_yaml(path)
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if "kv_ratio" in flags:  # a flag wins over whatever the recipe says of the same
+        values = {key: value for key, value in values.items() if key not in ("key_components", "value_components")}
     recipe = _validated(Recipe, values | flags, where, flags)
     if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
         raise RequestError(

@@ -83,6 +83,11 @@ class TestBuiltins:
         recipe = load_recipe("paper-half", {"kv_ratio": 0.25, "layers": None, "seed": 7})
         assert (recipe.kv_ratio, recipe.layers, recipe.seed) == (0.25, "half", 7)
 
+    def test_a_ratio_wins_over_counts_of_the_recipe(self, tmp_path):
+        path = write(tmp_path, "key_components: 2\nvalue_components: 3\n")
+        recipe = load_recipe(path, {"kv_ratio": 0.25, "value_components": 1})
+        assert (recipe.kv_ratio, recipe.key_components, recipe.value_components) == (0.25, None, 1)
+
     def test_a_mistyped_name(self):
         with pytest.raises(RequestError, match="did you mean paper-half"):
             load_recipe("paper-hlaf")
