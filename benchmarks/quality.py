@@ -32,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "head, activations": {"fit": "activations", "key": "head", "value": "head"},
     "head, aligned": {"key": "head", "value": "head", **CLOSED},
     "head, aligned, refined": {"key": "head", "value": "head"},
-    "head, weights, refined": {"fit": "weights", "key": "head", "value": "head", "refine": True},
     "prune, aligned": {"key": "prune", "value": "prune", **CLOSED},
     "prune, aligned, refined": {"key": "prune", "value": "prune"},
     "share, weights": {"fit": "weights", "key": "share", "value": "share"},
@@ -72,7 +71,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
         "sequence_length": options["sequence_length"],
         "seed": options["seed"],
         "device": options["device"],
-        "refine": options["steps"] if refine is None or refine is True else refine,
+        "refine": options["steps"] if refine is None else refine,
     }
     with tempfile.TemporaryDirectory(prefix="mea-quality-") as scratch:
         out, start = Path(scratch) / "out", time.perf_counter()
