@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from mea_compress import modeling
 from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.source import FLOATS
-from mea_compress.checkpoint import CheckpointReader, NewTensor, TensorInfo, plan_shards, write_checkpoint
+from mea_compress.checkpoint import CheckpointReader, Entry, NewTensor, TensorInfo, plan_shards, write_checkpoint
 from mea_compress.checkpoint.reader import dtype_name, read_tensor, torch_dtype
 from mea_compress.checkpoint.writer import shard_finished, write_index, write_shard
 from mea_compress.errors import RequestError
@@ -30,7 +31,7 @@ from mea_compress.workspace import Workspace, already_published, check_free, che
 
 CODE_FILES = ("configuration_mea.py", "decode_mea.py", "modeling_mea.py")
 # Room for the files that are not weights, beside them and the layers' own files.
-_SPARE_BYTES = 64 << 20
+SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
     if resume and already_published(out):
         return CompressionResult(out, plan, json.loads((out / "compression.json").read_text())["fidelity"])
     check_free(out, source)
-    check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + _SPARE_BYTES)
+    check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
         _compose_layers(opened, plan, recipe, workspace, progress)
         plan = realised_plan(opened, recipe, plan, _sections(plan, workspace))
@@ -79,7 +80,7 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
         _copy_other_files(opened, workspace.path)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
-            "verification": verify(opened, workspace.path, plan.bytes_after, progress),
+            "verification": verify(workspace.path, plan.bytes_after, progress),
         }
         _write_documents(opened, plan, recipe, config, fidelity, workspace.path)
         workspace.publish(out)
@@ -170,11 +171,23 @@ def _layer_directory(workspace: Workspace, layer: int) -> Path:
 def _write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
     """All shards: new attention tensors in the place of the old ones, everything else copied as bytes."""
     gone, new = _attention_tensors(source, plan, workspace)
-    entries: list[TensorInfo | NewTensor] = []
+    entries: list[Entry] = []
     for info in source.reader.tensors.values():
         for entry in new.get(info.name, [] if info.name in gone else [info]):
             entries.append(entry if recipe.dtype is None else _cast(entry, recipe.dtype))
-    shards = plan_shards(entries, recipe.shard_bytes)
+    write_shards(entries, recipe.shard_bytes, workspace, progress)
+
+
+def write_shards(entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool) -> None:
+    """Writes all weights of the checkpoint, with a bar; files that an interrupted run has finished stay as they are.
+
+    Args:
+        entries: The tensors, in order.
+        shard_bytes: Largest sum of tensor bytes in one file.
+        workspace: Where to, and what is finished.
+        progress: Show a progress bar on stderr.
+    """
+    shards = plan_shards(entries, shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         for shard in shards:
@@ -294,4 +307,4 @@ def _write_documents(
     )
 
 
-__all__ = ["CompressionResult", "RequestError", "compress"]
+__all__ = ["CompressionResult", "compress"]

@@ -28,22 +28,20 @@ from mea_compress.checkpoint import (
     Entry,
     NewTensor,
     TensorInfo,
-    plan_shards,
     read_tensor,
     torch_dtype,
-    write_index,
 )
 from mea_compress.checkpoint.reader import DTYPE_BITS
-from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES, shard_finished, write_shard
+from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
 from mea_compress.composed import Composed
-from mea_compress.compress import CODE_FILES, versions
+from mea_compress.compress import CODE_FILES, SPARE_BYTES, versions, write_shards
 from mea_compress.errors import RequestError
 from mea_compress.heads import read_composed, read_projection
 from mea_compress.modeling.modeling_mea import MeaAttention, rotary_pairs
 from mea_compress.plan import layer_window
 from mea_compress.report import export_card, write_json
 from mea_compress.stock import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
-from mea_compress.verification import WHOLE_MODEL_BYTES, VerificationError, cache_bytes
+from mea_compress.verification import WHOLE_MODEL_BYTES, VerificationError, cache_bytes, relative_difference
 from mea_compress.workspace import already_published, check_free, check_space, open_workspace
 
 REPORT = "export.json"
@@ -51,7 +49,6 @@ REPORT = "export.json"
 # computed in float32: folding rounds products that were computed, and so not rounded, before.
 TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 1e-2, "BF16": 8e-2}
 _TOKENS, _REACH = 24, 512
-_SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -116,18 +113,9 @@ def export(
     check_free(out, checkpoint)
     entries = _entries(source, form, format)
     others = [source.reader.directory / name for name in source.reader.other_files()]
-    check_space(out, sum(entry.nbytes for entry in entries) + sum(f.stat().st_size for f in others) + _SPARE_BYTES)
+    check_space(out, sum(entry.nbytes for entry in entries) + sum(f.stat().st_size for f in others) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(source, format), resume) as workspace:
-        shards = plan_shards(entries, DEFAULT_SHARD_BYTES)
-        total = sum(shard.nbytes for shard in shards)
-        with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-            for shard in shards:
-                if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
-                    bar.update(shard.nbytes)
-                    continue
-                write_shard(workspace.path, shard, bar.update)
-                workspace.record("shards", shard.name, True)
-        write_index(workspace.path, shards)
+        write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_json(workspace.path / "config.json", _config(source, form, format))
         _copy_other_files(source, workspace.path)
         result = ExportResult(out, form, cost, verify_export(source, workspace.path, progress), model_type)
@@ -373,11 +361,6 @@ def verify_export(source: Source, directory: Path, progress: bool = True) -> dic
     return result
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    return math.inf if math.isnan(error) else error
-
-
 def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: int) -> tuple[float, int]:
     """Largest relative difference of one layer's attention, and its cache bytes per token."""
     prefix = source.family.prefix if config.model_type == source.family.model_type else "Llama"
@@ -405,7 +388,7 @@ def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: i
         turns = getattr(emitted, f"{source.family.prefix}RotaryEmbedding")(source.config)(hidden, positions)
         expected = mine(hidden, turns, mask, position_ids=positions)[0]
     itemsize = DTYPE_BITS[source.dtype] // 8
-    return _difference(found, expected), cache_bytes(cache) // 4 * itemsize // _TOKENS
+    return relative_difference(found, expected), cache_bytes(cache) // 4 * itemsize // _TOKENS
 
 
 def _check_model(source: Source, directory: Path) -> tuple[float, int]:
@@ -427,7 +410,7 @@ def _check_model(source: Source, directory: Path) -> tuple[float, int]:
             found.append(model(ids, use_cache=False).logits)
         del model
     gc.collect()
-    return _difference(*found), measured
+    return relative_difference(*found), measured
 
 
 __all__ = ["ExportResult", "VerificationError", "export", "verify_export"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import Source, open_source
-from mea_compress.heads import read_composed, read_side
+from mea_compress.heads import read_side
 from mea_compress.memory import release
 from mea_compress.modeling.modeling_mea import MeaAttention
 
@@ -26,7 +26,7 @@ class VerificationError(Exception):
     """The emitted checkpoint does not do what it should: a defect of this program, nothing the user did."""
 
 
-def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = True) -> dict[str, Any]:
+def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
     """Reloads a checkpoint and checks it.
 
     Every layer's keys and values, as its attention module reads them from a filled cache, must equal those of plain
@@ -34,9 +34,8 @@ def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = T
     loaded as a whole and its logits compared. The cache bytes are those of the tensors in a live cache.
 
     Args:
-        source: The checkpoint that was compressed; its tokens ids and family are used.
         directory: The emitted checkpoint.
-        cache_bytes: Cache bytes per token that the plan promises.
+        promised_bytes: Cache bytes per token that the plan promises.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -63,8 +62,8 @@ def verify(source: Source, directory: Path, cache_bytes: int, progress: bool = T
         raise VerificationError(
             f"the reloaded checkpoint differs from the composed model by {worst:.2e} ({result['compared']})"
         )
-    if measured != cache_bytes:
-        raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {cache_bytes}")
+    if measured != promised_bytes:
+        raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
     return result | {"kv_bytes_per_token": measured}
 
 
@@ -74,7 +73,8 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim() > 0)
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected number; infinite where something is not a number."""
     error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     return math.inf if math.isnan(error) else error
 
@@ -112,7 +112,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     worst = 0.0
     for found, expected in ((found_keys, expected_keys), (found_values, expected_values)):
         repeat = expected.shape[1] // found.shape[1]  # pooled heads stand for their whole group
-        worst = max(worst, _difference(found.repeat_interleave(repeat, dim=1), expected))
+        worst = max(worst, relative_difference(found.repeat_interleave(repeat, dim=1), expected))
     itemsize = emitted.reader.info(f"{prefix}k_proj.weight").nbytes // math.prod(
         emitted.reader.info(f"{prefix}k_proj.weight").shape
     )
@@ -155,7 +155,7 @@ def _check_model(emitted: Source) -> tuple[float, int]:
         found = model(ids, use_cache=False).logits
         expected = _composed_model(emitted, model)(ids, use_cache=False).logits
     gc.collect()
-    return _difference(found, expected), measured
+    return relative_difference(found, expected), measured
 
 
 def _composed_model(emitted: Source, model: Any) -> Any:
@@ -181,4 +181,4 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     return plain.eval()
 
 
-__all__ = ["VerificationError", "cache_bytes", "read_composed", "verify"]
+__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify"]

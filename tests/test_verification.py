@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, stock_checkpoint
 
 from mea_compress import verification
-from mea_compress.architectures import open_source
 from mea_compress.compress import compress
 from mea_compress.recipe import Recipe
 from mea_compress.verification import VerificationError, verify
@@ -25,16 +24,16 @@ def emitted(tmp_path, case="llama", kind="head"):
     keys, values = KINDS[kind]
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=keys, value_composition=values)
     result = compress(source, tmp_path / "out", recipe, progress=False)
-    return open_source(source), tmp_path / "out", result
+    return tmp_path / "out", result
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama", "qwen3", "phi3-partial"])
 def test_what_compress_emits_is_right(case, kind, whole, tmp_path, monkeypatch):
-    source, out, result = emitted(tmp_path, case, kind)
+    out, result = emitted(tmp_path, case, kind)
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
-    found = verify(source, out, result.plan.bytes_after, progress=False)
+    found = verify(out, result.plan.bytes_after, progress=False)
     assert found["largest_difference"] < 1e-5
     assert found["kv_bytes_per_token"] == result.plan.bytes_after
     assert ("logits" in found["compared"]) == whole
@@ -43,19 +42,19 @@ def test_what_compress_emits_is_right(case, kind, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_every_family_is_verified_layer_by_layer(case, tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 0)
-    result = emitted(tmp_path, case, "frequency")[2]
+    result = emitted(tmp_path, case, "frequency")[1]
     assert result.fidelity["verification"]["compared"].startswith("keys and values")
 
 
 def test_other_cache_bytes_than_planned_are_noticed(tmp_path):
-    source, out, result = emitted(tmp_path)
+    out, result = emitted(tmp_path)
     with pytest.raises(VerificationError, match="bytes per token"):
-        verify(source, out, result.plan.bytes_after + 4, progress=False)
+        verify(out, result.plan.bytes_after + 4, progress=False)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkeypatch):
-    source, out, result = emitted(tmp_path)
+    out, result = emitted(tmp_path)
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
     forward = verification.MeaAttention._heads
     monkeypatch.setattr(
@@ -64,20 +63,20 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
         lambda self, cached, composition: 1.01 * forward(self, cached, composition),
     )
     with pytest.raises(VerificationError, match="differs"):
-        verify(source, out, result.plan.bytes_after, progress=False)
+        verify(out, result.plan.bytes_after, progress=False)
 
 
 def test_not_a_number_is_noticed(tmp_path, monkeypatch):
-    source, out, result = emitted(tmp_path)
+    out, result = emitted(tmp_path)
     tensors = load_file(out / "model.safetensors")
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="inf"):
-        verify(source, out, result.plan.bytes_after, progress=False)
+        verify(out, result.plan.bytes_after, progress=False)
 
 
 def test_what_was_measured_is_in_the_report(tmp_path):
-    _, out, result = emitted(tmp_path, "qwen3")
+    out, result = emitted(tmp_path, "qwen3")
     told = json.loads((out / "compression.json").read_text())["fidelity"]
     assert told["verification"] == result.fidelity["verification"]
     assert set(told["layers"]) == {"0", "1"}
