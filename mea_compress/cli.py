@@ -325,7 +325,7 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
     result = compress_checkpoint(wanted.source, wanted.out, wanted, resume=resume)
     texts, data = [_compressed(result)], {"plan": result.plan.to_json(), "fidelity": result.fidelity}
     shared = {"device": wanted.device}
-    if wanted.heal:
+    if wanted.heal and not (resume and (wanted.out / "healing.json").is_file()):
         from mea_compress.healing import heal as heal_checkpoint
 
         settings = {"seed": wanted.seed} | shared | _given(wanted.heal)

@@ -26,12 +26,14 @@ from mea_compress.memory import release
 from mea_compress.plan import Plan, plan_source, realised_plan
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
-from mea_compress.verification import verify
+from mea_compress.verification import VerificationError, verify
 from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
 
 CODE_FILES = ("configuration_mea.py", "decode_mea.py", "modeling_mea.py")
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
+# What this program says of a checkpoint; it would not be true of one that is made from it.
+_OWN_DOCUMENTS = ("compression.json", "recipe.yaml", "healing.json", "training.json", "export.json")
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,15 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
     source, out = Path(source), Path(out).absolute()
     opened = open_source(source)
     plan = plan_source(opened, recipe)
-    if resume and already_published(out):
-        return CompressionResult(out, plan, json.loads((out / "compression.json").read_text())["fidelity"])
+    if resume and (already_published(out) or (out / "compression.json").is_file()):
+        return _published(opened, out, recipe, plan)
     check_free(out, source)
     check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
         _compose_layers(opened, plan, recipe, workspace, progress)
         plan = realised_plan(opened, recipe, plan, _sections(plan, workspace))
         _write_weights(opened, plan, recipe, workspace, progress)
+        _check_stored(opened, plan, workspace)
         config = _write_config(opened, plan, recipe, workspace)
         _copy_other_files(opened, workspace.path)
         fidelity = {
@@ -85,6 +88,20 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
         _write_documents(opened, plan, recipe, config, fidelity, workspace.path)
         workspace.publish(out)
     return CompressionResult(out, plan, fidelity)
+
+
+def _published(source: Source, out: Path, recipe: Recipe, plan: Plan) -> CompressionResult:
+    """What an earlier run has finished, for a run that is resumed after it."""
+    try:
+        same = (out / "recipe.yaml").read_text(encoding="utf-8") == to_yaml(recipe)
+        fidelity = json.loads((out / "compression.json").read_text(encoding="utf-8"))["fidelity"]
+        layers = json.loads((out / "config.json").read_text(encoding="utf-8"))["mea"]["layers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same or len(layers) != len(plan.layers):
+        raise RequestError(f"{out} is finished and was made by another recipe; choose another output directory")
+    sections = {one.layer: layers[one.layer] for one in plan.layers if one.compressed}
+    return CompressionResult(out, realised_plan(source, recipe, plan, sections), fidelity)
 
 
 def versions() -> dict[str, str]:
@@ -176,6 +193,22 @@ def _write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Worksp
         for entry in new.get(info.name, [] if info.name in gone else [info]):
             entries.append(entry if recipe.dtype is None else _cast(entry, recipe.dtype))
     write_shards(entries, recipe.shard_bytes, workspace, progress)
+
+
+def _check_stored(source: Source, plan: Plan, workspace: Workspace) -> None:
+    """Attention tensors of the checkpoint are, bit for bit, those that were fitted.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    written = CheckpointReader(workspace.path)
+    for layer in plan.layers:
+        if not layer.compressed:
+            continue
+        fitted = CheckpointReader(_layer_directory(workspace, layer.layer))
+        for name in fitted.tensors:
+            if not torch.equal(written.read(source.family.attention(layer.layer) + name), fitted.read(name)):
+                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted")
 
 
 def write_shards(entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool) -> None:
@@ -271,7 +304,7 @@ def _copy_other_files(source: Source, target: Path) -> None:
     """Tokenizer, chat template, generation config, licence and whatever else is not weights; the card is kept aside."""
     for file in _other_files(source):
         relative = file.relative_to(source.reader.directory)
-        if relative.name in CODE_FILES or str(relative) in ("compression.json", "recipe.yaml"):
+        if relative.name in CODE_FILES or str(relative) in _OWN_DOCUMENTS:
             continue
         name = Path("README.original.md") if str(relative) == "README.md" else relative
         (target / name).parent.mkdir(parents=True, exist_ok=True)

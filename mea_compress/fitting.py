@@ -135,6 +135,8 @@ class Fitter:
         if self.steps and splits_itself(self.recipe, layer.key_composition, layer.value_composition):
             forms += splits(layer, self.source.config.num_key_value_heads, self.source.head_dim)
         composed = [compose(self.source, form, statistics, self.recipe) for form in forms]
+        for form, _ in composed:
+            _check_finite(form, layer.layer)
         if not self.steps:
             return composed[0]
         settings = Settings(self.steps, self.batch, self.held_out)
@@ -198,6 +200,15 @@ class Fitter:
         return accumulator.finish()
 
 
+def _check_finite(composed: ComposedLayer, layer: int) -> None:
+    for side in (composed.key, composed.value):
+        if not torch.isfinite(side.composed_heads()).all():
+            raise RequestError(
+                f"layer {layer} cannot be composed from this text: a head came out as NaN; give other --text, or leave "
+                "the layer out with --layers"
+            )
+
+
 def splits(layer: LayerPlan, heads: int, head_dim: int) -> list[LayerPlan]:
     """Other ways to divide the layer's components between keys and values: keys get 2/5 or 3/10 of them.
 
@@ -244,5 +255,8 @@ def calibration_tokens(source: Source, recipe: Recipe, progress: bool) -> torch.
         tokenizer = load_tokenizer(directory)
         return token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)
     model = load_model(directory, device=recipe.device)
-    bos = model.config.bos_token_id
+    try:  # as in all text: a family may begin none, whatever its configuration names
+        bos = load_tokenizer(directory).bos_token_id
+    except RequestError:
+        bos = model.config.bos_token_id
     return sample_sequences(model, bos, count, length, recipe.seed, progress=progress).cpu()

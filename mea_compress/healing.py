@@ -40,6 +40,7 @@ from mea_compress.text import (
     sample_sequences,
     token_sequences,
 )
+from mea_compress.workspace import exchange, sync_tree
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _SAMPLED_AT_MOST = 1024
@@ -280,15 +281,9 @@ def _replacing(out: Path, student: Path) -> Iterator[Path]:
     try:
         work.chmod(student.stat().st_mode & 0o777)
         yield work
+        sync_tree(work)
         if out.exists() and out == student:
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.before-", dir=out.parent))
-            os.rename(out, old)  # onto an empty directory
-            try:
-                os.rename(work, out)
-            except OSError:
-                os.rename(old, out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            exchange(work, out)  # the old checkpoint goes with the scratch
         else:
             os.rename(work, out)
     finally:

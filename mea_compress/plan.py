@@ -244,6 +244,8 @@ def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice:
         memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
         # The text as the original has it before and behind a layer, and as the compressed layers send it.
         memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * prod(calibration_shape(source, recipe)))
+        if recipe.text is None:  # text is sampled from the whole model, before the fit
+            memory = max(memory, sum(info.nbytes for info in infos))
     largest = max((prod(info.shape) for info in infos), default=0)
     memory += (4 + size) * largest if recipe.dtype else 0
     return Plan(

@@ -129,7 +129,7 @@ def test_interrupted_training_leaves_nothing_half_written(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_fit", interrupted)
+        patch.setattr(demo, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(tmp_path / "out", device="cpu", size=TINY, progress=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "text"}
