@@ -4,9 +4,12 @@ Attention alone (what happens between the cache and the output projection, on ca
 stays in the processor's own cache, and that are one token longer in every round), then a small stack of layers with
 transformers' DynamicCache. All variants of a line take turns in one run; what counts are their ratios. The original
 appears in transformers' default, in SDPA with the query heads of a group as rows, and in plain matrix products in
-three orders; the fastest of them all is what the compressed layer is held against.
+three orders, on a GPU also in FlashAttention's and cuDNN's kernels; the fastest of them all is what the compressed
+layer is held against.
 
     python benchmarks/decode.py --contexts 1024 8192 65536 --batches 1 4 --clock cpu --threads 1
+    python benchmarks/decode.py --device cuda --contexts 8192 32768 --batches 1 8 --prefill-up-to 32768
+    python benchmarks/decode.py --plot benchmarks/results/decode-cpu.json
 """
 
 import argparse
@@ -22,10 +25,12 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mea_compress.modeling import decode_mea, modeling_mea
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
 from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 
@@ -42,15 +47,20 @@ def clock(arguments):
     return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
 
 
+def first_rounds(arguments):
+    """Rounds that do not count: on a GPU the kernel is compiled for one length, then for all of them."""
+    return 1 if arguments.device == "cpu" else 3
+
+
 def measure(variants, arguments, calls):
-    """Median milliseconds of every variant: each round calls every one of them `calls` times, after a first round."""
+    """Median milliseconds of every variant: each round calls every one of them `calls` times, after the first ones."""
     times = {name: [] for name in variants}
-    for turn in range(arguments.rounds + 1):
+    for turn in range(arguments.rounds + first_rounds(arguments)):
         for name, variant in variants.items():
             began = clock(arguments)
             for call in range(calls):
                 variant(turn * calls + call)
-            if turn:
+            if turn >= first_rounds(arguments):
                 times[name].append((clock(arguments) - began) / calls * 1000)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -82,12 +92,33 @@ def products_one_by_one(query, key, value, scale):
     return read_values(softmax(logits.float()).to(value.dtype), value)
 
 
+def flash(query, key, value, scale):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
+def cudnn(query, key, value, scale):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
+def runs(function, query, key, value):
+    """Whether this machine has a kernel for it."""
+    try:
+        function(query, key, value, 1.0)
+    except RuntimeError as error:
+        print(f"original: {function.__name__} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
 ORIGINALS = {
     "packed": packed,
     "products": products,
     "keys first": products_keys_first,
     "one by one": products_one_by_one,
 }
+ORIGINALS_ON_GPUS = {"flash": flash, "cudnn": cudnn}
 
 
 def section(kinds, heads, head_dim, layers):
@@ -145,14 +176,17 @@ def attention_alone(shape, context, batch, arguments):
     module = SimpleNamespace(num_key_value_groups=queries // heads, is_causal=True)
 
     def sides(caches, call):  # one token longer every time that it is a cache's turn again, up to the context
-        length = room - arguments.rounds + call // LAYERS
+        length = room - arguments.rounds - first_rounds(arguments) + 1 + call // LAYERS
         return (side[:, :, :length] for side in caches[call % LAYERS])
 
     def default(call):
         return sdpa_attention_forward(module, query, *sides(full, call), None, scaling=scale)
 
     variants = {"original: default": default}
-    for name, function in ORIGINALS.items():
+    originals = dict(ORIGINALS)
+    if arguments.device != "cpu":
+        originals |= {name: way for name, way in ORIGINALS_ON_GPUS.items() if runs(way, query, *sides(full, 0))}
+    for name, function in originals.items():
         variants[f"original: {name}"] = lambda call, function=function: function(query, *sides(full, call), scale)
     for name, kinds in COMPRESSED.items():
         attention = build(shape, kinds, context, arguments, 64, 1).model.layers[0].self_attn
@@ -164,9 +198,18 @@ def attention_alone(shape, context, batch, arguments):
         def absorbed(call, attention=attention, half=halves[name]):
             return attention._attend_to_components(query, *sides(half, call), None, None)
 
+        def absorbed_by_products(call, attention=attention, half=halves[name]):
+            fused, modeling_mea.may_fuse = modeling_mea.may_fuse, lambda *tensors: False
+            try:
+                return attention._attend_to_components(query, *sides(half, call), None, None)
+            finally:
+                modeling_mea.may_fuse = fused
+
         if context <= arguments.expand_up_to:
             variants[f"{name}: expanded"] = expanded
         variants[f"{name}: absorbed"] = absorbed
+        if arguments.device != "cpu":
+            variants[f"{name}: absorbed, plain products"] = absorbed_by_products
     times = measure(variants, arguments, LAYERS)
     best = min((name for name in times if name.startswith("original")), key=times.get)
     line = {"shape": shape, "context": context, "batch": batch, "milliseconds": times, "best_original": best}
@@ -290,18 +333,36 @@ def plot(result, file):
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
-    shapes = list(dict.fromkeys(line["shape"] for line in result["attention"]))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        lines = [line for line in result["attention"] if line["shape"] == shape and line["batch"] == 1]
-        curves = {"original: best": lambda line: line["milliseconds"][line["best_original"]]}
-        for name in ("original: default", "head: expanded", "head: absorbed", "frequency+latent: absorbed"):
-            curves[name] = lambda line, name=name: line["milliseconds"].get(name, float("nan"))
-        for name, value in curves.items():
-            axis.loglog([line["context"] for line in lines], [value(line) for line in lines], marker="o", label=name)
-        axis.set(title=f"{shape}, {result['dtype']}", xlabel="cached tokens", ylabel="ms per decoded token and layer")
-        axis.legend()
-    figure.tight_layout()
+    panels = list(dict.fromkeys((line["shape"], line["batch"]) for line in result["attention"]))
+    curves = {
+        "original: default": {"color": "0.6", "linestyle": "--"},
+        "original: best": {"color": "black"},
+        "head: expanded": {"color": "tab:orange", "linestyle": "--"},
+        "head: absorbed": {"color": "tab:blue"},
+        "frequency+latent: absorbed": {"color": "tab:green"},
+    }
+    contexts = sorted({line["context"] for line in result["attention"]})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), sharey=True, squeeze=False)
+    for axis, (shape, batch) in zip(axes[0], panels, strict=True):
+        lines = [line for line in result["attention"] if (line["shape"], line["batch"]) == (shape, batch)]
+        for name, style in curves.items():
+            points = sorted(
+                (line["context"], line["milliseconds"][line["best_original"] if name == "original: best" else name])
+                for line in lines
+                if name == "original: best" or name in line["milliseconds"]
+            )
+            axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(contexts, [f"{context / 1024:g} K" for context in contexts])
+        axis.set_xlim(contexts[0] / 1.4, contexts[-1] * 1.4)
+        axis.grid(alpha=0.3, which="both")
+        axis.set(title=f"{shape}, {result['dtype']}, batch {batch}", xlabel="cached tokens")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0, 0].set_ylabel("ms per decoded token and layer")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(panels) > 1 else 2, frameon=False)
+    figure.set_layout_engine("constrained")
     figure.savefig(file, dpi=120)
 
 
@@ -319,8 +380,16 @@ def main():
     parser.add_argument("--prefill-up-to", type=int, default=8192, help="longest prompt")
     parser.add_argument("--stack-up-to", type=int, default=65536, help="longest context of the stack; 0: none")
     parser.add_argument("--out", type=Path, help="JSON; default: results/decode-DEVICE-DTYPE.json")
+    parser.add_argument("--plot", type=Path, help="draw this JSON beside itself and measure nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.plot:
+        plot(json.loads(arguments.plot.read_text()), arguments.plot.with_suffix(".png"))
+        return
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"this torch sees no GPU for --device {arguments.device}")
+    if arguments.clock == "cpu" and arguments.device != "cpu":
+        parser.error("--clock cpu does not see what a GPU does: leave it out with --device cuda")
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu adds up the time of all threads: give --threads 1 with it")
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
@@ -328,9 +397,12 @@ def main():
         peak(arguments.peak, arguments)
         return
     out = arguments.out or RESULTS / f"decode-{arguments.device}-{arguments.dtype}.json"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if arguments.device != "cpu":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     result = {
         "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": machine,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
@@ -345,6 +417,8 @@ def main():
                 if part == "stack" and combination[1] > arguments.stack_up_to:
                     continue
                 result[part].append(function(*combination, arguments))
+                if arguments.device != "cpu":  # whether the absorbed times are the kernel's
+                    result["forms_without_a_kernel"] = [str(form) for form in decode_mea._NOT_FUSED]
                 print(part, json.dumps(result[part][-1]), file=sys.stderr)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(result, indent=2) + "\n")

@@ -9,9 +9,14 @@ Shapes: B batch, T cached tokens, Q new tokens, Hq query heads, H key/value head
 heads of a cache (one where components are cached flat) and R query rows that read each of them, Hq * Q / N.
 """
 
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # Multiply-adds a device does in the time in which it reads one cached number; one number more or less decides nothing.
 _BALANCE = {"cpu": 16.0}
@@ -23,6 +28,10 @@ _COMPOSING_RATE = 0.2
 TILE = 512
 # A CPU's fast product reads whole blocks of so many tokens.
 BLOCK = 512
+# A GPU's kernel splits the cache among its processors by blocks of so many tokens.
+GPU_BLOCK = 128
+# Query rows that the kernel holds at once, so that it reads the cache once, and the numbers of its accumulator.
+GPU_ROWS, GPU_ACCUMULATOR = 64, 32768
 
 
 def side_cost(
@@ -100,15 +109,17 @@ def add_mask(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     """
     if attention_mask is None:
         return logits
-    if attention_mask.dim() == 2:
-        attention_mask = attention_mask[:, None, None, :]
-        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-            attention_mask = attention_mask != 0
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    mask = attention_mask[..., : logits.shape[-1]]
+    mask = _four_dimensional(attention_mask, logits.shape[-1])
     if mask.is_floating_point():
         return logits + mask
-    return logits.masked_fill(~mask.bool(), torch.finfo(logits.dtype).min)
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def _four_dimensional(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """A mask as (B or 1, Hq or 1, Q, length), boolean or additive."""
+    mask = (mask[:, None, None] if mask.dim() == 2 else mask)[..., :length]
+    return mask if mask.is_floating_point() else mask.bool()
 
 
 def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -174,3 +185,142 @@ def _one_dnn() -> bool:
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """X (M, K) times the transpose of weight (N, K), by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def attend_at_once(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    norms: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tokens: int,
+    blocks: BlockMask,
+    options: Any = None,
+) -> torch.Tensor:
+    """What absorbed queries get from flat components, in one kernel that reads each cached number once.
+
+    The same as `read_keys`, norms, `add_mask`, `softmax` and `read_values` one after another, the readable reference,
+    but for a row that sees nothing, which gets zeros. Compiled only on a GPU; elsewhere it runs as it is written.
+
+    All rows are queries of one head: as heads of their own, their number would have to be a power of two.
+
+    Args:
+        queries: (B, 1, Hq * Q, key width), scaled; the rows of a query head lie together.
+        keys: (B, 1, T, key width).
+        values: (B, 1, T, value width).
+        norms: 1/rms of every composed key, (B, T, H), or None.
+        mask: (B or 1, Hq or 1, Q, T), boolean where a token is seen, or additive; or None.
+        tokens: Q.
+        blocks: Of `every_block`.
+        options: Of `kernel_options`.
+
+    Returns:
+        (B, 1, Hq * Q, value width), in the dtype of the queries.
+    """
+    group = queries.shape[2] // norms.shape[-1] if norms is not None else 1
+
+    def score(logit: torch.Tensor, b: torch.Tensor, _: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> Any:
+        if norms is not None:
+            logit = logit * norms[b, token, row // group]
+        if mask is None:
+            return logit
+        # Where all sequences or heads share a mask, its only index is 0.
+        entry = mask[b * (mask.shape[0] > 1), row // tokens * (mask.shape[1] > 1), row % tokens, token]
+        return logit + entry if mask.is_floating_point() else torch.where(entry, logit, -float("inf"))
+
+    output: Any = flex_attention(
+        queries, keys, values, score_mod=score, block_mask=blocks, scale=1.0, kernel_options=options
+    )
+    return output
+
+
+@lru_cache(maxsize=1)
+def every_block(rows: int, length: int, device: torch.device) -> BlockMask:
+    """All cached tokens, block by block: without a list of blocks the kernel would not share them out."""
+    blocks = -(-length // GPU_BLOCK)
+    count = torch.full((1, 1, 1), blocks, dtype=torch.int32, device=device)
+    indices = torch.arange(blocks, dtype=torch.int32, device=device)[None, None, None]
+    return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=GPU_BLOCK, seq_lengths=(rows, length))
+
+
+def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, shared: int) -> dict[str, int] | None:
+    """How the kernel of `attend_at_once` is to be built, or None where it cannot be.
+
+    A product on a GPU is at least 16 wide, and widths are rounded up to powers of two. A tile of queries and one of
+    the cache must fit in the memory of a processor, and the sums of all rows in its registers.
+
+    Args:
+        rows: Hq * Q.
+        key_width: Of the cached keys, without norms.
+        value_width: Of the cached values.
+        itemsize: Bytes of a cached number.
+        shared: Bytes of shared memory that one block of threads may have.
+    """
+    if min(key_width, value_width) < 16 or rows > GPU_ROWS:
+        return None
+    held, keys, values = (1 << (number - 1).bit_length() for number in (max(rows, 16), key_width, value_width))
+    if held * values > GPU_ACCUMULATOR:
+        return None
+    for tile, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1)):
+        if itemsize * (held * keys + stages * tile * (keys + values)) <= shared:
+            return {"BLOCK_N": tile, "num_stages": stages, "num_warps": 8 if held * values > 8192 else 4}
+    return None
+
+
+def may_fuse(*tensors: torch.Tensor) -> bool:
+    """Whether `fused` may read these, of the cache and the queries: on a GPU, not compiled or differentiated around."""
+    if any(tensor.device.type != "cuda" for tensor in tensors) or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+_NOT_FUSED: set[tuple] = set()
+
+
+def fused(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    norms: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tokens: int,
+) -> torch.Tensor | None:
+    """`attend_at_once`, compiled once for all lengths of a cache; None where no kernel can be had.
+
+    Args:
+        queries: As there, in the dtype of the keys.
+        keys: As there.
+        values: As there.
+        norms: As there.
+        mask: As `add_mask` takes it.
+        tokens: Q.
+    """
+    rows, length, width = queries.shape[2], keys.shape[2], values.shape[3]
+    form = (str(keys.device), keys.dtype, *queries.shape, width, tokens, norms is None, getattr(mask, "dtype", None))
+    if form in _NOT_FUSED or keys.dtype != values.dtype or keys.dtype.itemsize not in (2, 4):
+        return None
+    device = torch.cuda.get_device_properties(keys.device)
+    options = kernel_options(
+        rows, queries.shape[3], width, keys.dtype.itemsize, getattr(device, "shared_memory_per_block_optin", 48 * 1024)
+    )
+    if options is None:
+        return None
+    mask = None if mask is None else _four_dimensional(mask, length)
+    try:
+        blocks = every_block(rows, length, keys.device)
+        return _compiled(form)(queries, keys, values, norms, mask, tokens, blocks, options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler does not support here, plain products do
+        _NOT_FUSED.add(form)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"cached components are read by plain products, no kernel was built: {reason}", stacklevel=2)
+        return None
+
+
+@cache
+def _compiled(form: tuple) -> Callable:
+    """`attend_at_once` compiled for a form, each apart where this torch can, so that many do not count as one."""
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compile_: Any = torch.compile
+    return compile_(attend_at_once, fullgraph=True, **apart)

@@ -48,7 +48,17 @@ from .configuration_mea import (
     MeaQwen3MoeConfig,
     cached_width,
 )
-from .decode_mea import TILE, absorbing_pays, add_mask, read_keys, read_values, readable_mask, softmax
+from .decode_mea import (
+    TILE,
+    absorbing_pays,
+    add_mask,
+    fused,
+    may_fuse,
+    read_keys,
+    read_values,
+    readable_mask,
+    softmax,
+)
 
 
 def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
@@ -422,7 +432,7 @@ class MeaAttention(nn.Module):
         elif isinstance(composition, LatentComposition):
             logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, position_ids, mask)
         else:
-            rows = composition.absorb(rows).flatten(1, 2)[:, None].to(keys.dtype)  # type: ignore[operator]
+            rows = self._absorbed(queries).to(keys.dtype)
             logits = read_keys(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
         if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
             logits = logits.to(queries.dtype) * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
@@ -444,19 +454,35 @@ class MeaAttention(nn.Module):
             logits.append(rows @ self._rebuilt_keys(latent, positions[:, tile], self.rotary).mT)
         return torch.cat(logits, dim=-1)
 
+    def _absorbed(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries (B, Hq, Q, d) as queries of components that are cached flat: (B, 1, Hq * Q, key width)."""
+        rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)
+        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]  # type: ignore[union-attr, operator]
+
+    def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
+        """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat and a GPU has one."""
+        absorbing = isinstance(self.key_composition, HeadComposition | FrequencyComposition)
+        if not absorbing or self.value_composition is None or not may_fuse(queries, keys, values):
+            return None
+        components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
+        return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
+
     def _attend_to_components(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
     ) -> torch.Tensor:
         """Attention of queries (B, Hq, Q, d) to what is cached: (B, Q, Hq, d)."""
         wide = torch.promote_types(queries.dtype, torch.float32)
-        logits = self._logits(queries.to(wide) * self.scaling, keys, values, position_ids, mask)
-        weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
-        if self.value_composition is None:
-            values = self._plain_heads(values)
-        rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
-        output = read_values(rows, values)  # (B, N, rows, W)
-        if self.value_kind == "joint":
-            output = torch.cat((read_values(rows, keys), output), dim=-1)
+        scaled = queries.to(wide) * self.scaling
+        output = self._fused(scaled, keys, values, mask)  # (B, 1, rows, W)
+        if output is None:
+            logits = self._logits(scaled, keys, values, position_ids, mask)
+            weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
+            if self.value_composition is None:
+                values = self._plain_heads(values)
+            rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+            output = read_values(rows, values)  # (B, N, rows, W)
+            if self.value_kind == "joint":
+                output = torch.cat((read_values(rows, keys), output), dim=-1)
         if self.value_composition is not None:
             output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
             output = self.value_composition.contract(output).to(queries.dtype)  # type: ignore[operator]
