@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.grad import conv2d_weight
 
 # Multiply-adds a device does in the time in which it reads one cached number; one number more or less decides nothing.
 _BALANCE = {"cpu": 16.0}
@@ -27,7 +28,7 @@ _COMPOSING_RATE = 0.2
 # Latent keys are rebuilt so many tokens at a time on a CPU, which keeps a tile of all heads in its cache.
 TILE = 512
 # A CPU's fast product reads whole blocks of so many tokens.
-BLOCK = 512
+BLOCK = 256
 # A GPU's kernel splits the cache among its processors by blocks of so many tokens.
 GPU_BLOCK = 128
 # Query rows that the kernel holds at once, so that it reads the cache once, and the numbers of its accumulator.
@@ -126,12 +127,13 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Queries (B, N, R, W) against cached keys (B, N, T, W): (B, N, R, T), on a CPU with T outermost in memory."""
     if not _on_plain_cpu(queries, keys):
         return queries @ keys.mT
-    # In bfloat16 the plain product is oneDNN's already, and this one of its shapes is prepared once for all lengths.
-    whole = _whole_blocks(keys) if keys.dtype == torch.float32 else 0
+    whole = _whole_blocks(keys)
     product = []
     for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True):
-        rest = rows[whole:] @ query.T
-        product.append(torch.cat((_linear(rows[:whole], query), rest)) if whole else rest)
+        parts = [_product_by_blocks(rows[:whole], query)] if whole else []
+        if whole < len(rows):
+            parts.append(rows[whole:] @ query.T)
+        product.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return _stack(product).unflatten(0, keys.shape[:2]).mT
 
 
@@ -142,8 +144,10 @@ def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     whole = _whole_blocks(values)
     product = []
     for weight, rows in zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True):
-        rest = weight[:, whole:] @ rows[whole:]
-        product.append(_linear(weight[:, :whole], rows[:whole].T) + rest if whole else rest)
+        parts = [_sum_of_blocks(weight[:, :whole], rows[:whole])] if whole else []
+        if whole < len(rows):
+            parts.append(weight[:, whole:] @ rows[whole:])
+        product.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
     return _stack(product).unflatten(0, values.shape[:2])
 
 
@@ -167,10 +171,10 @@ def _on_plain_cpu(*tensors: torch.Tensor) -> bool:
 
 
 def _whole_blocks(cached: torch.Tensor) -> int:
-    """How many cached tokens oneDNN's linear layer reads; the BLAS reads the others.
+    """How many cached tokens oneDNN reads; the BLAS reads the others.
 
-    Measured where there is AVX-512, it is up to three times as fast for these shapes, but prepares itself anew for
-    every shape, and a cache has another length at every step: whole blocks change their number seldom.
+    Measured where there is AVX-512, it takes half to three quarters of the BLAS's time for these shapes, but prepares
+    itself anew for every shape, and a cache has another length at every step: whole blocks change their number seldom.
     """
     if cached.dtype not in (torch.float32, torch.bfloat16) or not _one_dnn():
         return 0
@@ -179,12 +183,28 @@ def _whole_blocks(cached: torch.Tensor) -> int:
 
 def _one_dnn() -> bool:
     wide = torch.backends.mkldnn.enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(wide) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(wide) and hasattr(torch, "mkldnn_convolution")
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """X (M, K) times the transpose of weight (N, K), by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _product_by_blocks(rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Rows (T, W) times the transpose of query (R, W): a convolution with a kernel of one pixel is that product."""
+    one, none = [1, 1], [0, 0]
+    kernel = query[:, :, None, None]
+    image = torch.mkldnn_convolution(_images(rows), kernel, None, none, one, one, 1)  # (n, R, 1, BLOCK)
+    return image.permute(0, 2, 3, 1).reshape(len(rows), -1)
+
+
+def _sum_of_blocks(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Weight (R, T) times rows (T, W): the gradient that such a convolution sends to its kernel is that product."""
+    if rows.dtype != torch.float32:  # the plain product of narrower numbers is oneDNN's, and the faster of its two
+        return weight @ rows
+    shape = (len(weight), rows.shape[1], 1, 1)
+    return conv2d_weight(_images(rows), shape, _images(weight.T))[:, :, 0, 0]
+
+
+def _images(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (T, W) as images of one line with W channels, (T / BLOCK, W, 1, BLOCK), where they lie in memory."""
+    return rows.unflatten(0, (-1, 1, BLOCK)).permute(0, 3, 1, 2)
 
 
 def attend_at_once(

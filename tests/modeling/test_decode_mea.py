@@ -197,7 +197,7 @@ def test_masks_that_are_not_understood_are_left_to_the_attention_implementation(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("one_dnn", [True, False])
 def test_cpu_products_equal_the_batched_ones(dtype, one_dnn, monkeypatch):
-    monkeypatch.setattr(decode_mea, "_one_dnn", lambda: one_dnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(decode_mea, "_one_dnn", lambda: one_dnn and hasattr(torch, "mkldnn_convolution"))
     monkeypatch.setattr(decode_mea, "BLOCK", 4)
     if one_dnn and not decode_mea._one_dnn():
         pytest.skip("this torch has no oneDNN")
