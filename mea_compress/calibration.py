@@ -1,6 +1,6 @@
 """Text to statistics: what a layer's attention sees, in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from mea_compress.errors import RequestError
 from mea_compress.modeling.modeling_mea import rotary_pairs, rotate_heads
 from mea_compress.streaming import Trace
 
-# Queries per sequence at which attended inputs are gathered: each costs as much as a head as wide as the model.
+# Queries per sequence at which attention is looked at: each costs as much as a head as wide as the model.
 _ATTENDED_QUERIES = 64
 
 
@@ -22,13 +22,24 @@ class LayerStatistics:
         moment: E[x xᵀ] of the layer's normed input with a constant 1 appended, (D + 1, D + 1).
         attended: E[x̃ x̃ᵀ] of the input averaged by attention, x̃ = sum over t of A[s, t] x_t, (D + 1, D + 1), mean over
             query heads.
-        query_energy: E|q|² of every rotary pair, mean over the query heads of a group, (H, P).
+        key_covariance: Inner products of key heads pair by pair, as attention notices errors of them, (P, H, H),
+            complex128; see `StatisticsAccumulator.notice`.
+        key_cost: What an error of each rotary pair of each head costs, beside others of its size there, (H, P).
     """
 
     tokens: int
     moment: torch.Tensor
     attended: torch.Tensor
-    query_energy: torch.Tensor
+    key_covariance: torch.Tensor
+    key_cost: torch.Tensor
+
+    def of_heads(self, heads: Any) -> "LayerStatistics":
+        """The statistics of some key/value heads (their numbers, in any order)."""
+        return replace(
+            self,
+            key_covariance=self.key_covariance[:, heads][:, :, heads],
+            key_cost=self.key_cost[heads],
+        )
 
 
 class StatisticsAccumulator:
@@ -42,7 +53,12 @@ class StatisticsAccumulator:
         pairs = (attention.head_dim + 1) // 2
         self.moment = torch.zeros(size, size, dtype=torch.float64)
         self.attended = torch.zeros(size, size, dtype=torch.float64)
-        self.query_energy = torch.zeros(attention.heads, pairs, dtype=torch.float64)
+        self.key_covariance = torch.zeros(pairs, attention.heads, attention.heads, dtype=torch.complex128)
+        self.cost = torch.zeros(attention.heads, pairs, dtype=torch.float64)
+        output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
+        if attention.has_head_norm:
+            output = output * attention.head_norm.weight
+        self.metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
 
     @torch.no_grad()
     def add(self, trace: Trace) -> None:
@@ -58,17 +74,12 @@ class StatisticsAccumulator:
         queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))  # (B, T, Hq, d)
         if attention.qk_norm:
             queries = attention.q_norm(queries)
-        first, second = rotary_pairs(attention.head_dim, attention.rotary_dim)
-        energy = queries[..., first].double().square() + queries[..., second].double().square()  # (B, T, Hq, P)
-        grouped = energy.unflatten(2, (attention.heads, -1))  # (B, T, H, group, P)
-        self.query_energy += grouped.mean(3).sum((0, 1)).cpu()
-
         length = x.shape[1]
         at = torch.linspace(0, length - 1, min(length, _ATTENDED_QUERIES), device=x.device).round().long()
         queries = rotate_heads(queries, cos, sin)[:, at].transpose(1, 2)  # (B, Hq, S, d)
         positions = torch.arange(length, device=x.device)[None]
-        keys, _ = attention.compose(*attention.project(x, cos, sin), positions, None, attention.rotary)
-        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        keys, values = attention.compose(*attention.project(x, cos, sin), positions, None, attention.rotary)
+        keys, values = (side.repeat_interleave(queries.shape[1] // side.shape[1], dim=1) for side in (keys, values))
         logits = queries @ keys.transpose(-1, -2) * attention.scaling
         visible = torch.arange(length, device=x.device) <= at[:, None]
         if attention.sliding_window:
@@ -77,6 +88,68 @@ class StatisticsAccumulator:
         for head in range(weights.shape[1]):
             self.attended += _second_moment((weights[:, head] @ wide).flatten(0, 1)) / weights.shape[1]
         self.queries += len(at) * len(x)
+        self.notice(weights, queries, keys, values)
+
+    def notice(self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds to the key statistics that judge an error behind the softmax.
+
+        To first order, errors e[t] of the logits of one query move the output of its head by sum over t of
+        A[t] W_O (v[t] - o) e[t]. What all of them have in common changes nothing; the variance of e under A counts,
+        times r = sum of A² ‖W_O (v - o)‖² / (1 - sum of A²), with which both agree on independent errors. An error of
+        rotary pair p of the keys has e[t] = Re(conj(q[p]) k[t, p]) after RoPE, so it costs r |q[p]|² times the
+        variance of k[t, p] under A. Each head and pair sums that up with the attention of its own query heads; inner
+        products of heads, which need one attention for both, take the average that has the most at stake.
+
+        Args:
+            weights: A, (B, Hq, S, T).
+            queries: (B, Hq, S, d), rotated.
+            keys: Each query head's, (B, Hq, T, d), rotated.
+            values: Each query head's, (B, Hq, T, d).
+        """
+        heads, group = self.attention.heads, keys.shape[1] // self.attention.heads
+        stake = self._leverage(weights, values)[..., None] * self._energy(queries)  # (B, Hq, S, P)
+        variance = weights @ self._energy(keys) - self._energy(weights @ keys)
+        cost = (stake * variance.clamp(min=0)).double().sum((0, 2)).cpu()  # (Hq, P)
+        self.cost += cost.unflatten(0, (heads, group)).sum(1)
+
+        stake = stake.sum(-1)  # (B, Hq, S)
+        common = torch.einsum("bis,bist->bst", stake, weights)  # the average attention times its weight
+        keys = keys[:, ::group]  # (B, H, T, d)
+        weight = stake.sum(1)  # (B, S)
+        centre = common[:, None] @ keys / weight.clamp(min=1e-30)[:, None, :, None]  # (B, H, S, d)
+        self.key_covariance += self._inner(keys, common.sum(1)) - self._inner(centre, weight)
+
+    def _leverage(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """R of `notice` for weights (B, Hq, S, T) and values (B, Hq, T, d): (B, Hq, S).
+
+        A head norm divides by the size of o and does not see what lies along it: v - o loses that part.
+        """
+        centre = weights @ values  # o, (B, Hq, S, d)
+        along: Any = 1.0
+        scale: Any = 1.0
+        if self.attention.has_head_norm:
+            scale = self.attention.head_norm.scale(centre)[..., 0]  # (B, Hq, S)
+            centre = centre / centre.square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+            along = centre @ values.transpose(-1, -2)  # (B, Hq, S, T)
+        seen = centre @ self.metric  # (B, Hq, S, d)
+        own = ((values @ self.metric) * values).sum(-1)[:, :, None]  # (B, Hq, 1, T)
+        inner = seen @ values.transpose(-1, -2)  # (B, Hq, S, T)
+        size = (seen * centre).sum(-1, keepdim=True)  # (B, Hq, S, 1)
+        change = (own - 2 * along * inner + along**2 * size).clamp(min=0)  # ‖W_O (v - o)‖²
+        squares = weights.square()
+        return (squares * change).sum(-1) * scale**2 / (1 - squares.sum(-1)).clamp(min=1e-3)
+
+    def _energy(self, heads: torch.Tensor) -> torch.Tensor:
+        """|z|² of the rotary pairs of heads (..., d): (..., P)."""
+        first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
+        return heads[..., first].square() + heads[..., second].square()
+
+    def _inner(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of weight (B, N) times z[g] conj(z[h]), for heads (B, H, N, d): (P, H, H), on the CPU."""
+        first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
+        wide = (heads * weight.sqrt()[:, None, :, None]).cpu().double().permute(3, 1, 0, 2).flatten(2)  # (d, H, B N)
+        pairs = torch.complex(wide[first], wide[second])  # (P, H, B N)
+        return pairs @ pairs.mH
 
     def finish(self) -> LayerStatistics:
         """The means.
@@ -88,9 +161,10 @@ class StatisticsAccumulator:
             self.tokens,
             self.moment / self.tokens,
             self.attended / self.queries,
-            self.query_energy / self.tokens,
+            self.key_covariance / self.queries,
+            self.cost / self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=1e-300),
         )
-        for name in ("moment", "attended", "query_energy"):
+        for name in ("moment", "attended", "key_covariance", "key_cost"):
             if not torch.isfinite(getattr(statistics, name)).all():
                 raise RequestError(
                     "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"

@@ -11,7 +11,7 @@ import torch
 from mea_compress.alignment import key_pairs
 from mea_compress.calibration import LayerStatistics
 from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_weights, moment, through
+from mea_compress.compositions.measure import key_cross, key_weights, moment, through
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
@@ -53,16 +53,18 @@ class Frequency:
     ) -> tuple[Composed, AttentionHeads]:
         """Composed keys; queries stay as they are. Under a key norm the lanes compose weighted keys."""
         fit, budget = request.fit, request.width(heads.key.shape[1]) // 2
-        second = moment(statistics, fit, "key")
-        weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
             first, other = heads.pairs
             gamma = heads.key_norm
             weighted = torch.complex(heads.key[:, first] * gamma[first, None], heads.key[:, other] * gamma[other, None])
         else:
             weighted = key_pairs(heads)
+        weights = key_weights(heads, statistics, fit)
         scaled = weighted * weights[..., None]  # (H, P, D + 1)
-        cross = torch.einsum("gpx,hpx->pgh", through(scaled, second), scaled.conj())
+        if fit == "aligned" and statistics is not None:
+            cross = key_cross(heads, statistics, fit)
+        else:
+            cross = torch.einsum("gpx,hpx->pgh", through(scaled, moment(statistics, fit, "key")), scaled.conj())
         values, vectors = torch.linalg.eigh(cross)
         values, vectors = values.flip(-1), vectors.flip(-1)
         count, pairs = heads.key.shape[0], len(heads.pairs[0])

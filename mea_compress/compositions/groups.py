@@ -30,7 +30,7 @@ def cluster(
     """
     order = [head for members in group_heads(head_distance(heads, statistics, fit), groups) for head in members]
     if statistics is not None:
-        statistics = replace(statistics, query_energy=statistics.query_energy[order])
+        statistics = statistics.of_heads(order)
     return reorder(heads, order), statistics
 
 
@@ -57,7 +57,7 @@ def compose_groups(
             value=heads.value[members],
             output=heads.output[queries],
         )
-        own = None if statistics is None else replace(statistics, query_energy=statistics.query_energy[members])
+        own = None if statistics is None else statistics.of_heads(members)
         found.append(fitter(part, own, request))
     composed, parts = zip(*found, strict=True)
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("query", "key", "value", "output")}

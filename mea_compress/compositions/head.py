@@ -21,7 +21,9 @@ from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
 
 
-def combine(heads: torch.Tensor, components: int, second: torch.Tensor | None) -> Composed:
+def combine(
+    heads: torch.Tensor, components: int, second: torch.Tensor | None, gram: torch.Tensor | None = None
+) -> Composed:
     """The best `components` component heads for real combinations.
 
     Components are scaled to the size of an average head, so that they survive float16.
@@ -30,12 +32,14 @@ def combine(heads: torch.Tensor, components: int, second: torch.Tensor | None) -
         heads: (H, d, D + 1), float64.
         components: C, between 1 and H.
         second: E[x xᵀ], (D + 1, D + 1), or None for the identity.
+        gram: Inner products of the heads, (H, H), in place of those that `second` gives.
 
     Returns:
         Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of G[g, h] = tr(W_g Σ W_hᵀ).
     """
     count, head_dim = heads.shape[:2]
-    gram = torch.einsum("gdx,hdx->gh", through(heads, second), heads)
+    if gram is None:
+        gram = torch.einsum("gdx,hdx->gh", through(heads, second), heads)
     vectors = torch.linalg.eigh(gram).eigenvectors  # ascending
     top = vectors.flip(-1)[:, :components]  # (H, C)
     # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
@@ -63,8 +67,11 @@ class Head:
         if heads.key_norm is not None:
             return self._normed_keys(heads, second, weights, components, fit), heads
         if fit == "aligned":
-            factors = align_phases(key_cross(heads, second, weights), components) * weights
-            heads = change_key_basis(heads, factors)
+            cross = key_cross(heads, statistics, fit)
+            phases = align_phases(cross, components)  # (H, P)
+            heads = change_key_basis(heads, phases * weights)
+            aligned = cross * phases.T[:, :, None] * phases.T[:, None, :].conj()
+            return combine(heads.key, components, second, aligned.real.sum(0)), heads
         return combine(heads.key, components, second), heads
 
     def _normed_keys(

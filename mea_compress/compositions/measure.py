@@ -27,25 +27,37 @@ def through(rows: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
 
 
 def key_weights(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
-    """Length of the queries that meet each rotary pair of each key head, (H, P); ones where the fit ignores it.
+    """Root of what an error of each rotary pair of each key head costs, (H, P); ones where the fit ignores it.
 
     Under a key norm a head's errors also count in proportion to 1/rms of the head.
     """
-    count, pairs = heads.key.shape[0], len(heads.pairs[0])
     if fit != "aligned" or statistics is None:
-        return torch.ones(count, pairs, dtype=torch.float64)
-    length = statistics.query_energy.sqrt()
-    length = length.clamp(min=_FLOOR * float(length.max().clamp(min=1e-300)))
+        return torch.ones(heads.key.shape[0], len(heads.pairs[0]), dtype=torch.float64)
+    weights = _noticed(statistics)
     if heads.key_norm is not None:
         power = torch.einsum("hdx,xy,hdy->h", heads.key, statistics.moment, heads.key) / heads.key.shape[1]
-        length = length / power.clamp(min=1e-300).sqrt()[:, None]
-    return length
+        weights = weights / power.clamp(min=1e-300).sqrt()[:, None]
+    return weights
 
 
-def key_cross(heads: AttentionHeads, second: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
-    """E[k[g, p] conj(k[h, p])] of weighted keys, (P, H, H), complex128."""
-    pairs = key_pairs(heads) * weights[..., None]  # (H, P, D + 1)
-    return torch.einsum("gpx,hpx->pgh", through(pairs, second), pairs.conj())
+def _noticed(statistics: LayerStatistics) -> torch.Tensor:
+    cost = statistics.key_cost.sqrt()
+    return cost.clamp(min=_FLOOR * float(cost.max().clamp(min=1e-300)))
+
+
+def key_cross(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+    """E[k[g, p] conj(k[h, p])] of weighted keys, (P, H, H), complex128; ``aligned``: as attention notices their errors.
+
+    Args:
+        heads: The layer; with ``aligned`` in the basis and the order of the statistics.
+        statistics: Of the layer; see `moment` for None.
+        fit: The fit.
+    """
+    if fit == "aligned" and statistics is not None:
+        weights = _noticed(statistics).T  # of normed keys under a key norm
+        return statistics.key_covariance * weights[:, :, None] * weights[:, None, :]
+    pairs = key_pairs(heads)  # (H, P, D + 1)
+    return torch.einsum("gpx,hpx->pgh", through(pairs, moment(statistics, fit, "key")), pairs.conj())
 
 
 def value_root(heads: AttentionHeads, fit: str) -> tuple[torch.Tensor, torch.Tensor]:

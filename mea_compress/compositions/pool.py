@@ -115,11 +115,12 @@ class Pool:
         second = moment(statistics, fit, "key")
         grouping = group_heads(head_distance(heads, statistics, fit), components)
         order = [head for members in grouping for head in members]
-        weights = key_weights(heads, statistics, fit)[order]
         heads = reorder(heads, order)
+        statistics = None if statistics is None else statistics.of_heads(order)
+        weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
             return _normed_keys(heads, weights, second, components), heads
-        cross = key_cross(heads, second, weights)  # (P, H, H)
+        cross = key_cross(heads, statistics, fit)  # (P, H, H)
         pairs = key_pairs(heads) * weights[..., None]
         rows, factors = [], torch.ones(count, cross.shape[0], dtype=cross.dtype)
         for members in torch.arange(count).split(count // components):
@@ -198,8 +199,7 @@ def head_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit
 
 def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
     """Share of two heads' weighted energy that one shared key loses, (H, H)."""
-    second = moment(statistics, fit, "key")
-    cross = key_cross(heads, second, key_weights(heads, statistics, fit))
+    cross = key_cross(heads, statistics, fit)
     energy = cross.diagonal(dim1=-2, dim2=-1).real  # (P, H)
     first, other = energy[:, :, None], energy[:, None, :]
     gap = ((first - other).square() / 4 + cross.abs().square()).sqrt()

@@ -67,16 +67,18 @@ class Prune:
         """Composed keys and the layer whose queries fit them."""
         components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
-        weights = key_weights(heads, statistics, fit)
         turning = fit == "aligned" and heads.key_norm is None
+        cross = key_cross(heads, statistics, fit)
         if request.prune_by == "contribution":
             kept = largest_contributions(heads, moment(statistics, fit, "value"), components)
         elif turning:
-            kept = choose_kept(_coherent(key_cross(heads, second, weights)), components)
+            kept = choose_kept(_coherent(cross), components)
         else:
             kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.key, second), heads.key), components)
         if turning:
-            heads = change_key_basis(heads, _turn_to_kept(key_cross(heads, second, torch.ones_like(weights)), kept))
+            weights = key_weights(heads, statistics, fit).T
+            plain = cross / (weights[:, :, None] * weights[:, None, :])
+            heads = change_key_basis(heads, _turn_to_kept(plain, kept))
         return self._composed(heads.key, kept, second), heads
 
     def values(

@@ -42,13 +42,13 @@ class Share:
     ) -> tuple[Composed, AttentionHeads]:
         """Shared keys and the layer whose queries fit them."""
         components, fit = int(request.components), request.fit
-        second = moment(statistics, fit, "key")
-        cross = key_cross(heads, second, key_weights(heads, statistics, fit))
+        cross = key_cross(heads, statistics, fit)
         energy = cross.diagonal(dim1=-2, dim2=-1).real.clamp(min=1e-300)  # (P, H)
         if fit == "aligned" and heads.key_norm is None:
             likeness = (cross.abs().square() / energy[:, None, :]).sum(0)
             kept, place = choose_shared(likeness, components)
-            plain = key_cross(heads, second, torch.ones(cross.shape[1], cross.shape[0], dtype=torch.float64))
+            weights = key_weights(heads, statistics, fit).T
+            plain = cross / (weights[:, :, None] * weights[:, None, :])
             factors = torch.ones(cross.shape[1], cross.shape[0], dtype=cross.dtype)
             for head, index in enumerate(place):
                 if head not in kept:

@@ -21,18 +21,25 @@ VALUES = ("head", "latent", "joint", "pool", "prune", "share")
 FITS = ("weights", "activations", "aligned")
 
 
-def make_statistics(seed=7, energy=None):
+def make_statistics(heads=None, seed=7, cost=None):
+    """Second moments of random inputs, and the products of the keys that they make."""
+    heads = heads or make_heads()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, D, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 2, D, dtype=torch.float64)
     x = torch.cat((x, torch.ones(400, 1, dtype=torch.float64)), 1)
     smooth = (x[1:] + x[:-1]) / 2
-    if energy is None:
-        energy = torch.rand(HEADS, HEAD_DIM // 2, generator=generator, dtype=torch.float64) + 0.1
-    return LayerStatistics(400, x.T @ x / 400, smooth.T @ smooth / 399, energy)
+    if cost is None:
+        cost = torch.rand(HEADS, HEAD_DIM // 2, generator=generator, dtype=torch.float64) + 0.1
+    sent = heads.key @ x.T  # (H, d, tokens)
+    if heads.key_norm is not None:
+        sent = sent * torch.rsqrt(sent.square().mean(1, keepdim=True) + heads.norm_eps) * heads.key_norm[:, None]
+    keys = torch.complex(*(sent[:, channels] for channels in heads.pairs))  # (H, P, tokens)
+    covariance = torch.einsum("gpt,hpt->pgh", keys, keys.conj()) / 400
+    return LayerStatistics(400, x.T @ x / 400, smooth.T @ smooth / 399, covariance, cost)
 
 
 def surgery(heads, kind, side, components, fit):
-    statistics = None if fit == "weights" else make_statistics()
+    statistics = None if fit == "weights" else make_statistics(heads)
     return getattr(COMPOSITIONS[kind], f"{side}s")(heads, statistics, Request(components, fit))
 
 
@@ -157,7 +164,7 @@ def test_heads_that_send_most_are_kept(fit):
     heads = make_heads()
     scale = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
     heads = replace(heads, value=heads.value * scale[:, None, None])
-    statistics = None if fit == "weights" else make_statistics()
+    statistics = None if fit == "weights" else make_statistics(heads)
     request = Request(2, fit, prune_by="contribution")
     for side in ("key", "value"):
         composed, _ = getattr(COMPOSITIONS["prune"], f"{side}s")(heads, statistics, request)
@@ -234,7 +241,7 @@ def test_what_is_aligned_loses_less_than_what_is_not(side):
         copies = torch.linalg.qr(torch.randn(2, HEAD_DIM, HEAD_DIM, generator=generator, dtype=torch.float64)).Q @ base
     heads = replace(heads, **{side: torch.cat((base, copies))})
     # Queries of one length: weights that differ by head and pair would make the copies differ again.
-    statistics = make_statistics(energy=torch.ones(HEADS, HEAD_DIM // 2, dtype=torch.float64))
+    statistics = make_statistics(heads, cost=torch.ones(HEADS, HEAD_DIM // 2, dtype=torch.float64))
     composed, changed = getattr(COMPOSITIONS["head"], f"{side}s")(heads, statistics, Request(2, "aligned"))
     expected = run(heads)
     aligned = float((run(with_composed(changed, composed, side)) - expected).square().sum() / expected.square().sum())
