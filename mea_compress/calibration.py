@@ -157,12 +157,15 @@ class StatisticsAccumulator:
         Raises:
             RequestError: Something is not finite.
         """
+        size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T  # (H, P)
+        least = 1e-12 * size.max()
         statistics = LayerStatistics(
             self.tokens,
             self.moment / self.tokens,
             self.attended / self.queries,
             self.key_covariance / self.queries,
-            self.cost / self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=1e-300),
+            # Layers whose keys, values or output are all zero have nothing at stake.
+            self.cost / size.clamp(min=least) if least != 0 else torch.ones_like(self.cost),
         )
         for name in ("moment", "attended", "key_covariance", "key_cost"):
             if not torch.isfinite(getattr(statistics, name)).all():
