@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from mea_compress.errors import RequestError
 from mea_compress.healing import NOTHING, check_same_vocabulary, compare_models, rows_at_once
+from mea_compress.speed import Timing, cache_bytes, measure_speed
 from mea_compress.text import (
     choose_sequence_length,
     load_model,
@@ -61,6 +61,7 @@ class Evaluation:
         kv_bytes_per_token: bytes of one sequence's cache per token, from the tensors it holds.
         reference: the same of the reference.
         decode_tokens_per_second: greedy, one sequence.
+        speed: times, caches and memory at the contexts and batches asked for, None where none were.
     """
 
     tokens: int
@@ -71,10 +72,11 @@ class Evaluation:
     kv_bytes_per_token: float
     reference: ReferenceEvaluation | None
     decode_tokens_per_second: float
+    speed: tuple[Timing, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what was not measured is None."""
-        return asdict(self)
+        """Plain data; what was not measured is None, and ``speed`` is there where it was asked for."""
+        return {key: value for key, value in asdict(self).items() if key != "speed" or value is not None}
 
 
 def _perplexity(cross_entropy: float) -> float:
@@ -82,36 +84,6 @@ def _perplexity(cross_entropy: float) -> float:
         return exp(cross_entropy)
     except OverflowError:
         return float("inf")
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor reachable from a cache through attributes, lists, tuples and dictionaries, each once."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, seen)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from _tensors(vars(value), seen)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a filled cache keeps alive: the storages of all its tensors, each storage once.
-
-    Counters (tensors of fewer than two dimensions) do not count. A view counts as much as the storage behind it.
-    """
-    storages = {}
-    for tensor in _tensors(cache, set()):
-        if tensor.ndim >= 2:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @torch.no_grad()
@@ -182,6 +154,8 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    contexts: str | None = None,
+    batches: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measures a checkpoint on text, and against its original where that is given.
@@ -199,6 +173,8 @@ def evaluate(
         limit: measure the first so many sequences only.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: dtype both models run in; None keeps each checkpoint's.
+        contexts: numbers of cached tokens, ``"1024,8192"``, at which speed and memory are measured too; see `speed`.
+        batches: numbers of sequences for that; None is one.
         progress: show a bar on stderr.
 
     Raises:
@@ -232,6 +208,9 @@ def evaluate(
             width = int(present.sum(1).max())
             total += compare_models(model, original, rows[:, :width], present[:, :width])
             bar.update(len(rows))
+    models = {"checkpoint": model} | ({} if original is None else {"reference": original})
+    counts = [[int(number) for number in (text or "1").split(",")] for text in (contexts, batches)]
+    speed = measure_speed(models, ids[mask.bool()], counts[0], counts[1], progress) if contexts else None
 
     longest = ids[int(mask.sum(1).argmax())]
     sample = longest[None, :_CACHE_TOKENS]
@@ -249,4 +228,5 @@ def evaluate(
         kv_bytes_per_token=measure_cache_bytes(model, sample),
         reference=measured_reference,
         decode_tokens_per_second=_speed(model, longest),
+        speed=None if speed is None else tuple(speed),
     )

@@ -26,6 +26,7 @@ LaxPath = Annotated[Path, Field(strict=False)]
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+_COUNTS = r"^[1-9]\d*(,[1-9]\d*)*$"
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
 
@@ -38,6 +39,14 @@ class _Settings(BaseModel):
 def _group(name: str, metavar: str | None = None) -> dict[str, Any]:
     """How the command line shows a field: the heading of its help section and the placeholder of its value."""
     return {"group": name} | ({"metavar": metavar} if metavar else {})
+
+
+def _numbers_as_text(value: object) -> object:
+    """`layers: 3` and `layers: [0, 2]` are what YAML makes of natural spellings."""
+    items = value if isinstance(value, list) else [value]
+    if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return ",".join(str(item) for item in items)
+    return value
 
 
 class HealRecipe(_Settings):
@@ -90,6 +99,23 @@ class EvaluateRecipe(_Settings):
     dtype: DType | None = Field(
         None, description="Compute in this type; the checkpoint's own without it.", json_schema_extra=_group("Run")
     )
+    contexts: str | None = Field(
+        None,
+        pattern=_COUNTS,
+        description="Also time prefill and decoding, and measure cache and memory, at these cached tokens: 1024,8192.",
+        json_schema_extra=_group("Speed", "N,N"),
+    )
+    batches: str | None = Field(
+        None,
+        pattern=_COUNTS,
+        description="Sequences at once, for --contexts; 1 without it.",
+        json_schema_extra=_group("Speed", "N,N"),
+    )
+
+    @field_validator("contexts", "batches", mode="before")
+    @classmethod
+    def _counts_as_text(cls, value: object) -> object:
+        return _numbers_as_text(value)
 
 
 class Recipe(_Settings):
@@ -212,11 +238,7 @@ class Recipe(_Settings):
     @field_validator("layers", mode="before")
     @classmethod
     def _layers_as_text(cls, value: object) -> object:
-        """`layers: 3` and `layers: [0, 2]` are what YAML makes of natural spellings."""
-        items = value if isinstance(value, list) else [value]
-        if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            return ",".join(str(item) for item in items)
-        return value
+        return _numbers_as_text(value)
 
     @field_validator("layers")
     @classmethod

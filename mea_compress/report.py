@@ -211,7 +211,25 @@ def evaluation_report(evaluation: Mapping[str, Any]) -> str:
             continue
         cells = [None if value is None else form(value) for value in values]
         rows.append([title, *cells] if reference else [title, cells[0]])
-    return table(rows, ["", "checkpoint", "reference"] if reference else ["", "checkpoint"])
+    figures = table(rows, ["", "checkpoint", "reference"] if reference else ["", "checkpoint"])
+    return "\n\n".join([figures, *([_speed_report(evaluation["speed"])] if evaluation.get("speed") else [])])
+
+
+def _speed_report(timings: Sequence[Mapping[str, Any]]) -> str:
+    """What `evaluate --contexts` measured, a line for each context, batch and model."""
+    rows = [
+        [
+            f"{timing['context']:,}",
+            timing["batch"],
+            timing["model"],
+            f"{timing['prefill_seconds']:.3f} s",
+            f"{timing['decode_milliseconds']:.2f} ms",
+            format_bytes(timing["cache_bytes"]),
+            None if timing["peak_bytes"] is None else format_bytes(timing["peak_bytes"]),
+        ]
+        for timing in timings
+    ]
+    return table(rows, ["context", "batch", "model", "prefill", "decoding a token", "cache", "peak above the model"])
 
 
 def model_card(
