@@ -467,7 +467,9 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
     if first["type"] == "missing":
         return f"{label} is missing: add it."
     if first["type"] == "string_pattern_mismatch":
-        return f"{label} should be auto, cpu, cuda, cuda:N or mps, not {first['input']!r}."
+        device = first["ctx"]["pattern"] == _DEVICE
+        wanted = "auto, cpu, cuda, cuda:N or mps" if device else "whole numbers such as 8192 or 1024,8192"
+        return f"{label} should be {wanted}, not {first['input']!r}."
     if first["type"] == "value_error":
         return f"{label} {first['ctx']['error']}."
     if first["type"].endswith("_type") and first["type"] in ("model_type", "model_attributes_type"):

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mea_compress.errors import RequestError
-from mea_compress.recipe import Recipe, builtin_recipes, load_recipe, parse_size, select_layers, to_yaml
+from mea_compress.recipe import (
+    EvaluateRecipe,
+    Recipe,
+    builtin_recipes,
+    from_flags,
+    load_recipe,
+    parse_size,
+    select_layers,
+    to_yaml,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -207,3 +216,14 @@ def test_parse_size(text, size):
 def test_parse_size_refuses(text):
     with pytest.raises(ValueError, match="size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("value", ["5x", "0", "1024;2048", ""])
+def test_contexts_are_whole_numbers(value):
+    with pytest.raises(RequestError, match=r"--contexts should be whole numbers such as 8192 or 1024,8192, not"):
+        from_flags(EvaluateRecipe, {"text": Path("a.txt"), "contexts": value})
+
+
+def test_contexts_may_be_written_as_yaml_does():
+    settings = EvaluateRecipe.model_validate({"text": "a.txt", "contexts": [1024, 8192], "batches": 4})
+    assert (settings.contexts, settings.batches) == ("1024,8192", "4")
