@@ -141,7 +141,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.option("--text", required=True, type=click.Path(exists=True, path_type=Path), help="Text to measure on.")
 @click.option("--calibration", type=click.Path(exists=True, path_type=Path), help="Text to fit on; sampled without.")
 @click.option("--ratio", "ratios", multiple=True, type=float, default=(0.5,), show_default=True)
-@click.option("--method", "chosen", multiple=True, help="Only methods whose name contains this.")
+@click.option("--method", "chosen", multiple=True, help="Only this method, or those whose name contains this.")
 @click.option("--steps", type=int, help="Refinement steps; by the model's size without.")
 @click.option("--sequences", type=int, help="Calibration sequences.")
 @click.option("--sequence-length", type=int)
@@ -157,7 +157,11 @@ def main(checkpoints, ratios, chosen, out, **options):
     transformers.utils.logging.disable_progress_bar()
     rows = json.loads(out.read_text())["rows"] if out.is_file() else []
     done = {(row["checkpoint"], row["ratio"], row["method"]) for row in rows}
-    wanted = {name: method for name, method in METHODS.items() if not chosen or any(c in name for c in chosen)}
+    wanted = {
+        name: method
+        for name, method in METHODS.items()
+        if not chosen or any(part == name or (part not in METHODS and part in name) for part in chosen)
+    }
     if options["peer_python"]:
         wanted[PEER] = {}
     for checkpoint in checkpoints:
