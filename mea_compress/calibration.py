@@ -88,7 +88,8 @@ class StatisticsAccumulator:
         for head in range(weights.shape[1]):
             self.attended += _second_moment((weights[:, head] @ wide).flatten(0, 1)) / weights.shape[1]
         self.queries += len(at) * len(x)
-        self.notice(weights, queries, keys, values)
+        for sequence in zip(weights, queries, keys, values, strict=True):  # one at a time: each is several A in size
+            self.notice(*(part[None] for part in sequence))
 
     def notice(self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Adds to the key statistics that judge an error behind the softmax.
