@@ -1,18 +1,17 @@
 """A layer's attention as heads: projections read in float64, compositions already multiplied out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 import torch
 
 from mea_compress.architectures import Source
+from mea_compress.architectures.source import projection_info
 from mea_compress.checkpoint import TensorInfo, read_tensor
 from mea_compress.composed import Composed
 from mea_compress.errors import RequestError
-from mea_compress.modeling.modeling_mea import rotary_pairs
-
-SIDES = ("query", "key", "value")
+from mea_compress.modeling.attention_mea import rotary_pairs
 
 
 @dataclass(frozen=True)
@@ -136,24 +135,6 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
         rotary_dim=source.rotary_dim,
         norm_eps=source.config.rms_norm_eps,
     )
-
-
-def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
-    """Where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
-
-    Args:
-        source: The checkpoint.
-        layer: Number of the layer.
-        side: ``query``, ``key`` or ``value``.
-    """
-    prefix = source.family.attention(layer)
-    if not source.family.fused or source.native:
-        return source.reader.info(f"{prefix}{side[0]}_proj.weight")
-    info = source.reader.info(f"{prefix}{source.family.fused}.weight")
-    heads, groups = source.config.num_attention_heads, source.config.num_key_value_heads
-    start, rows = {"query": (0, heads), "key": (heads, groups), "value": (heads + groups, groups)}[side]
-    start, rows, row_bytes = start * source.head_dim, rows * source.head_dim, info.nbytes // info.shape[0]
-    return replace(info, shape=(rows, info.shape[1]), offset=info.offset + start * row_bytes, nbytes=rows * row_bytes)
 
 
 def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:

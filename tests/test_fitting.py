@@ -12,8 +12,8 @@ from mea_compress import compress as compress_module
 from mea_compress.architectures import open_source
 from mea_compress.compress import compress
 from mea_compress.errors import RequestError
-from mea_compress.fitting import refinement_steps
 from mea_compress.heads import read_side
+from mea_compress.plan import refinement_steps
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
