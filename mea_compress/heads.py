@@ -140,22 +140,21 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
 def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
     """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
     info = projection_info(source, layer, side)
-    projection = torch.zeros(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
-    projection[:, :-1] = read_tensor(info)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
-    if source.reader.has(bias):
-        projection[:, -1] = _read(source, bias)
-    return _finite(projection, info)
+    projection = torch.empty(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
+    projection[:, :-1] = _finite(read_tensor(info), info)
+    projection[:, -1] = _read(source, bias) if source.reader.has(bias) else 0.0
+    return projection
 
 
 def _read(source: Source, name: str) -> torch.Tensor:
     info = source.reader.info(name)
-    return _finite(read_tensor(info), info)
+    return _finite(read_tensor(info), info).to(torch.float64)
 
 
 def _finite(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    tensor = tensor.to(torch.float64)
-    if not torch.isfinite(tensor).all():
+    """The tensor, unless it holds NaN or infinite numbers: its extremes tell, and in its own dtype that is one pass."""
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise RequestError(
             f"{info.file}: tensor {info.name} holds NaN or infinite numbers; use an undamaged checkpoint"
         )

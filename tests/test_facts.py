@@ -1,8 +1,6 @@
 """What is read of a config.json without transformers is what transformers' own class finds in it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -177,33 +175,3 @@ def test_what_is_not_plain_is_left_to_the_class(change, tmp_path):
     if "rope_theta" not in change and "new" not in change:
         with pytest.raises(RequestError):
             ask()
-
-
-LIGHT = """
-import sys
-sys.argv = ["mea-compress", *sys.argv[1:]]
-from mea_compress.cli import main
-try:
-    main()
-finally:
-    print([name for name in ("torch", "transformers") if name in sys.modules], file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    ("command", "loaded"),
-    [
-        (["--help"], "[]"),
-        (["compress", "--unheard-of"], "[]"),
-        (["recipes"], "[]"),
-        (["inspect", "SRC"], "[]"),
-        (["plan", "SRC", "--kv-ratio", "0.5"], "[]"),
-    ],
-)
-def test_commands_that_read_headers_load_no_library(command, loaded, tmp_path):
-    from tiny import stock_checkpoint
-
-    source = stock_checkpoint(tmp_path / "src")
-    command = [str(source) if word == "SRC" else word for word in command]
-    done = subprocess.run([sys.executable, "-c", LIGHT, *command], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == loaded, done.stderr
