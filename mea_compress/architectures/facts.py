@@ -85,8 +85,11 @@ def plain_facts(fields: Mapping[str, Any], family: Family) -> Facts | None:
         return None
     given = {name: fields[name] for name in Facts.__dataclass_fields__ if name in fields}
     found = {"rope_parameters": rope, "head_dim": head_dim, "sliding_window": window, "layer_types": layer_types}
-    if "num_local_experts" in fields:  # what transformers calls the experts when it saves them
-        found["num_experts"] = fields["num_local_experts"]
+    if family.model_type == "qwen3_moe":
+        counts = [fields[name] for name in ("num_experts", "num_local_experts") if name in fields]
+        if len(counts) != 1:  # transformers saves the second name and published files have the first
+            return None
+        found["num_experts"] = counts[0]
     facts = Facts(**(given | found))
     flag = fields.get("attention_bias", False)
     bias = {"query": flag, "key": flag, "value": flag, "output": flag}
