@@ -74,6 +74,7 @@ def make_checkpoint(directory: Path, shape: tuple, shard_bytes: int) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,

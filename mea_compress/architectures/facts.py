@@ -39,11 +39,11 @@ class Facts:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    hidden_act: str
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_parameters: dict[str, Any]
     head_dim: int | None = None
+    hidden_act: str = "silu"
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     sliding_window: int | None = None
@@ -187,7 +187,6 @@ _REQUIRED: _Known = {
     "intermediate_size": _size,
     "vocab_size": _size,
     "max_position_embeddings": _size,
-    "hidden_act": _among(_ACTIVATIONS),
     "rms_norm_eps": _positive,
     "tie_word_embeddings": _flag,
     "mea": _section,
@@ -195,6 +194,7 @@ _REQUIRED: _Known = {
 # Of these the work asks nothing, but the class would refuse some values.
 _OPTIONAL: _Known = {
     "head_dim": _size,
+    "hidden_act": _among(_ACTIVATIONS),
     "attention_dropout": _share,
     "rope_parameters": _optional(_section),
     "rope_scaling": _optional(_section),
