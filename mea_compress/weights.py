@@ -81,14 +81,14 @@ def writing_beside(
                 fit.stored[layer.layer].set_result(None)
     entries = _entries(source, plan, fitted)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-        writer = pool.submit(write_shards, entries, recipe.shard_bytes, workspace, progress, fit)
-
-        def stored(layer: int) -> None:
-            fit.stored[layer].set_result(None)
-            if writer.done():
-                writer.result()
-
         try:
+            writer = pool.submit(write_shards, entries, recipe.shard_bytes, workspace, progress, fit)
+
+            def stored(layer: int) -> None:
+                fit.stored[layer].set_result(None)
+                if writer.done():  # with an error, or because this was the last layer
+                    writer.result()
+
             yield stored
             writer.result()
         except BaseException:
@@ -108,7 +108,6 @@ class _Fit:
 
     Attributes:
         stored: For each layer, done when its tensors have been stored.
-        awaited: The same for each tensor that is to come of a layer, by name below ``self_attn.`` of that layer.
         given_up: Set when the fit has failed or was interrupted.
     """
 
@@ -116,6 +115,7 @@ class _Fit:
     given_up: Event = field(default_factory=Event)
 
     def check(self) -> None:
+        """Ends the thread that calls it where the fit has ended early."""
         if self.given_up.is_set():
             raise _GivenUpError
 

@@ -69,9 +69,9 @@ class Workspace:
         They and the manifest get there with the next record, or when the last one is some seconds past.
         """
         with self._lock:
+            self._noted.append(folder)
             for section, value in sections.items():
                 self.manifest.setdefault(section, {})[key] = value
-            self._noted.append(folder)
             if time.monotonic() - self._saved > _SAVE_AFTER:
                 self._save()
 
