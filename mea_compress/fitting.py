@@ -168,7 +168,7 @@ def _lost(heads: AttentionHeads, composed: Any, side: str) -> float | None:
     for wanted, found in zip(target, composed.each_head(), strict=True):
         if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
             found = found / heads.key_norm[:, None]
-        lost += float((wanted - found).square().sum())
+        lost += float((wanted - found).square_().sum())
         whole += float(wanted.square().sum())
     return lost / max(whole, 1e-300)
 
