@@ -2,8 +2,8 @@
 
 Makes a sharded bfloat16 checkpoint of a chosen shape with random weights, then alternates `cp -r`, `mea-compress
 compress --fit weights` and, where an environment with it is named, mergekit's passthrough. Every command is a process
-of its own, started with the file cache in the same state: a first round is not counted (memory that a machine touches
-for the first time is slow, for all of them), and what is said of the others are medians. Peak resident memory is the
+of its own, started with the file cache in the same state: a first round is not counted, a copy has been made and
+removed before each command, and what is said of the others are medians. Peak resident memory is the
 kernel's (`ru_maxrss`), and the baseline is that of a process that imports what compressing imports; nothing large is
 imported here, for a child's peak counts from the memory of the process that started it. Nothing that is made is kept.
 
@@ -108,8 +108,15 @@ def _processor(usage: resource.struct_rusage) -> float:
 
 
 def settle(source: Path, cold: bool) -> None:
-    """Writes out what is dirty and brings the source's pages to one state: all in memory, or none."""
+    """Writes out what is dirty and brings memory to one state: the source's pages all in it, or none.
+
+    A virtual machine gives free memory back to its host, and getting it again takes several times as long as a copy.
+    So a copy is made and removed before each of them, and all find the same memory.
+    """
+    copy = source.with_name("settling")
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
     os.sync()
+    shutil.rmtree(copy)
     for file in source.glob("*.safetensors"):
         with open(file, "rb", buffering=0) as stream:
             if cold:
