@@ -30,7 +30,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mea_compress.modeling import decode_mea, modeling_mea
+from mea_compress.modeling import attention_mea, decode_mea
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
 from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 
@@ -199,11 +199,11 @@ def attention_alone(shape, context, batch, arguments):
             return attention._attend_to_components(query, *sides(half, call), None, None)
 
         def absorbed_by_products(call, attention=attention, half=halves[name]):
-            fused, modeling_mea.may_fuse = modeling_mea.may_fuse, lambda *tensors: False
+            fused, attention_mea.may_fuse = attention_mea.may_fuse, lambda *tensors: False
             try:
                 return attention._attend_to_components(query, *sides(half, call), None, None)
             finally:
-                modeling_mea.may_fuse = fused
+                attention_mea.may_fuse = fused
 
         if context <= arguments.expand_up_to:
             variants[f"{name}: expanded"] = expanded

@@ -176,7 +176,7 @@ def main():
     result = {"versions": versions, "tokens": arguments.tokens, "state_bytes": engine.state_bytes()}
     references = {"export_in_transformers": arguments.export}
     if arguments.compressed:
-        import mea_compress.modeling  # noqa: F401  (registers the compressed checkpoint's classes)
+        import mea_compress  # noqa: F401  (registers the compressed checkpoint's classes)
 
         references["compressed_checkpoint"] = arguments.compressed
     for name, directory in references.items():

@@ -2,11 +2,12 @@
 
 Makes a sharded bfloat16 checkpoint of a chosen shape with random weights, then alternates `cp -r`, `mea-compress
 compress --fit weights` and, where an environment with it is named, mergekit's passthrough. Every command is a process
-of its own, started with the file cache in the same state. Peak resident memory is the kernel's (`ru_maxrss`), and the
-baseline is that of a process that imports what compressing imports; nothing large is imported here, for a child's peak
-counts from the memory of the process that started it. Nothing that is made is kept.
+of its own, started with the file cache in the same state: a first round is not counted, a copy has been made and
+removed before each command, and what is said of the others are medians. Peak resident memory is the
+kernel's (`ru_maxrss`), and the baseline is that of a process that imports what compressing imports; nothing large is
+imported here, for a child's peak counts from the memory of the process that started it. Nothing that is made is kept.
 
-    python benchmarks/surgery.py --shape llama-3.2-1b --shape llama-3.2-3b
+    OMP_NUM_THREADS=1 python benchmarks/surgery.py --shape llama-3.2-1b --shape llama-3.2-3b
 """
 
 import argparse
@@ -31,9 +32,11 @@ SHAPES = {
 }
 """Hidden size, MLP size, layers, query heads, key/value heads, head_dim, vocabulary, tied embeddings."""
 
+# As the program itself does it, which loads no transformers for this.
 BASELINE = """
-import mea_compress.compress, mea_compress.cli
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+import sys
+sys.argv = ["mea-compress"]
+import mea_compress.cli, mea_compress.compress, mea_compress.fitting, mea_compress.verification
 """
 RESULTS = Path(__file__).parent / "results" / "surgery.json"
 
@@ -71,6 +74,7 @@ def make_checkpoint(directory: Path, shape: tuple, shard_bytes: int) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -104,8 +108,15 @@ def _processor(usage: resource.struct_rusage) -> float:
 
 
 def settle(source: Path, cold: bool) -> None:
-    """Writes out what is dirty and brings the source's pages to one state: all in memory, or none."""
+    """Writes out what is dirty and brings memory to one state: the source's pages all in it, or none.
+
+    A virtual machine gives free memory back to its host, and getting it again takes several times as long as a copy.
+    So a copy is made and removed before each of them, and all find the same memory.
+    """
+    copy = source.with_name("settling")
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
     os.sync()
+    shutil.rmtree(copy)
     for file in source.glob("*.safetensors"):
         with open(file, "rb", buffering=0) as stream:
             if cold:
@@ -128,7 +139,8 @@ def measure(name: str, work: Path, options: argparse.Namespace) -> dict:
     hidden, _, layers, queries, heads, head_dim, _, _ = SHAPES[name]
     one_layer = 2 * hidden * head_dim * 2 * (queries + heads)  # bfloat16 q, k, v, o
     total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    compress = [sys.executable, "-c", "from mea_compress.cli import main; main()", "compress", str(source), str(out)]
+    program = [sys.executable, str(Path(sys.executable).with_name("mea-compress"))]
+    compress = [*program, "compress", str(source), str(out)]
     compress += ["--kv-ratio", "0.5", "--fit", "weights", "--key-composition", "head", "--value-composition", "head"]
     compress += ["--shard-size", str(options.shard_bytes)]
     commands = {
@@ -140,15 +152,16 @@ def measure(name: str, work: Path, options: argparse.Namespace) -> dict:
     if options.mergekit:
         commands["mergekit"] = mergekit_command(options.mergekit, source, work)
     runs: dict[str, list[dict]] = {command: [] for command in commands}
-    for _ in range(options.repeats):
+    for round_ in range(options.repeats + 1):
         for command, arguments in commands.items():
             settle(source, options.cold)
-            runs[command].append(run(arguments))
+            measured = run(arguments)
+            if round_:
+                runs[command].append(measured)
             shutil.rmtree(out, ignore_errors=True)
     median = {c: {k: statistics.median(r[k] for r in runs[c]) for k in runs[c][0]} for c in commands}
     above = max(r["peak_bytes"] for r in runs["mea-compress"]) - median["imports"]["peak_bytes"]
     seconds = {command: median[command]["seconds"] for command in commands}
-    work_seconds = seconds["mea-compress"] - seconds["imports"]
     return {
         "weight_bytes": total,
         "layers": layers,
@@ -158,8 +171,6 @@ def measure(name: str, work: Path, options: argparse.Namespace) -> dict:
         "allowed_bytes_above_imports": 200_000_000 + one_layer,
         "time_over_cp": seconds["mea-compress"] / seconds["cp"],
         "time_over_cp_and_sync": seconds["mea-compress"] / seconds["cp and sync"],
-        "time_without_imports_over_cp": work_seconds / seconds["cp"],
-        "time_without_imports_over_cp_and_sync": work_seconds / seconds["cp and sync"],
         **({"mergekit_time_over_cp": seconds["mergekit"] / seconds["cp"]} if options.mergekit else {}),
         "median": median,
         "runs": runs,
@@ -169,7 +180,7 @@ def measure(name: str, work: Path, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be given several times")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count, after one that does not")
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--cold", action="store_true", help="start every run with the source out of the file cache")
     parser.add_argument("--mergekit", type=Path, help="python of an environment that has mergekit")
@@ -184,14 +195,20 @@ def main() -> None:
     for name in options.shape or ["llama-3.2-1b"]:
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             found[name] = measure(name, Path(work), options)
-    machine = {"processors": os.cpu_count(), "machine": platform.machine(), "torch": version("torch")}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    machine = {
+        "processors": os.cpu_count(),
+        "threads": int(threads) if threads else None,
+        "machine": platform.machine(),
+        "torch": version("torch"),
+    }
     result = {"cold": options.cold, "repeats": options.repeats, "machine": machine, "shapes": found}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     for name, measured in found.items():
         above, allowed = (measured[f"{what}_bytes_above_imports"] / 1e6 for what in ("peak", "allowed"))
         print(f"{name}: {above:.0f} MB above the imports (allowed {allowed:.0f})", end="")
-        for key in ("time_over_cp", "time_over_cp_and_sync", "time_without_imports_over_cp"):
+        for key in ("time_over_cp", "time_over_cp_and_sync"):
             print(f", {key.replace('_', ' ')} {measured[key]:.2f}", end="")
         print()
 

@@ -4,8 +4,15 @@ Importing the package registers the MEA model types, so ``AutoModelForCausalLM.f
 checkpoints without ``trust_remote_code``.
 """
 
+import sys
+from pathlib import Path
+
 from mea_compress.modeling import register
 
 __version__ = "0.1.0"
+
+# The command line loads models seldom, and registers where it does: importing transformers takes seconds.
+if Path(next(iter(sys.argv), "")).stem != "mea-compress":
+    register()
 
 __all__ = ["__version__", "register"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mea_compress.errors import RequestError
-from mea_compress.modeling.modeling_mea import rotary_pairs, rotate_heads
+from mea_compress.modeling.attention_mea import rotary_pairs, rotate_heads
 from mea_compress.streaming import Trace
 
 # Queries per sequence at which attention is looked at: each costs as much as a head as wide as the model.

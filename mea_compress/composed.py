@@ -87,7 +87,9 @@ class Composed:
                 yield torch.einsum("c,cdx->dx", self.weight[:, head], components)
 
     def composed_heads(self) -> torch.Tensor:
-        """The heads as the queries see them, (H, d, D + 1)."""
+        """The heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""
+        if self.kind == "none":
+            return self.projection.unflatten(0, (self.heads, self.head_dim))
         heads = self.projection.new_empty(self.heads, self.head_dim, self.projection.shape[1])
         for head, own in zip(heads, self.each_head(), strict=True):
             head.copy_(own)

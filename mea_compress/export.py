@@ -34,14 +34,16 @@ from mea_compress.checkpoint import (
 from mea_compress.checkpoint.reader import DTYPE_BITS
 from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
 from mea_compress.composed import Composed
-from mea_compress.compress import CODE_FILES, SPARE_BYTES, versions, write_shards
+from mea_compress.compress import CODE_FILES, SPARE_BYTES, versions
 from mea_compress.errors import RequestError
 from mea_compress.heads import read_composed, read_projection
-from mea_compress.modeling.modeling_mea import MeaAttention, rotary_pairs
+from mea_compress.modeling import register
+from mea_compress.modeling.attention_mea import MeaAttention, rotary_pairs
 from mea_compress.plan import layer_window
 from mea_compress.report import export_card, write_json
 from mea_compress.stock import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
 from mea_compress.verification import WHOLE_MODEL_BYTES, VerificationError, cache_bytes, relative_difference
+from mea_compress.weights import write_shards
 from mea_compress.workspace import already_published, check_free, check_space, open_workspace
 
 REPORT = "export.json"
@@ -341,6 +343,7 @@ def verify_export(source: Source, directory: Path, progress: bool = True) -> dic
     Raises:
         VerificationError: They differ by more than rounding, or the cache is larger.
     """
+    register()
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     reader = CheckpointReader(directory)
     measured, worst = 0, 0.0
@@ -369,9 +372,9 @@ def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: i
         f"transformers.models.{source.family.model_type}.modeling_{source.family.model_type}"
     )
     hidden_size, weights = config.hidden_size, source.family.attention(layer)
-    config._attn_implementation = source.config._attn_implementation = "eager"
+    config._attn_implementation = source.model_config._attn_implementation = "eager"
     stock = getattr(code, f"{prefix}Attention")(config, layer).eval()
-    mine = MeaAttention(source.config, layer).eval()
+    mine = MeaAttention(source.model_config, layer).eval()
     object.__setattr__(mine, "rotary", None)  # turns keys that are cached before RoPE; none are here
     for module, tensors in ((stock, reader), (mine, source.reader)):
         state = {name: tensors.read(weights + name).float() for name, _ in module.named_parameters()}
@@ -385,7 +388,7 @@ def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: i
     cache = DynamicCache()
     with torch.no_grad():
         found = stock(hidden, getattr(code, f"{prefix}RotaryEmbedding")(config)(hidden, positions), mask, cache)[0]
-        turns = getattr(emitted, f"{source.family.prefix}RotaryEmbedding")(source.config)(hidden, positions)
+        turns = getattr(emitted, f"{source.family.prefix}RotaryEmbedding")(source.model_config)(hidden, positions)
         expected = mine(hidden, turns, mask, position_ids=positions)[0]
     itemsize = DTYPE_BITS[source.dtype] // 8
     return relative_difference(found, expected), cache_bytes(cache) // 4 * itemsize // _TOKENS

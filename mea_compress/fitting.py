@@ -1,5 +1,6 @@
 """Fits layer after layer: statistics, closed form, refinement, and on to the next with what was stored."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,12 +9,22 @@ from tqdm import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.calibration import LayerStatistics, StatisticsAccumulator, check_tokens
+from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, torch_dtype, write_checkpoint
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads, ComposedLayer, StoredLayer, read_composed, read_heads, store_layer
-from mea_compress.modeling.configuration_mea import FRACTIONAL
-from mea_compress.plan import LayerPlan, calibration_shape, splits_itself
+from mea_compress.memory import release
+from mea_compress.modeling.section_mea import FRACTIONAL
+from mea_compress.plan import (
+    LayerPlan,
+    Plan,
+    calibration_shape,
+    needs_text,
+    needs_whole_layer,
+    refinement_steps,
+    splits_itself,
+)
 from mea_compress.recipe import Recipe
 from mea_compress.refinement import Refiner, Settings
 from mea_compress.streaming import Activations, LayerRunner, batches, embed
@@ -25,9 +36,76 @@ from mea_compress.text import (
     sample_sequences,
     token_sequences,
 )
+from mea_compress.weights import layer_directory
+from mea_compress.workspace import Workspace
 
 _TOKENS_PER_STEP = 4096
 _HELD_OUT = 64
+
+
+def fit_layers(
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    workspace: Workspace,
+    progress: bool,
+    stored: Callable[[int], object] = lambda layer: None,
+) -> None:
+    """Fits every chosen layer and stores its tensors in a directory of its own.
+
+    Args:
+        source: The checkpoint.
+        plan: What to do to every layer.
+        recipe: How.
+        workspace: Where to, and what is finished.
+        progress: Show bars on stderr.
+        stored: Called with the number of each layer whose tensors have been stored.
+
+    Raises:
+        RequestError: As `compose`, `calibration_tokens` and `Fitter`.
+    """
+    dtype = torch_dtype(source.dtype) if recipe.dtype is None else getattr(torch, recipe.dtype)
+    fitter = None
+    unfinished = [
+        layer.layer
+        for layer in plan.layers
+        if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
+    ]
+    if unfinished and needs_text(source, recipe):
+        fitter = Fitter(source, recipe, _tokens(source, recipe, workspace, progress), progress)
+    for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=not progress):
+        if layer.layer > max(unfinished, default=-1):
+            continue
+        made, directory = None, layer_directory(workspace, layer.layer)
+        if layer.layer in unfinished:
+            composed, fidelity = fitter.fit(layer) if fitter else compose(source, layer, None, recipe)
+            made = store_layer(composed, source.config.mea["bias"], dtype)
+            write_checkpoint(directory, [_entry(name, tensor) for name, tensor in made.tensors.items()], durable=False)
+            workspace.note(str(layer.layer), directory, fidelity=fidelity, layers=made.section)
+            stored(layer.layer)
+            del composed
+            release()
+        elif fitter and layer.compressed:
+            reader = CheckpointReader(directory)
+            section = workspace.finished("layers", str(layer.layer))
+            made = StoredLayer(section, {name: reader.read(name) for name in reader.tensors})
+        if fitter and layer.layer < unfinished[-1]:
+            fitter.advance(layer.layer, made)
+
+
+def _tokens(source: Source, recipe: Recipe, workspace: Workspace, progress: bool) -> torch.Tensor:
+    """Calibration sequences, kept in the workspace so that a resumed run has the same."""
+    directory = workspace.work / "calibration"
+    if not workspace.finished("calibration", "tokens"):
+        tokens = calibration_tokens(source, recipe, progress)
+        write_checkpoint(directory, [_entry("tokens", tokens)])
+        workspace.record("calibration", "tokens", list(tokens.shape))
+    return CheckpointReader(directory).read("tokens")
+
+
+def _entry(name: str, tensor: torch.Tensor) -> NewTensor:
+    tensor = tensor.contiguous()
+    return NewTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
 
 
 def compose(
@@ -49,8 +127,7 @@ def compose(
     """
     # Weights alone never change what is not keys or values, so queries and output need not be in memory.
     grouped = recipe.kv_groups > 1
-    by_output = recipe.prune_by == "contribution" and "prune" in (layer.key_composition, layer.value_composition)
-    heads = original = read_heads(source, layer.layer, whole=recipe.fit != "weights" or grouped or by_output)
+    heads = original = read_heads(source, layer.layer, whole=needs_whole_layer(recipe, layer))
     if grouped:
         heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
@@ -91,7 +168,7 @@ def _lost(heads: AttentionHeads, composed: Any, side: str) -> float | None:
     for wanted, found in zip(target, composed.each_head(), strict=True):
         if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
             found = found / heads.key_norm[:, None]
-        lost += float((wanted - found).square().sum())
+        lost += float((wanted - found).square_().sum())
         whole += float(wanted.square().sum())
     return lost / max(whole, 1e-300)
 
@@ -226,21 +303,6 @@ def splits(layer: LayerPlan, heads: int, head_dim: int) -> list[LayerPlan]:
         if keys not in known and total - keys <= heads:
             found.append(replace(layer, key_components=keys, value_components=total - keys))
     return found
-
-
-def refinement_steps(source: Source, recipe: Recipe) -> int:
-    """Optimiser steps of a layer's refinement: asked for, or by the model's size where the fit has it on."""
-    if recipe.refine is not None:
-        return recipe.refine
-    if recipe.fit != "aligned":
-        return 0
-    # Wide layers cost more a step and are moved further by each.
-    return max(100, min(300, 300 * 512 // source.config.hidden_size))
-
-
-def needs_text(source: Source, recipe: Recipe) -> bool:
-    """Whether a fit looks at anything but weights."""
-    return recipe.fit != "weights" or refinement_steps(source, recipe) > 0
 
 
 def calibration_tokens(source: Source, recipe: Recipe, progress: bool) -> torch.Tensor:

@@ -1,18 +1,17 @@
 """A layer's attention as heads: projections read in float64, compositions already multiplied out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 import torch
 
 from mea_compress.architectures import Source
+from mea_compress.architectures.source import projection_info
 from mea_compress.checkpoint import TensorInfo, read_tensor
 from mea_compress.composed import Composed
 from mea_compress.errors import RequestError
-from mea_compress.modeling.modeling_mea import rotary_pairs
-
-SIDES = ("query", "key", "value")
+from mea_compress.modeling.attention_mea import rotary_pairs
 
 
 @dataclass(frozen=True)
@@ -138,43 +137,24 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
     )
 
 
-def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
-    """Where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
-
-    Args:
-        source: The checkpoint.
-        layer: Number of the layer.
-        side: ``query``, ``key`` or ``value``.
-    """
-    prefix = source.family.attention(layer)
-    if not source.family.fused or source.native:
-        return source.reader.info(f"{prefix}{side[0]}_proj.weight")
-    info = source.reader.info(f"{prefix}{source.family.fused}.weight")
-    heads, groups = source.config.num_attention_heads, source.config.num_key_value_heads
-    start, rows = {"query": (0, heads), "key": (heads, groups), "value": (heads + groups, groups)}[side]
-    start, rows, row_bytes = start * source.head_dim, rows * source.head_dim, info.nbytes // info.shape[0]
-    return replace(info, shape=(rows, info.shape[1]), offset=info.offset + start * row_bytes, nbytes=rows * row_bytes)
-
-
 def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
     """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
     info = projection_info(source, layer, side)
-    projection = torch.zeros(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
-    projection[:, :-1] = read_tensor(info)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
-    if source.reader.has(bias):
-        projection[:, -1] = _read(source, bias)
-    return _finite(projection, info)
+    projection = torch.empty(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
+    projection[:, :-1] = _finite(read_tensor(info), info)
+    projection[:, -1] = _read(source, bias) if source.reader.has(bias) else 0.0
+    return projection
 
 
 def _read(source: Source, name: str) -> torch.Tensor:
     info = source.reader.info(name)
-    return _finite(read_tensor(info), info)
+    return _finite(read_tensor(info), info).to(torch.float64)
 
 
 def _finite(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    tensor = tensor.to(torch.float64)
-    if not torch.isfinite(tensor).all():
+    """The tensor, unless it holds NaN or infinite numbers: its extremes tell, and in its own dtype that is one pass."""
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise RequestError(
             f"{info.file}: tensor {info.name} holds NaN or infinite numbers; use an undamaged checkpoint"
         )

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
+from mea_compress.architectures.families import Shapes
 from mea_compress.architectures.source import FLOATS, composition_shape
-from mea_compress.checkpoint.reader import DTYPE_BITS, torch_dtype
+from mea_compress.checkpoint.reader import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
 from mea_compress.errors import RequestError
-from mea_compress.modeling.configuration_mea import FRACTIONAL, cached_width
+from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
 from mea_compress.stock import growth, stock_form
 
@@ -205,6 +206,53 @@ def splits_itself(recipe: Recipe, keys: str, values: str) -> bool:
     return open_budget and refined and both and recipe.kv_groups == 1 and keys != "joint" and (recipe.kv_ratio or 1) < 1
 
 
+def refinement_steps(source: Source, recipe: Recipe) -> int:
+    """Optimiser steps of a layer's refinement: asked for, or by the model's size where the fit has it on."""
+    if recipe.refine is not None:
+        return recipe.refine
+    if recipe.fit != "aligned":
+        return 0
+    # Wide layers cost more a step and are moved further by each.
+    return max(100, min(300, 300 * 512 // source.config.hidden_size))
+
+
+def needs_text(source: Source, recipe: Recipe) -> bool:
+    """Whether a fit looks at anything but weights."""
+    return recipe.fit != "weights" or refinement_steps(source, recipe) > 0
+
+
+def needs_whole_layer(recipe: Recipe, layer: LayerPlan) -> bool:
+    """Whether a fit looks at more of a layer's attention than keys and values; without it no more than these change."""
+    by_output = recipe.prune_by == "contribution" and "prune" in (layer.key_composition, layer.value_composition)
+    return recipe.fit != "weights" or recipe.kv_groups > 1 or by_output
+
+
+def known_beforehand(source: Source, recipe: Recipe, plan: Plan) -> bool:
+    """Whether the plan alone says which tensors a fit makes and of which shapes (those of `stored_shapes`)."""
+    if needs_text(source, recipe) or recipe.dtype is not None:
+        return False
+    return not any(needs_whole_layer(recipe, layer) for layer in plan.layers)
+
+
+def stored_shapes(source: Source, layer: LayerPlan) -> Shapes:
+    """The tensors that a layer's keys and values are stored as, by their names below ``self_attn.``, in order."""
+    config, heads, head_dim = source.config, source.config.num_key_value_heads, source.head_dim
+    sides = (
+        ("key", layer.key_composition, cached_width(layer.key_components, head_dim)),
+        ("value", layer.value_composition, cached_width(layer.value_components, head_dim)),
+    )
+    shapes: Shapes = {}
+    for side, _, width in sides:
+        shapes[f"{side[0]}_proj.weight"] = (width, config.hidden_size)
+        if config.mea["bias"][side]:
+            shapes[f"{side[0]}_proj.bias"] = (width,)
+    for side, kind, width in sides:
+        shape = composition_shape(kind, width, sides[0][2] + sides[1][2], heads, head_dim)
+        if shape is not None:
+            shapes[f"{side}_composition.weight"] = shape
+    return shapes
+
+
 def _layer_plan(source: Source, recipe: Recipe, layer: int, before: "_Sides", after: "_Sides") -> LayerPlan:
     config = source.config
     heads, head_dim, hidden = config.num_key_value_heads, source.head_dim, config.hidden_size
@@ -378,8 +426,7 @@ def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
 
 
 def _dtype(source: Source, recipe: Recipe) -> str:
-    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return names[recipe.dtype] if recipe.dtype else source.dtype
+    return DTYPE_NAMES[recipe.dtype] if recipe.dtype else source.dtype
 
 
 def _components(
@@ -450,7 +497,7 @@ class Inspection:
             "rotary_dim": source.rotary_dim,
             "qk_norm": config.mea["qk_norm"],
             "head_norm": config.mea["head_norm"],
-            "dtype": str(torch_dtype(source.dtype)).removeprefix("torch."),
+            "dtype": TORCH_NAMES[source.dtype],
             "context_length": config.max_position_embeddings,
             "parameters": self.parameters,
             "weight_bytes": sum(info.nbytes for info in source.reader.tensors.values()),

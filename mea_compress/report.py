@@ -276,8 +276,8 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
         "```",
-        "`trust_remote_code=True` runs `configuration_mea.py`, `modeling_mea.py` and `decode_mea.py` of this "
-        "directory. Where mea-compress is installed, `import mea_compress` first and leave the flag out.",
+        "`trust_remote_code=True` runs the files `*_mea.py` of this directory. Where mea-compress is installed, "
+        "`import mea_compress` first and leave the flag out.",
     ]
     if fidelity:
         parts += ["## How close it is", facts(fidelity)]

@@ -6,16 +6,19 @@ attention over what is cached: `groups` key/value heads, each as wide as its com
 those of its lanes.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import Source
 from mea_compress.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 PLAIN = ("none", "pool")
 """Compositions whose components are heads already."""
@@ -156,7 +159,7 @@ def _check_target(source: Source, form: StockForm, target: str) -> None:
     if target not in FORMATS:
         raise RequestError(f"there is no export format {target!r}; choose one of {', '.join(FORMATS)}")
     if not form.own_rope:
-        rotary(source)
+        _check_steady(source)
     if target == "llama":
         types = getattr(config, "layer_types", None) or ["sliding_attention"]
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
@@ -183,8 +186,19 @@ def rotary(source: Source) -> tuple[torch.Tensor, float]:
     Raises:
         RequestError: Frequencies depend on the length of the sequence.
     """
-    config, family = source.config, source.family
-    parameters = config.rope_parameters or {}
+    import torch
+
+    _check_steady(source)
+    family = source.family
+    code = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    module = getattr(code, f"{family.prefix}RotaryEmbedding")(source.model_config)
+    turning = module.inv_freq.double().clamp(min=_STILL)
+    still = torch.full((source.head_dim // 2 - len(turning),), _STILL, dtype=torch.float64)
+    return torch.cat((turning, still)), float(module.attention_scaling)
+
+
+def _check_steady(source: Source) -> None:
+    parameters = source.config.rope_parameters or {}
     kind = parameters.get("rope_type", "default")
     same = kind == "longrope" and parameters["short_factor"] == parameters["long_factor"]
     if kind not in _STEADY and not same:
@@ -193,11 +207,6 @@ def rotary(source: Source) -> tuple[torch.Tensor, float]:
             "cannot be written down for wider heads; compress with --key-composition pool --value-composition pool, "
             f"or {_SERVE}"
         )
-    code = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    module = getattr(code, f"{family.prefix}RotaryEmbedding")(config)
-    turning = module.inv_freq.double().clamp(min=_STILL)
-    still = torch.full((source.head_dim // 2 - len(turning),), _STILL, dtype=torch.float64)
-    return torch.cat((turning, still)), float(module.attention_scaling)
 
 
 def growth(source: Source, form: StockForm, itemsize: int, windows: Sequence[int | None]) -> Growth:

@@ -11,7 +11,6 @@ from torch import nn
 
 from mea_compress.architectures import Source
 from mea_compress.heads import StoredLayer, read_projection
-from mea_compress.modeling import modeling_mea
 from mea_compress.plan import SPILL_BYTES
 
 
@@ -82,7 +81,9 @@ class LayerRunner:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        config = copy.deepcopy(source.config)
+        from mea_compress.modeling import modeling_mea
+
+        config = copy.deepcopy(source.model_config)
         config.num_hidden_layers = 1
         config.vocab_size = 1
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mea_compress.errors import RequestError
+from mea_compress.modeling import register
 
 MAX_DEFAULT_SEQUENCE = 1024
 UNKNOWN_SHARE_WARNING = 0.2
@@ -77,7 +77,10 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         RequestError: no such directory, or it holds no tokenizer that transformers can read.
     """
+    from transformers import AutoTokenizer
+
     path = _checkpoint_directory(path)
+    register()
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -104,7 +107,10 @@ def load_model(
     Raises:
         RequestError: no such directory, no safetensors in it, or transformers cannot make a model of it.
     """
+    from transformers import AutoModelForCausalLM
+
     path = _checkpoint_directory(path)
+    register()
     if not any(path.glob("*.safetensors")):
         raise RequestError(
             f"{path} has no *.safetensors file: convert its weights to safetensors first (pickles are not read)."

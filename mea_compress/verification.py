@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import Source, open_source
+from mea_compress.checkpoint import CheckpointReader
 from mea_compress.heads import read_side
 from mea_compress.memory import release
-from mea_compress.modeling.modeling_mea import MeaAttention
+from mea_compress.modeling import register
+from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.plan import Plan
+from mea_compress.weights import layer_directory
+from mea_compress.workspace import Workspace
 
 # Whole models up to this many bytes of weights are also loaded and run; larger ones are checked layer by layer.
 WHOLE_MODEL_BYTES = 32 << 20
@@ -29,9 +32,9 @@ class VerificationError(Exception):
 def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
     """Reloads a checkpoint and checks it.
 
-    Every layer's keys and values, as its attention module reads them from a filled cache, must equal those of plain
-    attention whose weights are the composed heads multiplied out in float64; a model that is small enough is also
-    loaded as a whole and its logits compared. The cache bytes are those of the tensors in a live cache.
+    Every layer's keys and values, as its attention module reads them from what it gives to a cache, must equal those
+    of plain attention whose weights are the composed heads multiplied out in float64; a model that is small enough is
+    also loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached.
 
     Args:
         directory: The emitted checkpoint.
@@ -67,6 +70,22 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
     return result | {"kv_bytes_per_token": measured}
 
 
+def verify_stored(source: Source, plan: Plan, workspace: Workspace) -> None:
+    """Attention tensors of the checkpoint are, bit for bit, those that were fitted.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    written = CheckpointReader(workspace.path)
+    for layer in plan.layers:
+        if not layer.compressed:
+            continue
+        fitted = CheckpointReader(layer_directory(workspace, layer.layer))
+        for name in fitted.tensors:
+            if not torch.equal(written.read(source.family.attention(layer.layer) + name), fitted.read(name)):
+                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted")
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache holds."""
     tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
@@ -82,7 +101,6 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     """Largest relative difference of a layer's keys and values, and its cache bytes per token."""
     config, prefix = emitted.config, emitted.family.attention(layer)
-    config._attn_implementation = "eager"
     with torch.device("meta"):
         attention = MeaAttention(config, layer)
     del attention.q_proj, attention.o_proj  # only keys and values are looked at
@@ -104,8 +122,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
         return cos[:, positions[0]], sin[:, positions[0]]
 
     with torch.no_grad():
-        cache = DynamicCache()
-        keys, values = cache.update(*attention.project(hidden, cos, sin), 0)
+        keys, values = attention.project(hidden, cos, sin)
         found_keys, found_values = attention.compose(keys, values, torch.arange(_TOKENS)[None], None, rotary)
         expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _plain_heads(read_side(emitted, layer, "value"), hidden)
@@ -116,7 +133,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     itemsize = emitted.reader.info(f"{prefix}k_proj.weight").nbytes // math.prod(
         emitted.reader.info(f"{prefix}k_proj.weight").shape
     )
-    return worst, cache_bytes(cache) // 4 * itemsize // _TOKENS
+    return worst, (keys.numel() + values.numel()) * itemsize // _TOKENS
 
 
 def _plain_heads(heads: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,6 +157,10 @@ def _plain_keys(
 
 def _check_model(emitted: Source) -> tuple[float, int]:
     """Largest relative difference of logits, and cache bytes per token of the loaded model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.cache_utils import DynamicCache
+
+    register()
     directory = str(emitted.reader.directory)
     options = {"local_files_only": True, "experts_implementation": "eager"}  # the one that runs in every dtype
     model: Any = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
@@ -181,4 +202,4 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     return plain.eval()
 
 
-__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify"]
+__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify", "verify_stored"]

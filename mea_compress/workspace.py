@@ -15,6 +15,8 @@ import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from mea_compress.report import write_json
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Work that is done again in less than this many seconds is not worth waiting for the disk.
+_SAVE_AFTER = 5.0
 
 
 def partial_path(out: Path) -> Path:
@@ -33,7 +37,7 @@ def partial_path(out: Path) -> Path:
 
 
 class Workspace:
-    """A partial directory that this process holds the lock of.
+    """A partial directory that this process holds the lock of; threads of it may share it.
 
     Attributes:
         work: The partial directory.
@@ -43,6 +47,10 @@ class Workspace:
     def __init__(self, work: Path, manifest: dict[str, Any]) -> None:
         self.work = work
         self.manifest = manifest
+        self._lock = threading.Lock()
+        self._noted: list[Path] = []
+        self._saved = time.monotonic()
+        self._keeps_layers = bool(manifest.get("layers"))
 
     @property
     def path(self) -> Path:
@@ -50,9 +58,41 @@ class Workspace:
         return self.work / CHECKPOINT
 
     def record(self, section: str, key: str, value: Any) -> None:
-        """Notes a finished piece of work."""
-        self.manifest.setdefault(section, {})[key] = value
+        """Notes a finished piece of work whose files are on disk, and with it all that was noted before."""
+        with self._lock:
+            self.manifest.setdefault(section, {})[key] = value
+            self._save()
+
+    def note(self, key: str, folder: Path, **sections: Any) -> None:
+        """Notes a finished piece of work, a value in each section, whose files in `folder` need not be on disk yet.
+
+        They and the manifest get there with the next record, or when the last one is some seconds past.
+        """
+        with self._lock:
+            self._noted.append(folder)
+            for section, value in sections.items():
+                self.manifest.setdefault(section, {})[key] = value
+            if time.monotonic() - self._saved > _SAVE_AFTER:
+                self._save()
+
+    def keep(self) -> bool:
+        """Saves what was noted, if the disk allows it; whether any finished layer is there to go on from."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._noted:
+                self._save()
+        return self._keeps_layers
+
+    def _save(self) -> None:
+        # In this order, so that after a power cut the manifest names nothing that is not there.
+        for folder in self._noted:
+            for file in folder.iterdir():
+                _sync(file)
+            _sync(folder)
+        _sync(self.work)
         write_json(self.work / MANIFEST, self.manifest)
+        self._noted.clear()
+        self._keeps_layers = bool(self.manifest.get("layers"))
+        self._saved = time.monotonic()
 
     def finished(self, section: str, key: str) -> Any:
         """What was noted for a piece of work, or None."""
@@ -154,9 +194,10 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
                 workspace.clear_unfinished()
                 yield workspace
         except KeyboardInterrupt:
+            workspace.keep()
             raise KeyboardInterrupt(f"interrupted; {work} keeps what is finished: add --resume to go on") from None
         except DiskFullError as error:
-            if workspace.manifest.get("layers"):
+            if workspace.keep():
                 raise DiskFullError(f"{error} (add --resume, {work} keeps what is finished)") from None
             _discard(work, made)
             raise

@@ -3,7 +3,7 @@
 import torch
 
 from mea_compress.heads import AttentionHeads
-from mea_compress.modeling.modeling_mea import rotary_pairs
+from mea_compress.modeling.attention_mea import rotary_pairs
 
 D, HEADS, GROUP, HEAD_DIM, TOKENS = 24, 4, 2, 8, 9
 

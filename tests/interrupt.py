@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 
 # Every way in which the program changes a file system, apart from `open`, which the audit hook sees.
@@ -22,6 +23,7 @@ class Counter:
 
     def __init__(self, point: int, action: str) -> None:
         self.point, self.action, self.count = point, action, 0
+        self.lock = threading.Lock()
         self.own = {name: getattr(os, name) for name in CHANGES} | {"fsync": lambda _: None}  # no power is cut here
         for name in CHANGES:
             setattr(os, name, self.wrapped(name))
@@ -51,11 +53,12 @@ class Counter:
     def reached(self, writes: bool) -> bool:
         if self.action == "full" and not writes:
             return False
-        self.count += 1
-        # A full disk stays full; a kill happens once.
-        return (self.action != "count" and self.count == self.point) or (
-            self.action == "full" and 0 < self.point <= self.count
-        )
+        with self.lock:
+            self.count += 1
+            # A full disk stays full; a kill happens once.
+            return (self.action != "count" and self.count == self.point) or (
+                self.action == "full" and 0 < self.point <= self.count
+            )
 
     def act(self):
         if self.action == "kill":
@@ -120,6 +123,9 @@ def main(source, work, recipe_json, seed, kills, failures):
 
 
 if __name__ == "__main__":
+    # Whatever is imported before the forks need not be imported in each of them.
+    import mea_compress.fitting
+    import mea_compress.verification  # noqa: F401
     from mea_compress.compress import compress
     from mea_compress.errors import RequestError
     from mea_compress.recipe import Recipe

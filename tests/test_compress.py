@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import random
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,13 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import contents, stock_checkpoint
+from tiny import CASES, contents, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
+from mea_compress import fitting
+from mea_compress.architectures import open_source
 from mea_compress.compress import compress
 from mea_compress.errors import RequestError
-from mea_compress.plan import make_plan
+from mea_compress.plan import known_beforehand, make_plan, plan_source
 from mea_compress.recipe import Recipe, load_recipe
+from mea_compress.workspace import MANIFEST, partial_path
 
 HEAD = {"kv_ratio": 0.5, "key_composition": "head", "value_composition": "head"}
 HALF = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head")
@@ -440,7 +446,7 @@ def test_resuming_refuses_what_has_changed(change, said, source, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mea_compress.compress._write_weights", stop)
+        patch.setattr("mea_compress.verification.verify_stored", stop)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(source, out)
     recipe = HALF
@@ -459,6 +465,69 @@ def test_resuming_refuses_what_has_changed(change, said, source, tmp_path, monke
         with pytest.raises(RequestError, match=said):
             run(source, out, recipe, resume=True)
         assert not out.exists()
+
+
+WRITERS = "weights"
+
+
+def no_writer_is_left():
+    return not any(thread.name.startswith(WRITERS) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_interruption_of_the_fit_ends_the_thread_that_writes(at, source, tmp_path, monkeypatch):
+    out, compose = tmp_path / "out", fitting.compose
+    run(source, tmp_path / "whole", with_recipe(shard_size="20KB"))
+
+    def interrupt(source, layer, *arguments):
+        if layer.layer == at:
+            raise KeyboardInterrupt
+        return compose(source, layer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "compose", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run(source, out, with_recipe(shard_size="20KB"))
+    assert no_writer_is_left()
+    partial = partial_path(out)
+    assert not list(partial.rglob("*.tmp"))
+    assert len(json.loads((partial / MANIFEST).read_text()).get("layers", {})) == at
+    run(source, out, with_recipe(shard_size="20KB"), resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "error", [RequestError("the source is gone"), OSError(errno.ENOSPC, "No space left"), KeyError(7)]
+)
+def test_an_error_of_the_thread_that_writes_ends_the_fit(error, source, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("mea_compress.checkpoint.writer._copy_tensors", fail)
+    fitted = []
+    compose = fitting.compose
+    monkeypatch.setattr(fitting, "compose", lambda *given: (time.sleep(0.3), fitted.append(1), compose(*given))[-1])
+    expected = RequestError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match=r"gone|full|7"):
+        run(source, tmp_path / "out")
+    assert no_writer_is_left()
+    assert len(fitted) == 1
+    if not isinstance(error, KeyError | OSError):
+        assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kinds", [("head", "head"), ("frequency", "latent"), ("pool", "share"), ("joint", "joint")])
+def test_files_written_beside_the_fit_are_those_written_after_it(case, kinds, tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "source", case)
+    recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=kinds[0], value_composition=kinds[1])
+    recipe = recipe.model_copy(update={"shard_size": "10KB"})
+    opened = open_source(source)
+    assert known_beforehand(opened, recipe, plan_source(opened, recipe))
+    run(source, tmp_path / "beside", recipe)
+    monkeypatch.setattr("mea_compress.compress.known_beforehand", lambda *_: False)
+    run(source, tmp_path / "after", recipe)
+    assert contents(tmp_path / "beside") == contents(tmp_path / "after")
 
 
 def test_resume_without_anything_to_resume_starts(source, tmp_path):

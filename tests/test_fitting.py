@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from tiny import contents, stock_checkpoint, stock_model
 from transformers import AutoModelForCausalLM
 
-from mea_compress import compress as compress_module
+from mea_compress import fitting
 from mea_compress.architectures import open_source
 from mea_compress.compress import compress
 from mea_compress.errors import RequestError
-from mea_compress.fitting import refinement_steps
 from mea_compress.heads import read_side
+from mea_compress.plan import refinement_steps
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
@@ -86,18 +86,18 @@ def test_same_bytes_twice_and_after_an_interruption(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
     wanted = recipe(refine=3)
     compress(source, tmp_path / "a", wanted, progress=False)
-    real, calls = compress_module.store_layer, []
+    real, calls = fitting.write_checkpoint, []
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the text, the first layer, the second
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(compress_module, "store_layer", interrupt)
+    monkeypatch.setattr(fitting, "write_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(source, tmp_path / "b", wanted, progress=False)
-    monkeypatch.setattr(compress_module, "store_layer", real)
+    monkeypatch.setattr(fitting, "write_checkpoint", real)
     assert not (tmp_path / "b").exists()
     compress(source, tmp_path / "b", wanted, resume=True, progress=False)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from mea_compress import workspace as workspace_module
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.workspace import (
     MANIFEST,
@@ -222,3 +224,63 @@ def test_the_manifest_is_never_half_written(tmp_path):
             stored = json.loads(Path(workspace.work, MANIFEST).read_text())
             assert stored["layers"][str(number)] == {"n": number}
         assert sorted(p.name for p in workspace.work.iterdir()) == ["checkpoint", MANIFEST]
+
+
+def finished_layer(workspace, number):
+    folder = workspace.work / f"layer-{number:05d}"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    workspace.note(str(number), folder, layers={"n": number}, fidelity=number / 2)
+    return folder
+
+
+def on_disk(workspace):
+    return json.loads((workspace.work / MANIFEST).read_text()).get("layers", {})
+
+
+def test_noted_work_reaches_the_disk_with_the_next_record_and_never_before_its_files(tmp_path, monkeypatch):
+    done = []
+    real_sync, real_write = workspace_module._sync, workspace_module.write_json
+    monkeypatch.setattr(workspace_module, "_sync", lambda path: (done.append(path.name), real_sync(path)))
+    monkeypatch.setattr(
+        workspace_module, "write_json", lambda path, data: (done.append(path.name), real_write(path, data))
+    )
+    with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
+        folders = [finished_layer(workspace, number) for number in range(2)]
+        assert workspace.finished("layers", "1") == {"n": 1} and workspace.finished("fidelity", "1") == 0.5
+        assert on_disk(workspace) == {}
+        done.clear()
+        workspace.record("shards", "model.safetensors", True)
+        assert on_disk(workspace) == {"0": {"n": 0}, "1": {"n": 1}}
+        for folder in folders:
+            assert done.index(folder.name) < done.index(MANIFEST)
+        assert done[: done.index(MANIFEST)].count("model.safetensors") == 2
+        done.clear()
+        workspace.record("shards", "other.safetensors", True)
+        assert not {folder.name for folder in folders} & set(done)
+
+
+def test_noted_work_is_saved_after_a_while(tmp_path, monkeypatch):
+    with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
+        finished_layer(workspace, 0)
+        assert on_disk(workspace) == {}
+        monkeypatch.setattr(workspace_module, "_SAVE_AFTER", 0.0)
+        finished_layer(workspace, 1)
+        assert set(on_disk(workspace)) == {"0", "1"}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_noted_work_is_kept_by_an_interruption_and_by_a_full_disk(stop, tmp_path):
+    with (
+        pytest.raises((KeyboardInterrupt, DiskFullError), match="--resume"),
+        open_workspace(tmp_path / "out", INPUT, resume=False) as workspace,
+    ):
+        finished_layer(workspace, 0)
+        raise stop
+    assert set(on_disk(workspace)) == {"0"}
+
+
+def test_threads_may_record_at_once(tmp_path):
+    with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: workspace.record("layers", str(number), number), range(40)))
+        assert on_disk(workspace) == {str(number): number for number in range(40)}

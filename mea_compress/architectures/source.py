@@ -1,16 +1,20 @@
 """A checkpoint to compress: its headers, its family and its configuration, checked against each other."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mea_compress.architectures.facts import plain_facts
 from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError
-from mea_compress.modeling.configuration_mea import cached_width
+from mea_compress.modeling.section_mea import cached_width
 
 _MOST_LAYERS = 10_000
 FLOATS = ("F64", "F32", "F16", "BF16")
+SIDES = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class Source:
     Attributes:
         reader: Its tensors, headers only.
         family: What it calls its parts.
-        config: Configuration object of the MEA form of the family; ``config.mea`` says what each layer caches
-            (compositions ``none`` where the checkpoint is not an MEA model).
+        config: What the configuration of the MEA form of the family says, as `Facts` or as an object of
+            transformers; ``config.mea`` says what each layer caches (compositions ``none`` where the checkpoint is not
+            an MEA model).
         native: Whether the checkpoint is an MEA model already.
         raw_config: config.json as it stands.
     """
@@ -31,6 +36,12 @@ class Source:
     config: Any
     native: bool
     raw_config: dict[str, Any]
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The configuration object of the MEA form of the family, to make modules and models of."""
+        where = str(self.reader.directory / "config.json")
+        return model_configuration(self.raw_config, self.family, self.native, where)
 
     @property
     def head_dim(self) -> int:
@@ -74,10 +85,7 @@ def open_source(directory: Path) -> Source:
 
 
 def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> Any:
-    """The configuration object of the MEA form; a stock source gets a section that says ``none`` for every layer."""
-    # Imported here: headers of a wrong directory are refused before transformers is loaded.
-    from mea_compress.modeling import configuration_mea
-
+    """The facts of config.json: plain ones without transformers, anything else as its class finds them."""
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     for key in (*sizes, "num_key_value_heads", "head_dim"):
         value = raw.get(key)
@@ -93,13 +101,31 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
     heads = raw.get("num_key_value_heads") or query_heads
     if query_heads % heads:
         raise RequestError(f"{where}: {query_heads} query heads cannot share {heads} key/value heads evenly")
+    return plain_facts(_fields(raw, family, native), family) or model_configuration(raw, family, native, where)
+
+
+def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]:
+    """The settings of the MEA form; a stock source gets a section that says ``none`` for every layer."""
     fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     if not native:
+        heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         whole = {"key_composition": "none", "key_components": heads, "value_composition": "none"}
         layers = [{**whole, "value_components": heads} for _ in range(raw["num_hidden_layers"])]
         fields["mea"] = {"layers": layers, "qk_norm": family.qk_norm}
+    return fields
+
+
+def model_configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> Any:
+    """The configuration object of the MEA form, as transformers makes and checks it.
+
+    Raises:
+        RequestError: It is not usable.
+    """
+    from mea_compress.modeling import configuration_mea
+
     try:
-        config = getattr(configuration_mea, f"Mea{family.prefix}Config").from_dict(fields)
+        kind = getattr(configuration_mea, f"Mea{family.prefix}Config")
+        config = kind.from_dict(copy.deepcopy(_fields(raw, family, native)))
         rotary = _rotary_dim(config)
         if not 2 <= rotary <= _head_dim(config) or rotary % 2 or _head_dim(config) % 2:
             raise ValueError(f"RoPE cannot turn {rotary} of {_head_dim(config)} channels of a head")
@@ -198,6 +224,24 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
     return {family.attention(layer) + name: shape for name, shape in shapes.items()}
+
+
+def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
+    """Where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
+
+    Args:
+        source: The checkpoint.
+        layer: Number of the layer.
+        side: ``query``, ``key`` or ``value``.
+    """
+    prefix = source.family.attention(layer)
+    if not source.family.fused or source.native:
+        return source.reader.info(f"{prefix}{side[0]}_proj.weight")
+    info = source.reader.info(f"{prefix}{source.family.fused}.weight")
+    heads, groups = source.config.num_attention_heads, source.config.num_key_value_heads
+    start, rows = {"query": (0, heads), "key": (heads, groups), "value": (heads + groups, groups)}[side]
+    start, rows, row_bytes = start * source.head_dim, rows * source.head_dim, info.nbytes // info.shape[0]
+    return replace(info, shape=(rows, info.shape[1]), offset=info.offset + start * row_bytes, nbytes=rows * row_bytes)
 
 
 def _remaining_shapes(source: Source, layer: int) -> Shapes:

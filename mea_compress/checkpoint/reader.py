@@ -43,7 +43,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Bits of one element of each safetensors dtype."""
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8",
     "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
@@ -51,6 +51,9 @@ _TORCH_NAMES = {
     "I32": "int32", "U32": "uint32", "F32": "float32",
     "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
+"""What torch calls each safetensors dtype that it may have."""
+DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+"""What safetensors calls each of them."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FOREIGN = (
@@ -276,18 +279,15 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name that torch can compute with (KeyError for others, such as `F4`)."""
     import torch
 
-    dtype = getattr(torch, _TORCH_NAMES[name], None)
+    dtype = getattr(torch, TORCH_NAMES[name], None)
     if not isinstance(dtype, torch.dtype):  # a float8 newer than this torch
         raise KeyError(name)
     return dtype
 
 
-@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype (KeyError where safetensors has none)."""
-    import torch
-
-    return {getattr(torch, torch_name, None): name for name, torch_name in _TORCH_NAMES.items()}[dtype]
+    return DTYPE_NAMES[str(dtype).removeprefix("torch.")]
 
 
 def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> None:

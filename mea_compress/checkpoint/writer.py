@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -172,6 +172,7 @@ def write_checkpoint(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     metadata: Mapping[str, str] = _METADATA,
     progress: Callable[[int], object] | None = None,
+    durable: bool = True,
 ) -> list[Path]:
     """Writes all shards, then the index where there is more than one.
 
@@ -181,6 +182,7 @@ def write_checkpoint(
         shard_bytes: Largest sum of tensor bytes in one file.
         metadata: The `__metadata__` of every header.
         progress: Called with the number of bytes written since its last call.
+        durable: Synchronise the files to disk; without it that is left to the caller.
 
     Returns:
         The files written.
@@ -194,26 +196,52 @@ def write_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise _refusal(error, directory, 0) from None
-    files = [write_shard(directory, shard, progress) for shard in shards]
+    files = [write_shard(directory, shard, progress, durable) for shard in shards]
     index = write_index(directory, shards)
     return files if index is None else [*files, index]
 
 
 def write_shard(
-    directory: str | os.PathLike[str], shard: Shard, progress: Callable[[int], object] | None = None
+    directory: str | os.PathLike[str],
+    shard: Shard,
+    progress: Callable[[int], object] | None = None,
+    durable: bool = True,
 ) -> Path:
     """Writes one file: under a temporary name, synchronised to disk, renamed when it is complete.
-
-    Copied tensors are written first, then the new ones are made in the order of `shard.entries`, with one of them in
-    memory at a time.
 
     Args:
         directory: An existing directory.
         shard: One of `plan_shards`.
         progress: Called with the number of bytes written since its last call; they add up to `shard.nbytes`.
+        durable: Synchronise the file to disk; without it that is left to the caller.
 
     Returns:
         Path of the file.
+
+    Raises:
+        RequestError: As `shard_steps`.
+    """
+    for _ in shard_steps(directory, shard, progress, durable):
+        pass
+    return Path(directory) / shard.name
+
+
+def shard_steps(
+    directory: str | os.PathLike[str],
+    shard: Shard,
+    progress: Callable[[int], object] | None = None,
+    durable: bool = True,
+) -> Generator[None, None, None]:
+    """Writes one file in two steps: tensors are copied before the ``yield``, new ones are made after it.
+
+    These are made in the order of `shard.entries`, with one of them in memory at a time, and the file is synchronised
+    to disk and gets its name. Closing the generator before that leaves nothing.
+
+    Args:
+        directory: An existing directory.
+        shard: One of `plan_shards`.
+        progress: Called with the number of bytes written since its last call; they add up to `shard.nbytes`.
+        durable: Synchronise the file to disk; without it that is left to the caller.
 
     Raises:
         RequestError: If the disk is full, the directory cannot be written to, a source cannot be read, the file is
@@ -222,13 +250,13 @@ def write_shard(
     path = Path(directory) / shard.name
     _refuse_overwriting(path, shard)
     tell = progress or _silent
-    with _replacing(path, shard.nbytes) as target:
+    with _replacing(path, shard.nbytes, durable) as target:
         _write(target, memoryview(shard.header), 0, path, shard.nbytes, tell)
         _copy_tensors(target, shard, path, tell)
+        yield
         for entry, position in zip(shard.entries, shard.positions, strict=True):
             if isinstance(entry, NewTensor):
                 _write_tensor(target, entry, position, path, shard.nbytes, tell)
-    return path
 
 
 def write_index(directory: str | os.PathLike[str], shards: Sequence[Shard]) -> Path | None:
@@ -241,7 +269,7 @@ def write_index(directory: str | os.PathLike[str], shards: Sequence[Shard]) -> P
         return None
     path = Path(directory) / INDEX_NAME
     text = _index(shards)
-    with _replacing(path, len(text)) as target:
+    with _replacing(path, len(text), True) as target:
         _write(target, memoryview(text), 0, path, len(text), _silent)
     return path
 
@@ -308,7 +336,7 @@ def _refuse_overwriting(path: Path, shard: Shard) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, needed: int) -> Iterator[int]:
+def _replacing(path: Path, needed: int, durable: bool) -> Iterator[int]:
     """Descriptor of a new file that takes the place of `path` if, and only if, the block ends well."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -325,7 +353,8 @@ def _replacing(path: Path, needed: int) -> Iterator[int]:
             raise
         try:
             try:
-                os.fsync(target)
+                if durable:
+                    os.fsync(target)
             finally:
                 os.close(target)
             os.replace(temporary, path)
@@ -335,6 +364,8 @@ def _replacing(path: Path, needed: int) -> Iterator[int]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+    if not durable:
+        return
     with suppress(OSError):  # not every file system can synchronise a directory
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -444,6 +475,7 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
         if not count:  # either the source has shrunk, which reading it will tell, or this file system is odd
             break
         done += count
+        _write_out(target)
         tell(count)
     buffer = memoryview(bytearray(min(part.count - done, _WRITE_BYTES)))
     while done < part.count:
@@ -451,3 +483,14 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
         read_into(source, view, part.offset + done, part.file)
         _write(target, view, part.position + done, path, needed, tell)
         done += len(view)
+
+
+def _write_out(target: int) -> None:
+    """Has the system begin to write out what is copied and forget what is written, so that little is left at the end.
+
+    Nobody reads it soon, and a checkpoint larger than memory does not push everything else out of it.
+    """
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:
+        with suppress(OSError):
+            advise(target, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -14,7 +14,7 @@ from mea_compress.composed import Composed
 from mea_compress.compositions.pool import group_heads, head_distance, reorder
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
-from mea_compress.modeling.modeling_mea import LatentComposition, MeaAttention
+from mea_compress.modeling.attention_mea import LatentComposition, MeaAttention
 
 
 def cluster(

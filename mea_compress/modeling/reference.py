@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mea_compress.modeling.modeling_mea import FrequencyComposition, HeadComposition, rotate_heads
+from mea_compress.modeling.attention_mea import FrequencyComposition, HeadComposition, rotate_heads
 
 
 def compose(composition: Any, components: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from mea_compress.checkpoint import (
     plan_shards,
     required_bytes,
     shard_finished,
+    shard_steps,
     torch_dtype,
     write_checkpoint,
     write_index,
@@ -492,3 +493,28 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         [sys.executable, "-c", MEMORY, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
     )
     assert int(run.stdout) < 90
+
+
+def test_a_file_is_written_in_two_steps_and_given_up_between_them(tmp_path):
+    write_checkpoint(tmp_path / "source", [NewTensor("a", "F32", (3,), lambda: torch.arange(3.0))])
+    copied = CheckpointReader(tmp_path / "source").info("a")
+    made = []
+    new = NewTensor("b", "F32", (2,), lambda: made.append(1) or torch.ones(2))
+    (shard,) = plan_shards([copied, new])
+    (tmp_path / "out").mkdir()
+    steps = shard_steps(tmp_path / "out", shard)
+    next(steps)
+    assert not made and os.listdir(tmp_path / "out") == ["model.safetensors.tmp"]
+    steps.close()
+    assert os.listdir(tmp_path / "out") == []
+    assert len(list(shard_steps(tmp_path / "out", shard))) == 1
+    assert made and torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_files_are_synchronised_unless_the_caller_does_it(durable, tmp_path, monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(os, "fsync", synchronised.append)
+    entries = [NewTensor("a", "F32", (3,), lambda: torch.arange(3.0))]
+    write_checkpoint(tmp_path, entries, durable=durable)
+    assert len(synchronised) == (2 if durable else 0)  # the file and its directory

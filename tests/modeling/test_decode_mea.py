@@ -9,7 +9,7 @@ import torch
 from test_modeling_mea import HEAD_DIM, HEADS, KEYS, PAIRS, VALUES, build, decode, forward, spec, tokens
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from mea_compress.modeling import configuration_mea, decode_mea, modeling_mea
+from mea_compress.modeling import attention_mea, configuration_mea, decode_mea, modeling_mea
 from mea_compress.modeling.decode_mea import (
     absorbing_pays,
     add_mask,
@@ -82,13 +82,13 @@ def build_like(model):
 def absorbing(monkeypatch):
     """Counts how often an attention block read components as they lie."""
     calls = []
-    attend = modeling_mea.MeaAttention._attend_to_components
+    attend = attention_mea.MeaAttention._attend_to_components
 
     def counted(self, *arguments):
         calls.append(self.layer_idx)
         return attend(self, *arguments)
 
-    monkeypatch.setattr(modeling_mea.MeaAttention, "_attend_to_components", counted)
+    monkeypatch.setattr(attention_mea.MeaAttention, "_attend_to_components", counted)
     return calls
 
 
@@ -96,7 +96,7 @@ def absorbing(monkeypatch):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(("keys", "values"), EVERY_PAIR)
 def test_absorbed_attention_equals_the_reference(keys, values, steps, dtype, absorbing, monkeypatch):
-    monkeypatch.setattr(modeling_mea, "TILE", 4)  # several tiles of a small cache
+    monkeypatch.setattr(attention_mea, "TILE", 4)  # several tiles of a small cache
     for family, head_norm in itertools.product(("Llama", "Qwen3"), (False, True)):
         model = attention_of(family, keys, values, head_norm, dtype)
         hidden = torch.randn(1, 13, model.config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -267,8 +267,8 @@ def at_once(monkeypatch):
         blocks = every_block(queries.shape[2], keys.shape[2], keys.device)
         return attend_at_once(queries, keys, values, norms, mask, tokens, blocks)
 
-    monkeypatch.setattr(modeling_mea, "may_fuse", lambda *tensors: True)
-    monkeypatch.setattr(modeling_mea, "fused", uncompiled)
+    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors: True)
+    monkeypatch.setattr(attention_mea, "fused", uncompiled)
     return calls
 
 
@@ -416,8 +416,8 @@ def test_the_compiled_kernel_does_what_plain_products_do(kind, norms, dtype):
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_a_step_decoded_on_a_gpu_is_the_same_absorbed_and_expanded(family, monkeypatch):
     model = build(family, "head", "latent", dtype=torch.float32, num_attention_heads=8).cuda()
-    asked, fuse = [], modeling_mea.fused
-    monkeypatch.setattr(modeling_mea, "fused", lambda *found: asked.append(fuse(*found)) or asked[-1])
+    asked, fuse = [], attention_mea.fused
+    monkeypatch.setattr(attention_mea, "fused", lambda *found: asked.append(fuse(*found)) or asked[-1])
     ids, found = tokens(2, 12).cuda(), {}
     for choice in ("expand", "absorb"):
         model.config.mea["decode"] = choice

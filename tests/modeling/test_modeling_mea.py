@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mea_compress.modeling import FAMILIES, configuration_mea, modeling_mea
-from mea_compress.modeling.modeling_mea import key_positions
+from mea_compress.modeling.attention_mea import key_positions
 from mea_compress.modeling.reference import reference_attention
 
 TRAITS = {
