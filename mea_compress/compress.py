@@ -121,9 +121,10 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
     """Fits the layers and writes all weights; the plan as it was carried out."""
     if known_beforehand(source, recipe, plan):
         with writing_beside(source, plan, recipe, workspace, progress) as stored:
-            from mea_compress.fitting import fit_layers  # copying goes on while PyTorch is loaded
+            from mea_compress.fitting import fit_layers, one_thread_less  # copying goes on while PyTorch is loaded
 
-            fit_layers(source, plan, recipe, workspace, False, stored)
+            with one_thread_less():
+                fit_layers(source, plan, recipe, workspace, False, stored)
     else:
         from mea_compress.fitting import fit_layers
 

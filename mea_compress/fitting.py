@@ -1,6 +1,7 @@
 """Fits layer after layer: statistics, closed form, refinement, and on to the next with what was stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,17 @@ from mea_compress.workspace import Workspace
 
 _TOKENS_PER_STEP = 4096
 _HELD_OUT = 64
+
+
+@contextmanager
+def one_thread_less() -> Iterator[None]:
+    """Leaves a processor to a thread that copies: where one of PyTorch's does not run, all others wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fit_layers(

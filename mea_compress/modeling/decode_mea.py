@@ -1,7 +1,7 @@
 """Attention from a few new tokens to a long cache of components, without composing the cached heads.
 
 A query of head g sees q . K_g = sum over c of (w[c, g] q) . K_c, so queries are widened once a step (`absorb` of the
-compositions in modeling_mea.py) and attend to the cached components as they lie, a multi-query attention with one wide
+compositions in attention_mea.py) and attend to the cached components as they lie, a multi-query attention with one wide
 head; the outputs are contracted with the composition of the values (`contract`). This file needs nothing but torch
 and is copied into every checkpoint that uses it.
 
