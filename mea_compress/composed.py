@@ -90,6 +90,10 @@ class Composed:
         """The heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""
         if self.kind == "none":
             return self.projection.unflatten(0, (self.heads, self.head_dim))
+        if self.kind in ("head", "prune", "share"):
+            assert self.weight is not None
+            components = self.projection.unflatten(0, (-1, self.head_dim))
+            return (self.weight.T @ components.flatten(1)).unflatten(1, components.shape[1:])
         heads = self.projection.new_empty(self.heads, self.head_dim, self.projection.shape[1])
         for head, own in zip(heads, self.each_head(), strict=True):
             head.copy_(own)

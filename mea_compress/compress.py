@@ -13,6 +13,7 @@ from mea_compress import modeling
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint.reader import TORCH_NAMES
 from mea_compress.errors import RequestError
+from mea_compress.memory import keep_freed
 from mea_compress.plan import Plan, known_beforehand, plan_source, realised_plan
 from mea_compress.recipe import Recipe, to_yaml
 from mea_compress.report import model_card, write_json
@@ -123,6 +124,7 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
         with writing_beside(source, plan, recipe, workspace, progress) as stored:
             from mea_compress.fitting import fit_layers, one_thread_less  # copying goes on while PyTorch is loaded
 
+            keep_freed()
             with one_thread_less():
                 fit_layers(source, plan, recipe, workspace, False, stored)
     else:

@@ -96,7 +96,8 @@ def fit_layers(
             workspace.note(str(layer.layer), directory, fidelity=fidelity, layers=made.section)
             stored(layer.layer)
             del composed
-            release()
+            if fitter:
+                release()
         elif fitter and layer.compressed:
             reader = CheckpointReader(directory)
             section = workspace.finished("layers", str(layer.layer))
@@ -176,6 +177,13 @@ def _lost(heads: AttentionHeads, composed: Any, side: str) -> float | None:
     target = getattr(heads, side)
     if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
         return None
+    if composed.kind in ("head", "prune", "share"):  # inner products of heads and components tell
+        rows = target.flatten(1)
+        components = composed.projection.reshape(-1, rows.shape[1])
+        whole = float(torch.linalg.vector_norm(rows)) ** 2
+        found = composed.weight.T  # (H, C)
+        gained = (rows @ components.T * found).sum() - ((found @ (components @ components.T)) * found).sum() / 2
+        return max(0.0, whole - 2 * float(gained)) / max(whole, 1e-300)
     lost = whole = 0.0
     for wanted, found in zip(target, composed.each_head(), strict=True):
         if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys

@@ -1,4 +1,4 @@
-"""Giving freed memory back, so that what one layer took does not add up with what the next one takes."""
+"""What becomes of freed memory: given back, so that layers do not add up, or kept for layers of the same sizes."""
 
 import contextlib
 import ctypes
@@ -12,3 +12,14 @@ def release() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Has the C library keep freed memory (glibc, up to 256 MB): layer after layer of the same sizes finds it again.
+
+    Fresh memory is cleared by the system page by page, which takes longer than a weights-only fit computes.
+    """
+    largest_in_heap, kept = (-3, 32 << 20), (-1, 256 << 20)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+    with contextlib.suppress(AttributeError, OSError):
+        for parameter in (largest_in_heap, kept):
+            ctypes.CDLL(None).mallopt(*parameter)

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.heads import read_side
-from mea_compress.memory import release
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.plan import Plan
@@ -54,7 +53,6 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         difference, layer_bytes = _check_layer(emitted, layer)
         measured += layer_bytes
         worst = max(worst, difference)
-        release()
     result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
     if sum(info.nbytes for info in emitted.reader.tensors.values()) <= WHOLE_MODEL_BYTES:
         difference, whole_bytes = _check_model(emitted)

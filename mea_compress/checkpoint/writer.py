@@ -40,6 +40,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 _METADATA = {"format": "pt"}
 _BLOCK_BYTES = 16 << 20
+_KERNEL_BYTES = 64 << 20  # that the kernel copies between two looks at whether to go on
 _WRITE_BYTES = 1 << 20  # one system call; larger ones have been measured to be up to ten times slower on ext4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -465,7 +466,7 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
     kernel_copy = getattr(os, "copy_file_range", None)
     done = 0
     while kernel_copy is not None and done < part.count:
-        block = min(part.count - done, _BLOCK_BYTES)
+        block = min(part.count - done, _KERNEL_BYTES)
         try:
             count = kernel_copy(source, target, block, part.offset + done, part.position + done)
         except OSError as error:

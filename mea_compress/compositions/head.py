@@ -38,17 +38,20 @@ def combine(
         Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of G[g, h] = tr(W_g Σ W_hᵀ).
     """
     count, head_dim = heads.shape[:2]
+    rows = heads.flatten(1)  # (H, d · (D + 1))
+    plain = rows @ rows.T
     if gram is None:
-        gram = torch.einsum("gdx,hdx->gh", through(heads, second), heads)
+        gram = plain if second is None else through(heads, second).flatten(1) @ rows.T
     vectors = torch.linalg.eigh(gram).eigenvectors  # ascending
     top = vectors.flip(-1)[:, :components]  # (H, C)
     # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
     top = top * torch.sign(top.gather(0, top.abs().argmax(0, keepdim=True)))
-    sizes = torch.einsum("hc,hdx->cdx", top, heads).square().sum((1, 2)).sqrt()  # (C,)
-    average = (heads.square().sum() / count).sqrt()
+    sizes = ((plain @ top) * top).sum(0).clamp(min=0).sqrt()  # of the components, (C,)
+    average = (plain.trace() / count).sqrt()
     average = torch.where(average > 0, average, torch.ones_like(average))  # heads that are all zero stay so
-    scale = average / sizes.clamp(min=1e-12 * average)
-    projection = torch.einsum("hc,hdx->cdx", top * scale, heads)
+    # Products of inner products lose half of the digits, so what is smaller counts as nothing.
+    scale = average / sizes.clamp(min=1e-7 * average)
+    projection = ((top * scale).T @ rows).unflatten(1, (head_dim, -1))  # (C, d, D + 1)
     return Composed("head", count, head_dim, projection.flatten(0, 1), (top / scale).T.contiguous())
 
 
