@@ -9,7 +9,7 @@ layer is held against.
 
     python benchmarks/decode.py --contexts 1024 8192 65536 --batches 1 4 --clock cpu --threads 1
     python benchmarks/decode.py --device cuda --contexts 8192 32768 --batches 1 8 --prefill-up-to 32768
-    python benchmarks/decode.py --plot benchmarks/results/decode-cpu.json
+    python benchmarks/decode.py --plot benchmarks/results/decode-cpu-bfloat16.json
 """
 
 import argparse
