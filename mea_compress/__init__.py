@@ -1,7 +1,7 @@
 """mea-compress: key/value heads of a trained transformer, rebuilt from fewer (arXiv 2601.19611).
 
 Importing the package registers the MEA model types, so ``AutoModelForCausalLM.from_pretrained`` loads compressed
-checkpoints without ``trust_remote_code``.
+checkpoints without ``trust_remote_code``. Only the program ``mea-compress`` itself registers later, where it needs to.
 """
 
 import sys

@@ -108,9 +108,11 @@ class StatisticsAccumulator:
             values: Each query head's, (B, Hq, T, d).
         """
         heads, group = self.attention.heads, keys.shape[1] // self.attention.heads
+        # Variances do not see it, and in float32 they would be lost beside the square of a large mean.
+        keys = keys - keys.mean(2, keepdim=True)
         stake = self._leverage(weights, values)[..., None] * self._energy(queries)  # (B, Hq, S, P)
         variance = weights @ self._energy(keys) - self._energy(weights @ keys)
-        cost = (stake * variance.clamp(min=0)).double().sum((0, 2)).cpu()  # (Hq, P)
+        cost = (stake * variance.clamp(min=0)).cpu().double().sum((0, 2))  # (Hq, P)
         self.cost += cost.unflatten(0, (heads, group)).sum(1)
 
         stake = stake.sum(-1)  # (B, Hq, S)
@@ -121,7 +123,7 @@ class StatisticsAccumulator:
         self.key_covariance += self._inner(keys, common.sum(1)) - self._inner(centre, weight)
 
     def _leverage(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """R of `notice` for weights (B, Hq, S, T) and values (B, Hq, T, d): (B, Hq, S).
+        """The r of `notice` for weights (B, Hq, S, T) and values (B, Hq, T, d): (B, Hq, S).
 
         A head norm divides by the size of o and does not see what lies along it: v - o loses that part.
         """
@@ -158,15 +160,15 @@ class StatisticsAccumulator:
         Raises:
             RequestError: Something is not finite.
         """
-        size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T  # (H, P)
-        least = 1e-12 * size.max()
+        size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=0)  # (H, P)
+        # Layers whose keys, values or output are all zero have nothing at stake.
+        at_stake = bool(self.cost.max() > 0) and bool(size.max() > 0)
         statistics = LayerStatistics(
             self.tokens,
             self.moment / self.tokens,
             self.attended / self.queries,
             self.key_covariance / self.queries,
-            # Layers whose keys, values or output are all zero have nothing at stake.
-            self.cost / size.clamp(min=least) if least != 0 else torch.ones_like(self.cost),
+            self.cost / size.clamp(min=1e-12 * float(size.max())) if at_stake else torch.ones_like(self.cost),
         )
         for name in ("moment", "attended", "key_covariance", "key_cost"):
             if not torch.isfinite(getattr(statistics, name)).all():

@@ -79,12 +79,12 @@ class Composed:
             for own in self.expansion().unflatten(0, (self.heads, self.head_dim)):
                 yield own @ rows
             return
-        components = self.projection.unflatten(0, (-1, self.head_dim))  # whole ones: no matrix of H * d is made
+        if self.weight is not None:
+            yield from self.composed_heads()
+            return
+        components = self.projection.unflatten(0, (-1, self.head_dim))
         for head in range(self.heads):
-            if self.weight is None:
-                yield components[head * components.shape[0] // self.heads]
-            else:
-                yield torch.einsum("c,cdx->dx", self.weight[:, head], components)
+            yield components[head * components.shape[0] // self.heads]
 
     def composed_heads(self) -> torch.Tensor:
         """The heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mea_compress.errors import RequestError
 from mea_compress.healing import NOTHING, check_same_vocabulary, compare_models, rows_at_once
-from mea_compress.speed import Timing, cache_bytes, measure_speed
+from mea_compress.speed import Timing, cache_bytes, check_contexts, measure_speed
 from mea_compress.text import (
     choose_sequence_length,
     load_model,
@@ -138,6 +138,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def _speed(model: Any, ids: torch.Tensor) -> float:
     """Decode speed after the first tokens of ids (T,), within as many positions as a sequence has."""
     tokens = max(1, min(_DECODED_TOKENS, ids.shape[0] // 2))
@@ -184,6 +188,8 @@ def evaluate(
     for flag, value in (("--batch-size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
             raise RequestError(f"{flag} {value} measures nothing: give 1 or more.")
+    if batches and not contexts:
+        raise RequestError(f"--batches {batches} measures nothing without --contexts: give both.")
     documents = read_documents(text)
     model = load_model(checkpoint, dtype, device)
     tokenizer = load_tokenizer(checkpoint)
@@ -193,6 +199,9 @@ def evaluate(
         original = load_model(reference, dtype, device)
         check_same_vocabulary(model, original, (checkpoint, reference))
         choose_sequence_length(original, length)
+    models = {"checkpoint": model} | ({} if original is None else {"reference": original})
+    lengths = _numbers(contexts) if contexts else []
+    check_contexts(models, lengths)
     ids, mask = padded_sequences(documents, tokenizer, length, limit=limit)
     vocabulary = model.config.get_text_config().vocab_size
     if int(ids.max()) >= vocabulary:
@@ -208,9 +217,7 @@ def evaluate(
             width = int(present.sum(1).max())
             total += compare_models(model, original, rows[:, :width], present[:, :width])
             bar.update(len(rows))
-    models = {"checkpoint": model} | ({} if original is None else {"reference": original})
-    counts = [[int(number) for number in (text or "1").split(",")] for text in (contexts, batches)]
-    speed = measure_speed(models, ids[mask.bool()], counts[0], counts[1], progress) if contexts else None
+    speed = measure_speed(models, ids[mask.bool()], lengths, _numbers(batches or "1"), progress) if lengths else None
 
     longest = ids[int(mask.sum(1).argmax())]
     sample = longest[None, :_CACHE_TOKENS]

@@ -17,7 +17,8 @@ def release() -> None:
 def keep_freed() -> None:
     """Has the C library keep freed memory (glibc, up to 256 MB): layer after layer of the same sizes finds it again.
 
-    Fresh memory is cleared by the system page by page, which takes longer than a weights-only fit computes.
+    Fresh memory is cleared by the system page by page, which takes longer than a weights-only fit computes. It
+    holds for the rest of the process; `release` gives back what is kept.
     """
     largest_in_heap, kept = (-3, 32 << 20), (-1, 256 << 20)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
     with contextlib.suppress(AttributeError, OSError):

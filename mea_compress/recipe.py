@@ -42,7 +42,7 @@ def _group(name: str, metavar: str | None = None) -> dict[str, Any]:
 
 
 def _numbers_as_text(value: object) -> object:
-    """`layers: 3` and `layers: [0, 2]` are what YAML makes of natural spellings."""
+    """Text of what YAML makes of natural spellings, such as `layers: 3`, `layers: [0, 2]` or `contexts: 8192`."""
     items = value if isinstance(value, list) else [value]
     if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         return ",".join(str(item) for item in items)

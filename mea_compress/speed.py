@@ -28,7 +28,7 @@ _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Timing:
-    """One model at one context and batch, medians over rounds.
+    """One model at one context and batch; times are medians over rounds, memory is the most of them.
 
     Attributes:
         model: ``checkpoint``, ``checkpoint, expanded`` (composed heads are built at every step) or ``reference``.
@@ -79,6 +79,20 @@ def cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
+def check_contexts(models: dict[str, Any], contexts: Sequence[int]) -> None:
+    """Refuses what cannot be measured, before any work.
+
+    Raises:
+        RequestError: a context is too short to decode in, or longer than a model's.
+    """
+    for context in contexts:
+        longest = min((limit for limit in map(context_length, models.values()) if limit), default=context)
+        if not 2 <= context <= longest:
+            raise RequestError(
+                f"--contexts {context} cannot be measured: give contexts between 2 and the model's {longest}."
+            )
+
+
 @torch.no_grad()
 def measure_speed(
     models: dict[str, Any],
@@ -98,14 +112,13 @@ def measure_speed(
         progress: show a bar on stderr.
 
     Raises:
-        RequestError: a context is too short to decode in, or longer than a model's.
+        RequestError: as `check_contexts`.
     """
-    for context in contexts:
-        longest = min((limit for limit in map(context_length, models.values()) if limit), default=context)
-        if not 2 <= context <= longest:
-            raise RequestError(f"--contexts {context} does not lie between 2 and the model's context of {longest}.")
+    check_contexts(models, contexts)
     variants: list[tuple[str, Any, str | None]] = [(name, model, None) for name, model in models.items()]
-    if hasattr(models["checkpoint"].config, "mea"):
+    mea = getattr(models["checkpoint"].config, "mea", None)
+    plain = ("none", "pool")
+    if mea and any(layer[f"{side}_composition"] not in plain for layer in mea["layers"] for side in ("key", "value")):
         variants.insert(1, ("checkpoint, expanded", models["checkpoint"], "expand"))
     timings = []
     total = len(contexts) * len(batches) * len(variants) * _ROUNDS
@@ -163,6 +176,8 @@ def _reading(model: Any, decode: str | None) -> Iterator[None]:
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

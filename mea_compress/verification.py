@@ -81,7 +81,7 @@ def verify_stored(source: Source, plan: Plan, workspace: Workspace) -> None:
         fitted = CheckpointReader(layer_directory(workspace, layer.layer))
         for name in fitted.tensors:
             if not torch.equal(written.read(source.family.attention(layer.layer) + name), fitted.read(name)):
-                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted")
+                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
 
 def cache_bytes(cache: Any) -> int:

@@ -67,7 +67,7 @@ def writing_beside(
 ) -> Iterator[Callable[[int], None]]:
     """All shards, written by another thread while the block fits the layers; the block ends when both are through.
 
-    An error or interruption on either side ends the other at once.
+    An error or interruption of the fit ends the writing at once, and one of the writing the fit, with its layer.
 
     Yields:
         A function to be called with the number of every layer that the block has stored.

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from mea_compress.architectures import open_source
 from mea_compress.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.errors import RequestError
+from mea_compress.modeling.attention_mea import rotary_pairs, rotate_heads
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
-from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM, rotary_pairs, rotate_heads
+from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 from mea_compress.streaming import LayerRunner, batches, embed
 
 
@@ -116,6 +117,25 @@ def test_key_statistics_are_sums_over_queries_and_tokens(case, tmp_path):
     torch.testing.assert_close(statistics.key_covariance, covariance, rtol=1e-3, atol=1e-5 * scale)
     found = statistics.key_cost * statistics.key_covariance.diagonal(dim1=1, dim2=2).real.T
     torch.testing.assert_close(found, cost / 14, rtol=1e-3, atol=1e-5 * float(cost.max()))
+
+
+def test_what_all_keys_have_in_common_costs_nothing_however_large(tmp_path):
+    attention, *_ = attention_of("llama", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = torch.randn(3, 1, 8, 64, attention.head_dim, generator=generator)
+    weights = torch.rand(1, 8, 64, 64, generator=generator).softmax(-1)
+    keys = keys.view(1, 4, 2, 64, -1)[:, :, :1].repeat(1, 1, 2, 1, 1).flatten(1, 2)  # the same for both queries
+    first, second = rotary_pairs(attention.head_dim, attention.rotary_dim)
+    keys[..., [first[0], second[0]]] = 0.0
+    found = []
+    for common in (0.0, 1000.0):
+        moved = keys.clone()
+        moved[..., first[0]] = common
+        accumulator = StatisticsAccumulator(attention)
+        accumulator.notice(weights, queries, moved, values)
+        found.append((accumulator.cost, accumulator.key_covariance))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][0][:, 1].min() > 0
 
 
 def test_statistics_of_some_heads_are_theirs(tmp_path):

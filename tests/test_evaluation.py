@@ -139,6 +139,10 @@ def test_wrong_requests(tmp_path, text):
         evaluate(a, text, reference=save(tmp_path / "b", vocab_size=40), device="cpu", progress=False)
     with pytest.raises(RequestError, match="context of 32"):
         evaluate(a, text, sequence_length=64, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="--contexts 64 cannot be measured"):
+        evaluate(a, text, sequence_length=8, contexts="4,64", device="cpu", progress=False)
+    with pytest.raises(RequestError, match="--batches 2 measures nothing"):
+        evaluate(a, text, sequence_length=8, batches="2", device="cpu", progress=False)
     with pytest.raises(RequestError, match="--limit"):
         evaluate(a, text, limit=0, device="cpu", progress=False)
     (tmp_path / "short.txt").write_text("abc")

@@ -35,7 +35,8 @@ def combine(
         gram: Inner products of the heads, (H, H), in place of those that `second` gives.
 
     Returns:
-        Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of G[g, h] = tr(W_g Σ W_hᵀ).
+        Components (C·d, D + 1) and a composition (C, H): the top eigenvectors of
+        G[g, h] = tr(W_g Σ W_hᵀ), or of `gram`.
     """
     count, head_dim = heads.shape[:2]
     rows = heads.flatten(1)  # (H, d · (D + 1))
@@ -74,7 +75,7 @@ class Head:
             phases = align_phases(cross, components)  # (H, P)
             heads = change_key_basis(heads, phases * weights)
             aligned = cross * phases.T[:, :, None] * phases.T[:, None, :].conj()
-            return combine(heads.key, components, second, aligned.real.sum(0)), heads
+            return combine(heads.key, components, None, aligned.real.sum(0)), heads
         return combine(heads.key, components, second), heads
 
     def _normed_keys(

@@ -68,14 +68,14 @@ class Prune:
         components, fit = int(request.components), request.fit
         second = moment(statistics, fit, "key")
         turning = fit == "aligned" and heads.key_norm is None
-        cross = key_cross(heads, statistics, fit)
+        cross = key_cross(heads, statistics, fit) if turning else None
         if request.prune_by == "contribution":
             kept = largest_contributions(heads, moment(statistics, fit, "value"), components)
-        elif turning:
+        elif cross is not None:
             kept = choose_kept(_coherent(cross), components)
         else:
             kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.key, second), heads.key), components)
-        if turning:
+        if cross is not None:
             weights = key_weights(heads, statistics, fit).T
             plain = cross / (weights[:, :, None] * weights[:, None, :])
             heads = change_key_basis(heads, _turn_to_kept(plain, kept))

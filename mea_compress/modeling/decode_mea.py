@@ -131,7 +131,7 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     product = []
     for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True):
         parts = [_product_by_blocks(rows[:whole], query)] if whole else []
-        if whole < len(rows):
+        if whole < len(rows) or not parts:
             parts.append(rows[whole:] @ query.T)
         product.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return _stack(product).unflatten(0, keys.shape[:2]).mT
@@ -145,7 +145,7 @@ def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     product = []
     for weight, rows in zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True):
         parts = [_sum_of_blocks(weight[:, :whole], rows[:whole])] if whole else []
-        if whole < len(rows):
+        if whole < len(rows) or not parts:
             parts.append(weight[:, whole:] @ rows[whole:])
         product.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
     return _stack(product).unflatten(0, values.shape[:2])
