@@ -20,7 +20,14 @@ from mea_compress.report import model_card, write_json
 from mea_compress.weights import write_weights, writing_beside
 from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
 
-CODE_FILES = ("attention_mea.py", "configuration_mea.py", "decode_mea.py", "modeling_mea.py", "section_mea.py")
+CODE_FILES = (
+    "attention_mea.py",
+    "configuration_mea.py",
+    "decode_cpu_mea.py",
+    "decode_mea.py",
+    "modeling_mea.py",
+    "section_mea.py",
+)
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
 # What this program says of a checkpoint; it would not be true of one that is made from it.

@@ -439,7 +439,7 @@ class MeaAttention(nn.Module):
         return self.key_composition.absorb(rows).flatten(1, 2)[:, None]  # type: ignore[union-attr, operator]
 
     def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
-        """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat and a GPU has one."""
+        """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
         absorbing = isinstance(self.key_composition, HeadComposition | FrequencyComposition)
         if not absorbing or self.value_composition is None or not may_fuse(queries, keys, values):
             return None

@@ -17,27 +17,27 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.grad import conv2d_weight
+
+from .decode_cpu_mea import attend_on_cpu, readable
 
 # Multiply-adds a device does in the time in which it reads one cached number; one number more or less decides nothing.
 _BALANCE = {"cpu": 16.0}
 _BALANCE_OF_ACCELERATORS = 300.0
+# The same for a number of a composed head, which is written and read again: measured on a CPU, where 30 to 100 new
+# tokens cost as much absorbed as expanded at the shapes of Llama-3.2-1B and Llama-3.1-8B.
+_BALANCE_OF_COMPOSED = {"cpu": 300.0}
 # Composing heads multiplies thin matrices, at this share of the rate of the wide ones (measured on a CPU: 47 of 222
 # GFLOP/s in float32, 42 of 440 in bfloat16).
 _COMPOSING_RATE = 0.2
 # Latent keys are rebuilt so many tokens at a time on a CPU, which keeps a tile of all heads in its cache.
 TILE = 512
-# A CPU's fast product reads whole blocks of so many tokens.
-BLOCK = 256
 # A GPU's kernel splits the cache among its processors by blocks of so many tokens.
 GPU_BLOCK = 128
 # Query rows that the kernel holds at once, so that it reads the cache once, and the numbers of its accumulator.
 GPU_ROWS, GPU_ACCUMULATOR = 64, 32768
 
 
-def side_cost(
-    kind: str, rows: int, heads: int, components: float, head_dim: int, balance: float
-) -> tuple[float, float]:
+def side_cost(kind: str, rows: int, heads: int, components: float, head_dim: int, device: str) -> tuple[float, float]:
     """What one side (keys or values) costs for one cached token, absorbed and expanded.
 
     The larger of arithmetic and memory traffic, in multiply-adds per channel of a head. Absorbed, every query row
@@ -49,18 +49,20 @@ def side_cost(
         heads: H.
         components: C.
         head_dim: d.
-        balance: Multiply-adds in the time of reading one number.
+        device: Device type, as in ``torch.device.type``.
 
     Returns:
         The two costs.
     """
+    balance = _BALANCE.get(device, _BALANCE_OF_ACCELERATORS)
     if kind in ("none", "pool"):  # nothing to compose, however it is read
         plain = max(rows, balance * components)
         return plain, plain
     # Multiply-adds for each component and head.
     terms = {"latent": head_dim, "joint": head_dim, "frequency": 2}.get(kind, 1)
     absorbed = max(rows * components, balance * components)
-    expanded = max(heads * components * terms / _COMPOSING_RATE + rows, balance * (components + 2 * heads))
+    traffic = balance * components + _BALANCE_OF_COMPOSED.get(device, balance) * 2 * heads
+    expanded = max(heads * components * terms / _COMPOSING_RATE + rows, traffic)
     return absorbed, expanded
 
 
@@ -84,9 +86,8 @@ def absorbing_pays(
         tokens: New tokens Q.
         device: Device type, as in ``torch.device.type``.
     """
-    balance = _BALANCE.get(device, _BALANCE_OF_ACCELERATORS)
     sides = [value] if key[0] in ("latent", "joint") else [key, value]  # latent keys are rebuilt in either case
-    costs = [side_cost(kind, query_heads * tokens, heads, count, head_dim, balance) for kind, count in sides]
+    costs = [side_cost(kind, query_heads * tokens, heads, count, head_dim, device) for kind, count in sides]
     absorbed, expanded = (sum(cost) for cost in zip(*costs, strict=True))
     return absorbed < expanded or (absorbed == expanded and tokens == 1)
 
@@ -127,28 +128,16 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Queries (B, N, R, W) against cached keys (B, N, T, W): (B, N, R, T), on a CPU with T outermost in memory."""
     if not _on_plain_cpu(queries, keys):
         return queries @ keys.mT
-    whole = _whole_blocks(keys)
-    product = []
-    for rows, query in zip(keys.flatten(0, 1), queries.flatten(0, 1), strict=True):
-        parts = [_product_by_blocks(rows[:whole], query)] if whole else []
-        if whole < len(rows) or not parts:
-            parts.append(rows[whole:] @ query.T)
-        product.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return _stack(product).unflatten(0, keys.shape[:2]).mT
+    pairs = zip(queries.flatten(0, 1), keys.flatten(0, 1), strict=True)
+    return torch.stack([rows @ query.T for query, rows in pairs]).unflatten(0, keys.shape[:2]).mT
 
 
 def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Attention weights (B, N, R, T) times cached values (B, N, T, W): (B, N, R, W)."""
     if not _on_plain_cpu(weights, values):
         return weights @ values
-    whole = _whole_blocks(values)
-    product = []
-    for weight, rows in zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True):
-        parts = [_sum_of_blocks(weight[:, :whole], rows[:whole])] if whole else []
-        if whole < len(rows) or not parts:
-            parts.append(weight[:, whole:] @ rows[whole:])
-        product.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
-    return _stack(product).unflatten(0, values.shape[:2])
+    pairs = zip(weights.flatten(0, 1), values.flatten(0, 1), strict=True)
+    return torch.stack([weight @ rows for weight, rows in pairs]).unflatten(0, values.shape[:2])
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -159,52 +148,11 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=wide)
 
 
-def _stack(matrices: list[torch.Tensor]) -> torch.Tensor:
-    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
-
-
 def _on_plain_cpu(*tensors: torch.Tensor) -> bool:
     """On a CPU, and neither compiled nor differentiated: a product a sequence is then faster than a batched one."""
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-
-
-def _whole_blocks(cached: torch.Tensor) -> int:
-    """How many cached tokens oneDNN reads; the BLAS reads the others.
-
-    Measured where there is AVX-512, it takes half to three quarters of the BLAS's time for these shapes, but prepares
-    itself anew for every shape, and a cache has another length at every step: whole blocks change their number seldom.
-    """
-    if cached.dtype not in (torch.float32, torch.bfloat16) or not _one_dnn():
-        return 0
-    return cached.shape[-2] // BLOCK * BLOCK
-
-
-def _one_dnn() -> bool:
-    wide = torch.backends.mkldnn.enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(wide) and hasattr(torch, "mkldnn_convolution")
-
-
-def _product_by_blocks(rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Rows (T, W) times the transpose of query (R, W): a convolution with a kernel of one pixel is that product."""
-    one, none = [1, 1], [0, 0]
-    kernel = query[:, :, None, None]
-    image = torch.mkldnn_convolution(_images(rows), kernel, None, none, one, one, 1)  # (n, R, 1, BLOCK)
-    return image.permute(0, 2, 3, 1).reshape(len(rows), -1)
-
-
-def _sum_of_blocks(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Weight (R, T) times rows (T, W): the gradient that such a convolution sends to its kernel is that product."""
-    if rows.dtype != torch.float32:  # the plain product of narrower numbers is oneDNN's, and the faster of its two
-        return weight @ rows
-    shape = (len(weight), rows.shape[1], 1, 1)
-    return conv2d_weight(_images(rows), shape, _images(weight.T))[:, :, 0, 0]
-
-
-def _images(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (T, W) as images of one line with W channels, (T / BLOCK, W, 1, BLOCK), where they lie in memory."""
-    return rows.unflatten(0, (-1, 1, BLOCK)).permute(0, 3, 1, 2)
 
 
 def attend_at_once(
@@ -287,11 +235,13 @@ def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, s
     return None
 
 
-def may_fuse(*tensors: torch.Tensor) -> bool:
-    """Whether `fused` may read these, of the cache and the queries: on a GPU, not compiled or differentiated around."""
-    if any(tensor.device.type != "cuda" for tensor in tensors) or torch.compiler.is_compiling():
+def may_fuse(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `fused` may read this cache: where a device has a kernel, and not compiled or differentiated around."""
+    tensors = (queries, keys, values)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    devices = {tensor.device.type for tensor in tensors}
+    return devices == {"cuda"} or (devices == {"cpu"} and readable(keys, values))
 
 
 _NOT_FUSED: set[tuple] = set()
@@ -305,16 +255,31 @@ def fused(
     mask: torch.Tensor | None,
     tokens: int,
 ) -> torch.Tensor | None:
-    """`attend_at_once`, compiled once for all lengths of a cache; None where no kernel can be had.
+    """What absorbed queries get from flat components, by the kernel of their device; None where none can be had.
 
     Args:
-        queries: As there, in the dtype of the keys.
+        queries: As `attend_at_once`, in the dtype of the keys.
         keys: As there.
         values: As there.
         norms: As there.
         mask: As `add_mask` takes it.
         tokens: Q.
     """
+    mask = None if mask is None else _four_dimensional(mask, keys.shape[2])
+    if queries.device.type == "cpu":
+        return attend_on_cpu(queries, keys, values, norms, mask)
+    return attend_on_gpu(queries, keys, values, norms, mask, tokens)
+
+
+def attend_on_gpu(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    norms: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tokens: int,
+) -> torch.Tensor | None:
+    """`attend_at_once`, compiled once for all lengths of a cache; None where there is none. Arguments as there."""
     rows, length, width = queries.shape[2], keys.shape[2], values.shape[3]
     form = (str(keys.device), keys.dtype, *queries.shape, width, tokens, norms is None, getattr(mask, "dtype", None))
     if form in _NOT_FUSED or keys.dtype != values.dtype or keys.dtype.itemsize not in (2, 4):
@@ -325,7 +290,6 @@ def fused(
     )
     if options is None:
         return None
-    mask = None if mask is None else _four_dimensional(mask, length)
     try:
         blocks = every_block(rows, length, keys.device)
         return _compiled(form)(queries, keys, values, norms, mask, tokens, blocks, options)

@@ -51,7 +51,9 @@ def build(family, keys, values, head_norm=False, attention="sdpa", dtype=torch.f
     mea = {"head_norm": head_norm, "layers": [spec(keys, values) for _ in range(2)]}
     config = kind(**{**SIZES, **traits, **changes}, mea=mea, attn_implementation=attention)
     config._experts_implementation = "eager"
-    return scatter(getattr(modeling_mea, f"Mea{family}ForCausalLM")(config).to(dtype))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return scatter(getattr(modeling_mea, f"Mea{family}ForCausalLM")(config).to(dtype))
 
 
 def tokens(*shape):
