@@ -30,7 +30,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mea_compress.modeling import attention_mea, decode_mea
+from mea_compress.modeling import attention_mea, decode_cpu_mea, decode_mea
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
 from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 
@@ -208,8 +208,7 @@ def attention_alone(shape, context, batch, arguments):
         if context <= arguments.expand_up_to:
             variants[f"{name}: expanded"] = expanded
         variants[f"{name}: absorbed"] = absorbed
-        if arguments.device != "cpu":
-            variants[f"{name}: absorbed, plain products"] = absorbed_by_products
+        variants[f"{name}: absorbed, plain products"] = absorbed_by_products
     times = measure(variants, arguments, LAYERS)
     best = min((name for name in times if name.startswith("original")), key=times.get)
     line = {"shape": shape, "context": context, "batch": batch, "milliseconds": times, "best_original": best}
@@ -407,6 +406,7 @@ def main():
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
+        "kernel_on_cpu": decode_cpu_mea.library() is not None,
         "attention": [],
         "stack": [],
     }

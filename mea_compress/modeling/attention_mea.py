@@ -209,7 +209,8 @@ class LatentComposition(nn.Module):
 
     def contract(self, outputs: torch.Tensor) -> torch.Tensor:
         """Weighted sums of latents as those of composed heads: (B, H, rows, m) -> (B, H, rows, d)."""
-        return outputs @ self.weight.to(outputs.dtype).unflatten(0, (self.heads, -1)).mT
+        weight = self.weight.to(outputs.dtype).unflatten(0, (self.heads, -1))
+        return torch.einsum("bhrm,hdm->bhrd", outputs, weight)  # a product would copy the weight for every sequence
 
 
 def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -50,7 +50,7 @@ enum { PANEL = 32, VECTORS = PANEL / LANES, CHUNK = 128 };
 enum { PART = 2 * PANEL };
 
 #define INLINE static inline __attribute__((always_inline))
-#define PAIRS __attribute__((target("avx512f,avx512bw,avx512bf16")))
+#define PAIRS __attribute__((target("avx512f,avx512bf16")))
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -142,9 +142,9 @@ PAIRS static void score_token(int64_t width, const uint16_t *keys, int64_t key_r
     score_pairs(1, width, keys, key_row, queries, scores, score_row, next);
 }
 
-/* sums[r][w] += sum over t of weights[t][r] * values[t][w], for BLOCK rows and PANEL channels. */
-INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const float *values, int64_t value_row,
-                float *sums, int64_t sum_row)
+/* sums[r][w] += sum over t of weights[t][r] * strip[t][w], for BLOCK rows and the PANEL channels of a strip. */
+INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const float *strip, float *sums,
+                int64_t sum_row)
 {
     lanes sum[BLOCK][VECTORS];
     for (int r = 0; r < BLOCK; r++)
@@ -153,7 +153,7 @@ INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const 
     for (int64_t t = 0; t < tokens; t++) {
         lanes value[VECTORS];
         for (int v = 0; v < VECTORS; v++)
-            value[v] = *(const lanes *)(values + t * value_row + v * LANES);
+            value[v] = *(const lanes *)(strip + t * PANEL + v * LANES);
         for (int r = 0; r < BLOCK; r++)
             for (int v = 0; v < VECTORS; v++)
                 sum[r][v] += weights[t * weight_row + r] * value[v];
@@ -163,23 +163,18 @@ INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const 
             *(lanes *)(sums + r * sum_row + v * LANES) = sum[r][v];
 }
 
-/* The same of pairs of tokens: weights[t / 2][r][t % 2] in bfloat16, zeros behind the last token. */
-PAIRS static void add_pairs(int64_t tokens, const uint16_t *weights, int64_t weight_row, const uint16_t *values,
-                            int64_t value_row, float *sums, int64_t sum_row)
+/* The same of pairs of tokens: weights[t / 2][r][t % 2] and strip[t / 2][w][t % 2]. */
+PAIRS static void add_pairs(int64_t tokens, const uint16_t *weights, int64_t weight_row, const uint16_t *strip,
+                            float *sums, int64_t sum_row)
 {
-    static const uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    __m512i first = _mm512_loadu_si512(order), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     __m512 sum[BLOCK][2];
     for (int r = 0; r < BLOCK; r++) {
         sum[r][0] = _mm512_loadu_ps(sums + r * sum_row);
         sum[r][1] = _mm512_loadu_ps(sums + r * sum_row + 16);
     }
     for (int64_t t = 0; t < tokens; t += 2) {
-        __m512i even = _mm512_loadu_si512(values + t * value_row);
-        __m512i odd = t + 1 < tokens ? _mm512_loadu_si512(values + (t + 1) * value_row) : _mm512_setzero_si512();
-        __m512bh low = (__m512bh)_mm512_permutex2var_epi16(even, first, odd);
-        __m512bh high = (__m512bh)_mm512_permutex2var_epi16(even, second, odd);
+        __m512bh low = (__m512bh)_mm512_loadu_si512(strip + t * PANEL);
+        __m512bh high = (__m512bh)_mm512_loadu_si512(strip + t * PANEL + PANEL);
         for (int r = 0; r < BLOCK; r++) {
             __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const pair *)(weights + t * weight_row + 2 * r));
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], weight, low);
@@ -223,17 +218,32 @@ INLINE float widened(uint16_t number)
     return wide;
 }
 
-/* `tokens` rows of cached numbers as float32: where they lie, or in `wide`. Sets the stride of what it returns. */
-INLINE const float *as_float(const job *j, const char *cached, int64_t tokens, int64_t width, int64_t row, float *wide,
-                             int64_t *stride)
+/* One row of cached numbers as float32. */
+INLINE void widen(const uint16_t *cached, int64_t width, float *wide)
 {
-    *stride = j->half ? width : row;
-    if (!j->half)
-        return (const float *)cached;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t w = 0; w < width; w++)
-            wide[t * width + w] = widened(((const uint16_t *)cached)[t * row + w]);
-    return wide;
+    for (int64_t w = 0; w < width; w++)
+        wide[w] = widened(cached[w]);
+}
+
+/* Values of up to PANEL channels next to each other, as `add` or `add_pairs` reads them, zeros behind the last one: in
+   the cache they lie a row apart, where they would push each other out of the nearest memory. */
+INLINE void take(const job *j, const char *values, int64_t tokens, int channels, float *strip)
+{
+    static const uint16_t zeros[PANEL];
+    const uint16_t *half = (const uint16_t *)values;
+    int64_t row = j->value_row;
+    if (channels < PANEL)
+        memset(strip, 0, sizeof(float) * CHUNK * PANEL);
+    for (int64_t t = 0; t < tokens; t += j->pairs ? 2 : 1)
+        if (j->pairs) {
+            const uint16_t *even = half + t * row, *odd = t + 1 < tokens ? even + row : zeros;
+            for (int w = 0; w < channels; w++)
+                ((uint32_t *)strip)[t / 2 * PANEL + w] = even[w] | (uint32_t)odd[w] << 16;
+        } else if (j->half) {
+            widen(half + t * row, channels, strip + t * PANEL);
+        } else {
+            memcpy(strip + t * PANEL, (const float *)values + t * row, sizeof(float) * channels);
+        }
 }
 
 /* Norms and mask on the scores (tokens, padded) of `tokens` tokens from `start` on and `rows` rows from `first` on. */
@@ -286,81 +296,115 @@ INLINE void narrow(int64_t tokens, const float *weights, int64_t padded, uint16_
     }
 }
 
-/* A part of the rows of one sequence, from `first` on, and one span of its tokens. */
-static int attend_span(const job *j, int64_t b, int64_t first, int64_t span)
+/* What the part of the rows of one sequence that starts at row `first` works with, for one span of its tokens. */
+typedef struct {
+    int64_t b, first, rows, padded, channels; /* channels: the value width, padded like the rows */
+    const char *queries;
+    float *sums, *tops, *totals;
+    float *scores, *strip, *wide; /* (CHUNK, padded), (CHUNK, PANEL), (BLOCK, key width) */
+    uint16_t *narrowed;           /* (CHUNK / 2, padded, 2) */
+} part;
+
+/* Scores of `count` tokens from `start` on. */
+static void score_chunk(const job *j, const part *p, const char *key, const char *value, int64_t start, int64_t count)
 {
-    int64_t rows = j->rows - first < PART ? j->rows - first : PART, every = (j->rows + PANEL - 1) / PANEL * PANEL;
-    int64_t panels = (rows + PANEL - 1) / PANEL, padded = panels * PANEL, size = j->half ? 2 : 4;
-    int64_t width = j->key_width, channels = j->value_width, all = (channels + PANEL - 1) / PANEL * PANEL;
-    int64_t chunks = (j->tokens + CHUNK - 1) / CHUNK, from = chunks * span / j->spans * CHUNK;
-    int64_t to = chunks * (span + 1) / j->spans * CHUNK, widest = width > all ? width : all;
-    int64_t row = (b * j->spans + span) * every + first;
-    float *sums = j->sums + row * all, *tops = j->tops + row, *totals = j->totals + row;
-    const char *queries = (const char *)j->queries + (b * every + first) * width * (j->pairs ? 2 : 4);
-    const char *keys = (const char *)j->keys + b * j->key_batch * size;
-    const char *values = (const char *)j->values + b * j->value_batch * size;
-
-    float *scores = aligned_alloc(64, sizeof(float) * CHUNK * (padded + padded / 2 + PANEL + widest));
-    if (!scores)
-        return 1;
-    uint16_t *narrowed = (uint16_t *)(scores + CHUNK * padded);
-    float *strip = scores + CHUNK * (padded + padded / 2), *wide = strip + CHUNK * PANEL;
-    memset(sums, 0, sizeof(float) * padded * all);
-    memset(totals, 0, sizeof(float) * padded);
-    for (int64_t r = 0; r < padded; r++)
-        tops[r] = -FLT_MAX;
-
-    for (int64_t start = from; start < to && start < j->tokens; start += CHUNK) {
-        int64_t count = j->tokens - start < CHUNK ? j->tokens - start : CHUNK, stride;
-        const char *key = keys + start * j->key_row * size, *value = values + start * j->value_row * size;
-        const float *wide_key = j->pairs ? NULL : as_float(j, key, count, width, j->key_row, wide, &stride);
-        for (int64_t p = 0; p < panels; p++) {
-            const char *panel = queries + p * PANEL * width * (j->pairs ? 2 : 4);
-            for (int64_t t = 0, block; t < count; t += block) {
-                const uint16_t *half_key = (const uint16_t *)key + t * j->key_row;
-                float *score_of = scores + t * padded + p * PANEL;
-                ahead next = {key + (t + BLOCK) * j->key_row * size, value + t * j->value_row * size,
-                              j->key_row * size, j->value_row * size};
-                block = count - t < BLOCK ? 1 : BLOCK;
-                if (j->pairs && block > 1)
-                    score_block(width, half_key, j->key_row, (const uint16_t *)panel, score_of, padded, &next);
-                else if (j->pairs)
-                    score_token(width, half_key, j->key_row, (const uint16_t *)panel, score_of, padded, &next);
-                else if (block > 1)
-                    score(BLOCK, width, wide_key + t * stride, stride, (const float *)panel, score_of, padded, &next);
+    int64_t width = j->key_width, size = j->half ? 2 : 4, row = j->key_row * size, panel = width * PANEL;
+    for (int64_t r = 0; r < p->padded; r += PANEL)
+        for (int64_t t = 0, block; t < count; t += block) {
+            const char *own = key + t * row;
+            float *scores = p->scores + t * p->padded + r;
+            const float *queries = (const float *)p->queries + r / PANEL * panel;
+            const uint16_t *half_queries = (const uint16_t *)p->queries + r / PANEL * panel;
+            ahead next = {own + BLOCK * row, value + t * j->value_row * size, row, j->value_row * size};
+            block = count - t < BLOCK ? 1 : BLOCK;
+            if (j->pairs) {
+                if (block > 1)
+                    score_block(width, (const uint16_t *)own, j->key_row, half_queries, scores, p->padded, &next);
                 else
-                    score(1, width, wide_key + t * stride, stride, (const float *)panel, score_of, padded, &next);
+                    score_token(width, (const uint16_t *)own, j->key_row, half_queries, scores, p->padded, &next);
+                continue;
             }
+            const float *keys = (const float *)own;
+            int64_t key_row = j->key_row;
+            if (j->half) {
+                for (int64_t i = 0; i < block; i++)
+                    widen((const uint16_t *)own + i * j->key_row, width, p->wide + i * width);
+                keys = p->wide;
+                key_row = width;
+            }
+            if (block > 1)
+                score(BLOCK, width, keys, key_row, queries, scores, p->padded, &next);
+            else
+                score(1, width, keys, key_row, queries, scores, p->padded, &next);
         }
-        adjust(j, b, first, rows, start, count, scores, padded);
-        for (int64_t r = 0; r < padded; r += LANES) {
-            lanes kept = weigh(count, scores + r, padded, tops + r, totals + r);
-            for (int i = 0; i < LANES; i++)
-                if (kept[i] != 1.0f)
-                    for (int64_t w = 0; w < all; w += LANES)
-                        *(lanes *)(sums + (r + i) * all + w) *= kept[i];
+    adjust(j, p->b, p->first, p->rows, start, count, p->scores, p->padded);
+}
+
+/* Scores become weights, and the sums so far shrink to the new maximum. */
+static void weigh_chunk(const job *j, const part *p, int64_t count)
+{
+    for (int64_t r = 0; r < p->padded; r += LANES) {
+        lanes kept = weigh(count, p->scores + r, p->padded, p->tops + r, p->totals + r);
+        for (int i = 0; i < LANES; i++)
+            if (kept[i] != 1.0f)
+                for (int64_t w = 0; w < p->channels; w += LANES)
+                    *(lanes *)(p->sums + (r + i) * p->channels + w) *= kept[i];
+        if (j->pairs)
+            narrow(count, p->scores + r, p->padded, p->narrowed + 2 * r);
+    }
+}
+
+/* Adds the weighted values of `count` tokens. */
+static void add_chunk(const job *j, const part *p, const char *value, int64_t count)
+{
+    for (int64_t w = 0; w < j->value_width; w += PANEL) {
+        const char *column = value + w * (j->half ? 2 : 4);
+        if (j->value_width - w < PANEL)
+            take(j, column, count, j->value_width - w, p->strip);
+        else
+            take(j, column, count, PANEL, p->strip);
+        for (int64_t r = 0; r < p->padded; r += BLOCK) {
+            float *sums = p->sums + r * p->channels + w;
             if (j->pairs)
-                narrow(count, scores + r, padded, narrowed + 2 * r);
-        }
-        const float *wide_value = j->pairs ? NULL : as_float(j, value, count, channels, j->value_row, wide, &stride);
-        for (int64_t w = 0; w < channels; w += PANEL) {
-            const char *column = j->pairs ? value + w * 2 : (const char *)(wide_value + w);
-            int64_t step = j->pairs ? j->value_row : stride, bytes = j->pairs ? 2 : 4;
-            if (channels - w < PANEL) { /* a strip that is not full is filled up with zeros */
-                memset(strip, 0, sizeof(float) * CHUNK * PANEL);
-                for (int64_t t = 0; t < count; t++)
-                    memcpy((char *)strip + t * PANEL * bytes, column + t * step * bytes, (channels - w) * bytes);
-                column = (const char *)strip;
-                step = PANEL;
-            }
-            for (int64_t r = 0; r < padded; r += BLOCK)
-                if (j->pairs)
-                    add_pairs(count, narrowed + 2 * r, padded, (const uint16_t *)column, step, sums + r * all + w, all);
-                else
-                    add(count, scores + r, padded, (const float *)column, step, sums + r * all + w, all);
+                add_pairs(count, p->narrowed + 2 * r, p->padded, (const uint16_t *)p->strip, sums, p->channels);
+            else
+                add(count, p->scores + r, p->padded, p->strip, sums, p->channels);
         }
     }
-    free(scores);
+}
+
+static int64_t in_panels(int64_t number) { return (number + PANEL - 1) / PANEL * PANEL; }
+
+static int attend_span(const job *j, int64_t b, int64_t first, int64_t span)
+{
+    int64_t rows = j->rows - first < PART ? j->rows - first : PART, size = j->half ? 2 : 4;
+    int64_t at = (b * j->spans + span) * in_panels(j->rows) + first;
+    part p = {.b = b, .first = first, .rows = rows, .padded = in_panels(rows), .channels = in_panels(j->value_width)};
+    p.queries = (const char *)j->queries + (b * in_panels(j->rows) + first) * j->key_width * (j->pairs ? 2 : 4);
+    p.sums = j->sums + at * p.channels;
+    p.tops = j->tops + at;
+    p.totals = j->totals + at;
+    p.scores = aligned_alloc(64, sizeof(float) * (CHUNK * (p.padded + p.padded / 2 + PANEL) + PANEL * j->key_width));
+    if (!p.scores)
+        return 1;
+    p.narrowed = (uint16_t *)(p.scores + CHUNK * p.padded);
+    p.strip = p.scores + CHUNK * (p.padded + p.padded / 2);
+    p.wide = p.strip + CHUNK * PANEL;
+    memset(p.sums, 0, sizeof(float) * p.padded * p.channels);
+    memset(p.totals, 0, sizeof(float) * p.padded);
+    for (int64_t r = 0; r < p.padded; r++)
+        p.tops[r] = -FLT_MAX;
+
+    int64_t chunks = (j->tokens + CHUNK - 1) / CHUNK, end = chunks * (span + 1) / j->spans * CHUNK;
+    for (int64_t start = chunks * span / j->spans * CHUNK; start < end && start < j->tokens; start += CHUNK) {
+        int64_t count = j->tokens - start < CHUNK ? j->tokens - start : CHUNK;
+        const char *key = (const char *)j->keys + (b * j->key_batch + start * j->key_row) * size;
+        const char *value = (const char *)j->values + (b * j->value_batch + start * j->value_row) * size;
+        score_chunk(j, &p, key, value, start, count);
+        weigh_chunk(j, &p, count);
+        add_chunk(j, &p, value, count);
+    }
+    free(p.scores);
     return 0;
 }
 
