@@ -555,14 +555,17 @@ def attend_on_cpu(
         job.mask_batch = mask.stride(0) if mask.shape[0] > 1 else 0
     if code.attend(ctypes.byref(job)):
         return None
-    shares = (tops - tops.amax(1, keepdim=True)).exp()  # (B, spans, padded rows)
-    output = (shares[..., None] * sums).sum(1) / (shares * totals).sum(1)[..., None]
-    return output[:, None, :rows, :channels].to(queries.dtype)
+    if spans > 1:
+        shares = (tops - tops.amax(1, keepdim=True)).exp()  # (B, spans, padded rows)
+        sums, totals = (shares[..., None] * sums).sum(1, keepdim=True), (shares * totals).sum(1, keepdim=True)
+    output = sums[:, :, :rows, :channels] / totals[:, :, :rows, None]  # (B, 1, R, value width)
+    return output.to(queries.dtype)
 
 
 def _packed(queries: torch.Tensor, pairs: bool) -> torch.Tensor:
     """Rows in panels, filled up with zeros, as the source wants them."""
-    padded = torch.nn.functional.pad(queries[:, 0], (0, 0, 0, -queries.shape[2] % PANEL))
+    rows, missing = queries[:, 0], -queries.shape[2] % PANEL
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
     panels = padded.unflatten(1, (-1, PANEL))  # (B, panels, PANEL, key width)
     if pairs:
         return panels.unflatten(-1, (-1, 2)).transpose(2, 3).contiguous()
