@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -50,11 +51,13 @@ def layer_directory(workspace: Workspace, layer: int) -> Path:
 
 def write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
     """All shards, when every layer has been fitted: new attention tensors in the place of the old ones."""
-    fitted: dict[int, Mapping[str, Entry]] = {
-        layer.layer: CheckpointReader(layer_directory(workspace, layer.layer)).tensors
-        for layer in plan.layers
-        if layer.compressed
-    }
+    fitted: dict[int, Mapping[str, Entry]] = {}
+    for layer in plan.layers:
+        if layer.compressed:
+            stored = CheckpointReader(layer_directory(workspace, layer.layer)).tensors.values()
+            fitted[layer.layer] = {
+                info.name: NewTensor(info.name, info.dtype, info.shape, partial(read_tensor, info)) for info in stored
+            }
     entries = _entries(source, plan, fitted)
     if recipe.dtype is not None:
         entries = [_cast(entry, recipe.dtype) for entry in entries]
@@ -222,7 +225,7 @@ def _entries(source: Source, plan: Plan, fitted: Mapping[int, Mapping[str, Entry
             dropped |= {own for own in old[prefix] if own.startswith(stems) or own in made}
         if made:
             first = next(own for own in old[prefix] if own in dropped)
-            new[prefix + first] = [replace(entry, name=prefix + own) for own, entry in made.items()]
+            new[prefix + first] = [replace(entry, name=prefix + own) for own, entry in sorted(made.items())]
             gone |= {prefix + own for own in dropped}
     entries: list[Entry] = []
     for info in source.reader.tensors.values():

@@ -40,6 +40,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 _METADATA = {"format": "pt"}
 _BLOCK_BYTES = 16 << 20
+_PAGE_BYTES = 4096
 _KERNEL_BYTES = 64 << 20  # that the kernel copies between two looks at whether to go on
 _WRITE_BYTES = 1 << 20  # one system call; larger ones have been measured to be up to ten times slower on ext4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -93,7 +94,10 @@ class Shard:
 def plan_shards(
     entries: Sequence[Entry], shard_bytes: int = DEFAULT_SHARD_BYTES, metadata: Mapping[str, str] = _METADATA
 ) -> list[Shard]:
-    """Divides tensors among files, in order, each file as full as `shard_bytes` of tensor data allow.
+    """Divides tensors among files, in order, as the files that they are copied from do, and further by `shard_bytes`.
+
+    What is copied lies as in its source within a page of the system (see `_shard`), so that pages are copied whole, or,
+    on file systems that can (XFS, Btrfs), shared instead of copied.
 
     A tensor larger than that has a file to itself. Within a file, tensors of wider dtypes lie first, and those of one
     width in the order given, so that every tensor is aligned to its element size, as the safetensors library does it.
@@ -116,15 +120,19 @@ def plan_shards(
     names: set[str] = {"__metadata__"}
     groups: list[list[Entry]] = [[]]
     filled = 0
+    source = None
     for entry in entries:
         if entry.name in names:
             raise RequestError(
                 f"two tensors would be written as {quote(entry.name)}; remove or rename one of them in the source"
             )
         names.add(entry.name)
-        if groups[-1] and filled + entry.nbytes > shard_bytes:
+        another = isinstance(entry, TensorInfo) and source not in (None, entry.file)
+        if groups[-1] and (another or filled + entry.nbytes > shard_bytes):
             groups.append([])
             filled = 0
+        if isinstance(entry, TensorInfo):
+            source = entry.file
         groups[-1].append(entry)
         filled += entry.nbytes
     if len(groups) > 99_999:
@@ -138,7 +146,18 @@ def plan_shards(
 
 
 def _shard(name: str, entries: list[Entry], metadata: Mapping[str, str]) -> Shard:
-    order = sorted(range(len(entries)), key=lambda i: -(DTYPE_BITS.get(entries[i].dtype, 0) // 8))
+    """Lays a file out: the data begin, within a page, where those of the source do, and stay in step with them.
+
+    New tensors that are not whole pages would put what follows out of step and come last of their dtype's width.
+    """
+    copying = any(isinstance(entry, TensorInfo) for entry in entries)
+
+    def rank(i: int) -> tuple[int, bool]:
+        entry = entries[i]
+        odd = isinstance(entry, NewTensor) and entry.nbytes % _PAGE_BYTES != 0
+        return -(DTYPE_BITS.get(entry.dtype, 0) // 8), copying and odd
+
+    order = sorted(range(len(entries)), key=rank)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begins = [0] * len(entries)
     end = 0
@@ -149,6 +168,11 @@ def _shard(name: str, entries: list[Entry], metadata: Mapping[str, str]) -> Shar
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (begins[i], end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    for i in order:
+        entry = entries[i]
+        if isinstance(entry, TensorInfo) and entry.nbytes:
+            text += b" " * ((entry.offset - begins[i] - 8 - len(text)) % _PAGE_BYTES // 8 * 8)
+            break
     if len(text) > HEADER_LIMIT:
         raise RequestError(f"{name}: a header of {len(text)} bytes is above the limit; give a smaller shard size")
     raw = len(text).to_bytes(8, "little") + text
@@ -466,9 +490,14 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
     kernel_copy = getattr(os, "copy_file_range", None)
     done = 0
     while kernel_copy is not None and done < part.count:
-        block = min(part.count - done, _KERNEL_BYTES)
+        block, position = min(part.count - done, _KERNEL_BYTES), part.position + done
+        if (part.offset - part.position) % _PAGE_BYTES == 0:  # whole pages by themselves, for they may be shared
+            if position % _PAGE_BYTES:
+                block = min(block, _PAGE_BYTES - position % _PAGE_BYTES)
+            elif block > _PAGE_BYTES:
+                block -= block % _PAGE_BYTES
         try:
-            count = kernel_copy(source, target, block, part.offset + done, part.position + done)
+            count = kernel_copy(source, target, block, part.offset + done, position)
         except OSError as error:
             if error.errno in _FULL:
                 raise _refusal(error, path, needed) from None

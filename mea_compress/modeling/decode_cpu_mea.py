@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import warnings
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -535,8 +535,9 @@ def attend_on_cpu(
     threads = torch.get_num_threads()
     spans = min(threads, -(-tokens // CHUNK))
     padded, padded_channels = (-(-number // PANEL) * PANEL for number in (rows, channels))
-    sums = torch.empty(batch, spans, padded, padded_channels)
-    tops, totals = torch.empty(2, batch, spans, padded)
+    new = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever a caller has made the defaults
+    sums = new(batch, spans, padded, padded_channels)
+    tops, totals = new(2, batch, spans, padded)
     job = _Job(
         packed.data_ptr(), keys.data_ptr(), values.data_ptr(), None, None,
         sums.data_ptr(), tops.data_ptr(), totals.data_ptr(),
@@ -549,7 +550,7 @@ def attend_on_cpu(
         job.group = rows // norms.shape[-1]
     if mask is not None:
         if not mask.is_floating_point():
-            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+            mask = new(mask.shape).zero_().masked_fill_(~mask, torch.finfo(torch.float32).min)
         mask = mask.float().flatten(1, 2).contiguous()  # (B or 1, rows that differ, T or more)
         job.mask, job.mask_row, job.masks = mask.data_ptr(), mask.stride(1), mask.shape[1]
         job.mask_batch = mask.stride(0) if mask.shape[0] > 1 else 0

@@ -198,6 +198,58 @@ def test_new_tensors_are_made_one_at_a_time_in_order(tmp_path):
 needs_kernel_copy = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="no os.copy_file_range here")
 
 
+def paged(folder, sizes, lead):
+    """A file with tensors of so many bytes, whose data begin `lead` bytes into a page."""
+    raw, begin = {}, 0
+    for name, size in sizes.items():
+        raw[name] = {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        begin += size
+    text = json.dumps(raw).encode()
+    text += b" " * ((lead - 8 - len(text)) % 4096)
+    data = torch.randint(256, (begin,), dtype=torch.uint8, generator=torch.Generator().manual_seed(begin + lead))
+    folder.mkdir(exist_ok=True)
+    number = len(list(folder.iterdir())) + 1
+    file = folder / f"model-{number:05d}-of-00002.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data.numpy().tobytes())
+
+
+@needs_kernel_copy
+@pytest.mark.parametrize("lead", [0, 8, 1096, 4088])
+def test_copied_tensors_keep_their_place_in_a_page_and_files_those_of_the_source(tmp_path, monkeypatch, lead):
+    """Pages can then be copied whole, or shared: nothing but the ends of a range is copied in parts of a page."""
+    folder = tmp_path / "src"
+    paged(folder, {"a": 1000, "old": 8192, "b": 3 * 4096, "c": 77}, lead)
+    paged(folder, {"d": 40_000, "e": 5000}, 2048)
+    index = {"weight_map": {"a": 1, "old": 1, "b": 1, "c": 1, "d": 2, "e": 2}}
+    index["weight_map"] = {name: f"model-{file:05d}-of-00002.safetensors" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    reader = CheckpointReader(folder)
+    made = [new("new", torch.zeros(4096, dtype=torch.uint8)), new("odd", torch.zeros(64, dtype=torch.uint8))]
+    entries = []
+    for info in reader.tensors.values():
+        entries += made if info.name == "old" else [info]
+    calls, kernel_copy = [], os.copy_file_range
+
+    def record(source, target, count, offset, position):
+        calls.append((count, offset, position))
+        return kernel_copy(source, target, count, offset, position)
+
+    monkeypatch.setattr(os, "copy_file_range", record)
+    files = write_checkpoint(tmp_path / "out", entries)
+    assert len(files) == 3
+    found = CheckpointReader(tmp_path / "out")
+    for name, info in reader.tensors.items():
+        if name != "old":
+            copy = found.tensors[name]
+            assert copy.file.name == info.file.name
+            assert (copy.offset - info.offset) % 4096 == 0
+            assert same_bytes(found.read(name), reader.read(name))
+    assert calls and all((offset - position) % 4096 == 0 for _, offset, position in calls)
+    whole = [call for call in calls if call[0] >= 4096]
+    assert whole and all(count % 4096 == position % 4096 == 0 for count, _, position in whole)
+    assert [len(shard.entries) for shard in plan_shards(entries, 4096)] == [1, 1, 1, 1, 1, 1, 1]
+
+
 @needs_kernel_copy
 def test_adjacent_tensors_are_copied_in_one_call(tmp_path, monkeypatch):
     tensors = {f"{number:02d}": torch.randn(4) for number in range(10)}

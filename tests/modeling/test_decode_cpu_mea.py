@@ -161,6 +161,19 @@ def test_a_model_decodes_through_it(keys, values, family, dtype, monkeypatch):
 
 
 @needs_kernel
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(default):
+    found, mask = parts(1, True, torch.float32, length=200), mask_of("boolean", 2, 4, 1, 200)
+    expected = attend_on_cpu(*found, mask)
+    torch.set_default_dtype(default)
+    try:
+        output = attend_on_cpu(*found, mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(output, expected)
+
+
+@needs_kernel
 def test_gradients_and_compiled_models_go_through_products():
     found = parts(1, False, torch.float32)[:3]
     assert may_fuse(*found)
