@@ -441,8 +441,10 @@ class MeaAttention(nn.Module):
 
     def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
         """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
-        absorbing = isinstance(self.key_composition, HeadComposition | FrequencyComposition)
-        if not absorbing or self.value_composition is None or not may_fuse(queries, keys, values):
+        composition = self.key_composition
+        if not isinstance(composition, HeadComposition | FrequencyComposition) or self.value_composition is None:
+            return None
+        if not may_fuse(keys, values, queries, composition.weight):
             return None
         components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
         return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])

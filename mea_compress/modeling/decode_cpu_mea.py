@@ -2,9 +2,9 @@
 
 Plain products (`read_keys`, `softmax`, `read_values` of decode_mea.py, the readable reference) write every logit to
 memory, and their kernels are made for larger matrices. This one takes the cache in chunks that stay in the processor,
-fetches the next while it multiplies, and reads each cached number once. It is built with the C compiler of the machine
-on first use and kept in PyTorch's cache of extensions; without a compiler, or on other processors than those with
-AVX2 or AVX-512, plain products do the work. This file needs nothing but torch and is copied into every checkpoint that
+fetches the next while it multiplies, and reads each cached number once for 64 query rows. It is built with the C
+compiler of the machine (GCC 10 or newer, or clang) on first use and kept where PyTorch keeps its extensions; without
+one, or on other processors than those with AVX2 or AVX-512, plain products do the work. This file needs nothing but torch and is copied into every checkpoint that
 uses it.
 
 Shapes: B batch, T cached tokens, Q new tokens, R query rows (Hq * Q), H key/value heads, W a cached width.
@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-PANEL, CHUNK = 32, 128  # rows that are multiplied together, and tokens that are read together, as in the source
+# As in the source: rows that are multiplied together, rows that read the cache together, tokens that are read together.
+PANEL, PART, CHUNK = 32, 64, 128
 _FLAGS = {  # for what PyTorch finds in the processor
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -78,7 +79,7 @@ typedef struct {
 
 INLINE void fetch(const ahead *next, int64_t step)
 {
-    int64_t line = step * BLOCK / 16; /* a step reads four bytes of BLOCK rows, a line has 64 */
+    int64_t line = step * BLOCK / 16; /* a step reads up to four bytes of BLOCK rows, a line has 64 */
     if (step % (16 / BLOCK) == 0)
         __builtin_prefetch(next->keys + line % BLOCK * next->key_row + line / BLOCK * 64, 0, 3);
     if (step % (16 / BLOCK) == 1)
@@ -384,7 +385,8 @@ static int attend_span(const job *j, int64_t b, int64_t first, int64_t span)
     p.sums = j->sums + at * p.channels;
     p.tops = j->tops + at;
     p.totals = j->totals + at;
-    p.scores = aligned_alloc(64, sizeof(float) * (CHUNK * (p.padded + p.padded / 2 + PANEL) + PANEL * j->key_width));
+    int64_t numbers = CHUNK * (p.padded + p.padded / 2 + PANEL) + BLOCK * in_panels(j->key_width);
+    p.scores = aligned_alloc(64, sizeof(float) * numbers);
     if (!p.scores)
         return 1;
     p.narrowed = (uint16_t *)(p.scores + CHUNK * p.padded);
@@ -451,15 +453,20 @@ class _Job(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled source; None, said once where a compiler failed, where there is none for this machine."""
     flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability())
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if flags is None or platform.system() != "Linux" or shutil.which(compiler[0]) is None:
+    command = (os.environ.get("CC") or "").strip() or "cc"
+    if flags is None or platform.system() != "Linux":
         return None
     try:
+        compiler = shlex.split(command)
+        if shutil.which(compiler[0]) is None:
+            return None
         return _build([*compiler, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", *flags])
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.strip())
-        warnings.warn(f"cached components are read by plain products, {compiler[0]} failed: {reason}", stacklevel=2)
+        warnings.warn(
+            f"cached components are read by plain products, {command} built no kernel: {reason}", stacklevel=2
+        )
         return None
 
 
@@ -473,23 +480,30 @@ def _multiplies_pairs() -> bool:
 def _build(compiler: list[str]) -> ctypes.CDLL:
     """Compiles the source, or loads what has been compiled; it is kept where it can be."""
     key = hashlib.sha256("\0".join((SOURCE, *compiler)).encode()).hexdigest()[:16]
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path("~/.cache/torch_extensions").expanduser()
-    file = Path(home) / f"mea_decode_{key}" / "decode.so"
-    if file.exists():
+    file = _extensions() / f"mea_decode_{key}" / "decode.so"
+    with suppress(OSError):  # not there, not whole, or of another system that shares the directory
         return ctypes.CDLL(str(file))
     with _scratch(file.parent) as scratch:
         source, made = Path(scratch) / "decode.c", Path(scratch) / "decode.so"
         source.write_text(SOURCE)
         command = [*compiler, "-shared", "-o", str(made), str(source)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
         loaded = ctypes.CDLL(str(made))  # stays when the file goes
         with suppress(OSError):
             made.replace(file)
     return loaded
 
 
+def _extensions() -> Path:
+    """Where PyTorch keeps extensions that it builds; beneath ``~`` itself where nobody has a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{home}/torch_extensions")
+
+
 def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
     """A directory in another one, or where that cannot be written to, wherever temporary files go."""
+    if directory.parts[0] == "~":
+        return tempfile.TemporaryDirectory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=directory)
@@ -512,17 +526,19 @@ def attend_on_cpu(
 ) -> torch.Tensor | None:
     """What absorbed queries get from flat components, softmax(queries keysᵀ · norms + mask) values.
 
-    Products of bfloat16 numbers are summed in float32, and weights are rounded to bfloat16 before they multiply.
+    Products of bfloat16 numbers are summed in float32; where the processor multiplies them in pairs, weights are rounded
+    to bfloat16 first. A row that sees nothing gets the average of all, and a mask does not hide a score that is not a
+    number.
 
     Args:
         queries: (B, 1, R, key width), scaled, in the dtype of the keys; the rows of a query head lie together.
         keys: (B, 1, T, key width), float32 or bfloat16; see `readable`.
         values: (B, 1, T, value width), the same.
         norms: 1/rms of every composed key, (B, T, H), the same, or None.
-        mask: (B or 1, Hq or 1, Q, >= T), boolean where a token is seen, or additive; or None.
+        mask: (B or 1, Hq or 1, Q, T), boolean where a token is seen, or additive; or None. It is not checked.
 
     Returns:
-        (B, 1, R, value width), in the dtype of the queries; None where memory does not suffice.
+        (B, 1, R, value width), in the dtype of the queries; None where there is no memory to work in.
     """
     code = library()
     assert code is not None
@@ -533,7 +549,10 @@ def attend_on_cpu(
     keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
     packed = _packed(queries, pairs)
     threads = torch.get_num_threads()
-    spans = min(threads, -(-tokens // CHUNK))
+    units = max(
+        1, batch * -(-rows // PART)
+    )  # which the threads share; fewer than there are threads are divided by tokens
+    spans = min(-(-threads // units), -(-tokens // CHUNK))
     padded, padded_channels = (-(-number // PANEL) * PANEL for number in (rows, channels))
     new = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever a caller has made the defaults
     sums = new(batch, spans, padded, padded_channels)

@@ -235,10 +235,18 @@ def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, s
     return None
 
 
-def may_fuse(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether `fused` may read this cache: where a device has a kernel, and not compiled or differentiated around."""
-    tensors = (queries, keys, values)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether `fused` may read this cache: where a device has a kernel, and not compiled or differentiated around.
+
+    Args:
+        keys: What is cached.
+        values: What is cached.
+        others: What queries are made of.
+    """
+    tensors = (keys, values, *others)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     devices = {tensor.device.type for tensor in tensors}
     return devices == {"cuda"} or (devices == {"cpu"} and readable(keys, values))
@@ -257,6 +265,8 @@ def fused(
 ) -> torch.Tensor | None:
     """What absorbed queries get from flat components, by the kernel of their device; None where none can be had.
 
+    A mask that does not fit is left to plain products, which say what is wrong with it.
+
     Args:
         queries: As `attend_at_once`, in the dtype of the keys.
         keys: As there.
@@ -265,7 +275,13 @@ def fused(
         mask: As `add_mask` takes it.
         tokens: Q.
     """
-    mask = None if mask is None else _four_dimensional(mask, keys.shape[2])
+    if mask is not None:
+        batch, length, query_heads = keys.shape[0], keys.shape[2], queries.shape[2] // tokens
+        mask = _four_dimensional(mask, length)
+        fits = ((1, batch), (1, query_heads), (1, tokens), (1, length))
+        if any(size not in sizes for size, sizes in zip(mask.shape, fits, strict=True)):
+            return None
+        mask = mask.expand(-1, -1, tokens, length)
     if queries.device.type == "cpu":
         return attend_on_cpu(queries, keys, values, norms, mask)
     return attend_on_gpu(queries, keys, values, norms, mask, tokens)

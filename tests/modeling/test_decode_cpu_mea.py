@@ -12,10 +12,10 @@ from test_modeling_mea import build, decode, tokens
 
 from mea_compress.modeling import attention_mea, decode_cpu_mea, decode_mea
 from mea_compress.modeling.decode_cpu_mea import attend_on_cpu, library, readable
-from mea_compress.modeling.decode_mea import may_fuse
+from mea_compress.modeling.decode_mea import fused, may_fuse
 
 CAPABLE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and platform.system() == "Linux"
-COMPILER = shutil.which(os.environ.get("CC") or "cc") is not None
+COMPILER = shutil.which((os.environ.get("CC") or "cc").split()[0]) is not None
 needs_kernel = pytest.mark.skipif(
     not CAPABLE or not COMPILER, reason="needs Linux on a processor with AVX2, and a C compiler"
 )
@@ -28,13 +28,13 @@ def forget():
     decode_cpu_mea._multiplies_pairs.cache_clear()
 
 
-@pytest.fixture(params=["as it is", "without pairs", "AVX2"])
-def processor(request, monkeypatch, tmp_path):
+@pytest.fixture(params=["as it is", "without pairs", "AVX2", "AVX2 with pairs"])
+def processor(request, monkeypatch):
     """The kernel as it is built here, without products of bfloat16 pairs, and for processors without AVX-512."""
-    if request.param == "AVX2":
+    if request.param.startswith("AVX2"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     forget()
-    if request.param != "as it is":
+    if request.param in ("without pairs", "AVX2"):
         monkeypatch.setattr(decode_cpu_mea, "_multiplies_pairs", lambda: False)
     yield request.param
     monkeypatch.undo()
@@ -174,13 +174,51 @@ def test_another_default_dtype_changes_nothing(default):
 
 
 @needs_kernel
-def test_gradients_and_compiled_models_go_through_products():
-    found = parts(1, False, torch.float32)[:3]
-    assert may_fuse(*found)
-    found[0].requires_grad_()
-    assert not may_fuse(*found)
+def test_an_empty_batch(threads):
+    found = [part[:0] for part in parts(1, False, torch.float32, length=300)[:3]]
+    assert attend_on_cpu(*found, None, None).shape == (0, 1, 4, 16)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [-torch.inf, -1e4])
+def test_additive_masks_of_other_dtypes(dtype, hidden):
+    found = parts(3, True, torch.float32, length=200)
+    seen = mask_of("boolean", 2, 4, 3, 200)
+    assert difference(found, torch.where(seen, 0.0, hidden).to(dtype), 3) < TOLERANCE[torch.float32]
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(2, 4, 1, 200), (1, 1, 1, 200), (2, 1, 3, 250), (1, 1, 1, 1)])
+def test_masks_are_broadcast_as_products_do_it(shape):
+    found = parts(3, False, torch.float32, length=200)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[..., :1] = True
+    output = fused(*found, mask, 3)
+    torch.testing.assert_close(output, plain_products(*found, mask, 3), rtol=0, atol=2e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(2, 1, 1, 100), (3, 1, 1, 200), (2, 8, 1, 200), (2, 1, 2, 200)])
+def test_masks_that_do_not_fit_are_left_to_products(shape):
+    found = parts(3, False, torch.float32, length=200)
+    assert fused(*found, torch.zeros(shape), 3) is None
+    with pytest.raises(RuntimeError):
+        plain_products(*found, torch.zeros(shape), 3)
+
+
+@needs_kernel
+def test_gradients_traced_and_compiled_models_go_through_products(monkeypatch):
+    queries, keys, values, _ = parts(1, False, torch.float32)
+    assert may_fuse(keys, values, queries)
+    queries.requires_grad_()
+    assert not may_fuse(keys, values, queries)
     with torch.no_grad():
-        assert may_fuse(*found)
+        assert may_fuse(keys, values, queries)
+        for way in (torch.compiler, "is_compiling"), (torch.jit, "is_tracing"):
+            with monkeypatch.context() as changed:
+                changed.setattr(*way, lambda: True)
+                assert not may_fuse(keys, values, queries)
 
 
 def test_dtypes_that_it_does_not_read():
@@ -199,14 +237,34 @@ def test_it_is_built_once(fresh):
 
 
 @needs_kernel
-def test_a_directory_that_cannot_be_written_to(fresh, monkeypatch):
+def test_a_directory_that_cannot_be_written_to(fresh):
     fresh.write_text("no directory")
     assert library() is not None
     assert readable(torch.zeros(1))
 
 
+@needs_kernel
+def test_where_nobody_has_a_home(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert library() is not None
+    assert not list(tmp_path.iterdir())
+
+
+@needs_kernel
+def test_what_was_built_and_is_broken_is_built_again(fresh):
+    assert library() is not None
+    (built,) = fresh.rglob("*.so")
+    built.write_bytes(b"")
+    forget()
+    assert library() is not None
+    assert built.stat().st_size > 0
+
+
 def test_without_a_compiler_or_on_another_processor_products_do_it(fresh, monkeypatch, recwarn):
-    monkeypatch.setenv("CC", "a-compiler-that-nobody-has")
+    monkeypatch.setenv("CC", "a-compiler-that-nobody-has -with flags")
     assert not readable(torch.zeros(1))
     forget()
     monkeypatch.delenv("CC")
@@ -217,17 +275,34 @@ def test_without_a_compiler_or_on_another_processor_products_do_it(fresh, monkey
 
 
 @pytest.mark.skipif(not CAPABLE, reason="needs Linux on a processor with AVX2")
-def test_a_compiler_that_fails_is_named_once_and_products_do_it(fresh, monkeypatch, tmp_path, recwarn):
+def test_a_compiler_command_that_makes_no_sense(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "'cc")
+    with pytest.warns(UserWarning, match="'cc built no kernel"):
+        assert not readable(torch.zeros(1))
+
+
+@pytest.mark.skipif(not CAPABLE, reason="needs Linux on a processor with AVX2")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'decode.c:1:1: error: out of order' >&2; exit 1", "out of order"),
+        ("printf 'error: \\377' >&2; exit 1", "error"),
+        ("echo working >&2; exec sleep 60", "timed out"),
+        ("exit 0", "decode.so"),
+    ],
+)
+def test_a_compiler_that_fails_is_named_once_and_products_do_it(script, reason, fresh, monkeypatch, tmp_path, recwarn):
     broken = tmp_path / "broken-cc"
-    broken.write_text("#!/bin/sh\necho 'decode.c:1:1: error: out of order' >&2\nexit 1\n")
+    broken.write_text(f"#!/bin/sh\n{script}\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setattr(decode_cpu_mea, "_SECONDS", 1)
     model = build("Llama", "head", "head", dtype=torch.float32)
     model.config.mea["decode"] = "absorb"
     found, _ = decode(model, tokens(1, 8), 6)
     said = [str(warning.message) for warning in recwarn if "plain products" in str(warning.message)]
     assert len(said) == 1
-    assert str(broken) in said[0] and "out of order" in said[0]
+    assert str(broken) in said[0] and reason in said[0]
     model.config.mea["decode"] = "expand"
     torch.testing.assert_close(found, decode(model, tokens(1, 8), 6)[0], rtol=0, atol=1e-5)
     assert not list(fresh.rglob("*.so"))
@@ -259,7 +334,7 @@ for _ in range(3):
     expected = torch.softmax(found[0] @ found[1].mT, -1) @ found[2]
     output = attend_on_cpu(*found, None, None)
 print(bool((output - expected).abs().max() < 1e-5))
-print(len(set(re.findall(r"\\S*lib[gi]omp\\S*", open("/proc/self/maps").read()))))
+print(len(set(re.findall(r"\\S*lib[gi]?omp[0-9.-]\\S*", open("/proc/self/maps").read()))))
 """
 
 

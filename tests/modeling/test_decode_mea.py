@@ -319,6 +319,8 @@ def test_no_kernel_is_asked_for_where_there_is_none():
         assert not may_fuse(*(torch.zeros(1, dtype=dtype) for _ in range(3)))
     on_another = torch.zeros(1, device="meta")
     assert not may_fuse(on_another, on_another, on_another)
+    with torch.no_grad():
+        assert not may_fuse(on_another, on_another)
     assert not may_fuse(torch.zeros(1), on_another, on_another)
 
 
@@ -426,8 +428,13 @@ def test_a_step_decoded_on_a_gpu_is_the_same_absorbed_and_expanded(family, monke
     torch.testing.assert_close(found["absorb"], found["expand"], rtol=0, atol=1e-3)
 
 
-def test_gradients_flow_through_a_decoded_step():
-    model = build("Qwen3", "frequency", "latent", head_norm=True)
+@pytest.mark.parametrize("trained", ["all", "composition"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_flow_through_a_decoded_step(dtype, trained):
+    model = build("Qwen3", "frequency", "latent", head_norm=True, dtype=dtype)
+    model.requires_grad_(trained == "all")
+    for layer in model.model.layers:
+        layer.self_attn.key_composition.requires_grad_()
     ids, gradients = tokens(1, 8), []
     for choice in ("absorb", "expand"):
         model.config.mea["decode"] = choice
@@ -435,9 +442,10 @@ def test_gradients_flow_through_a_decoded_step():
         cache = DynamicCache(config=model.config)
         model(ids[:, :7], past_key_values=cache)
         model(ids[:, 7:], past_key_values=cache).logits.sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+        scale = other.abs().max().clamp(min=1)
+        assert (one - other).abs().max() < {torch.float32: 1e-4, torch.float64: 1e-8}[dtype] * scale
 
 
 @pytest.mark.skipif(
