@@ -4,8 +4,8 @@ Plain products (`read_keys`, `softmax`, `read_values` of decode_mea.py, the read
 memory, and their kernels are made for larger matrices. This one takes the cache in chunks that stay in the processor,
 fetches the next while it multiplies, and reads each cached number once for 64 query rows. It is built with the C
 compiler of the machine (GCC 10 or newer, or clang) on first use and kept where PyTorch keeps its extensions; without
-one, or on other processors than those with AVX2 or AVX-512, plain products do the work. This file needs nothing but torch and is copied into every checkpoint that
-uses it.
+one, or on other processors than those with AVX2 or AVX-512, plain products do the work. This file needs nothing but
+torch and is copied into every checkpoint that uses it.
 
 Shapes: B batch, T cached tokens, Q new tokens, R query rows (Hq * Q), H key/value heads, W a cached width.
 """
@@ -526,9 +526,9 @@ def attend_on_cpu(
 ) -> torch.Tensor | None:
     """What absorbed queries get from flat components, softmax(queries keysᵀ · norms + mask) values.
 
-    Products of bfloat16 numbers are summed in float32; where the processor multiplies them in pairs, weights are rounded
-    to bfloat16 first. A row that sees nothing gets the average of all, and a mask does not hide a score that is not a
-    number.
+    Products of bfloat16 numbers are summed in float32; where the processor multiplies them in pairs, weights are
+    rounded to bfloat16 first. A row that sees nothing gets the average of all, and a mask does not hide a score that is
+    not a number.
 
     Args:
         queries: (B, 1, R, key width), scaled, in the dtype of the keys; the rows of a query head lie together.
@@ -549,9 +549,7 @@ def attend_on_cpu(
     keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
     packed = _packed(queries, pairs)
     threads = torch.get_num_threads()
-    units = max(
-        1, batch * -(-rows // PART)
-    )  # which the threads share; fewer than there are threads are divided by tokens
+    units = max(1, batch * -(-rows // PART))  # for the threads; fewer than there are threads are divided by tokens
     spans = min(-(-threads // units), -(-tokens // CHUNK))
     padded, padded_channels = (-(-number // PANEL) * PANEL for number in (rows, channels))
     new = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever a caller has made the defaults

@@ -20,7 +20,7 @@ needs_kernel = pytest.mark.skipif(
     not CAPABLE or not COMPILER, reason="needs Linux on a processor with AVX2, and a C compiler"
 )
 # Largest differences from plain products in float64.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
 def forget():
