@@ -213,7 +213,7 @@ class Recipe(_Settings):
     )
     shard_size: str = Field(
         "5GB",
-        description="Largest weight file to write, as 500MB or 5GB.",
+        description="Largest weight file to write, as 500MB or 5GB; smaller ones stay as in the source.",
         json_schema_extra=_group("Output", "SIZE"),
     )
     dtype: DType | None = Field(
