@@ -456,6 +456,7 @@ def _copy_tensors(target: int, shard: Shard, path: Path, tell: Callable[[int], o
                     os.close(source)
                 source, opened = -1, None
                 source, opened = open_source(part.file), part.file
+                _advise(source, 0, 0, "POSIX_FADV_SEQUENTIAL")
             _copy(source, target, part, path, shard.nbytes, tell)
     finally:
         if source >= 0:
@@ -496,6 +497,8 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
                 block = min(block, _PAGE_BYTES - position % _PAGE_BYTES)
             elif block > _PAGE_BYTES:
                 block -= block % _PAGE_BYTES
+        # What comes next is fetched meanwhile: from a file that nobody has read, the system would wait for each page.
+        _advise(source, part.offset + done + block, _KERNEL_BYTES, "POSIX_FADV_WILLNEED")
         try:
             count = kernel_copy(source, target, block, part.offset + done, position)
         except OSError as error:
@@ -520,7 +523,12 @@ def _write_out(target: int) -> None:
 
     Nobody reads it soon, and a checkpoint larger than memory does not push everything else out of it.
     """
+    _advise(target, 0, 0, "POSIX_FADV_DONTNEED")
+
+
+def _advise(descriptor: int, offset: int, count: int, advice: str) -> None:
+    """Tells the system how a file will be used, where it listens."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
         with suppress(OSError):
-            advise(target, 0, 0, os.POSIX_FADV_DONTNEED)
+            advise(descriptor, offset, count, getattr(os, advice))
