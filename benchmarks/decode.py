@@ -85,7 +85,7 @@ def products_keys_first(query, key, value, scale):
 
 
 def products_one_by_one(query, key, value, scale):
-    """What the compressed layer does, on the original's heads."""
+    """What the compressed layer does without its kernel, on the original's heads."""
     from mea_compress.modeling.decode_mea import read_keys, read_values, softmax
 
     logits = read_keys(grouped(query, key.shape[1]) * scale, key)
@@ -406,7 +406,6 @@ def main():
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
-        "kernel_on_cpu": decode_cpu_mea.library() is not None,
         "attention": [],
         "stack": [],
     }
@@ -417,7 +416,9 @@ def main():
                 if part == "stack" and combination[1] > arguments.stack_up_to:
                     continue
                 result[part].append(function(*combination, arguments))
-                if arguments.device != "cpu":  # whether the absorbed times are the kernel's
+                if arguments.device == "cpu":  # whether the absorbed times are the kernel's
+                    result["kernel_on_cpu"] = decode_cpu_mea.library() is not None
+                else:
                     result["forms_without_a_kernel"] = [str(form) for form in decode_mea._NOT_FUSED]
                 print(part, json.dumps(result[part][-1]), file=sys.stderr)
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -149,8 +149,13 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _on_plain_cpu(*tensors: torch.Tensor) -> bool:
-    """On a CPU, and neither compiled nor differentiated: a product a sequence is then faster than a batched one."""
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+    """On a CPU and merely computed: a product a sequence is then faster than a batched one."""
+    return tensors[0].device.type == "cpu" and _merely_computed(*tensors)
+
+
+def _merely_computed(*tensors: torch.Tensor) -> bool:
+    """Nothing compiles, traces or differentiates what is done with these."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
@@ -236,7 +241,7 @@ def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, s
 
 
 def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether `fused` may read this cache: where a device has a kernel, and not compiled or differentiated around.
+    """Whether `fused` may read this cache: where a device has a kernel, and nothing looks at what is computed.
 
     Args:
         keys: What is cached.
@@ -244,9 +249,7 @@ def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor) ->
         others: What queries are made of.
     """
     tensors = (keys, values, *others)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not _merely_computed(*tensors):
         return False
     devices = {tensor.device.type for tensor in tensors}
     return devices == {"cuda"} or (devices == {"cpu"} and readable(keys, values))
