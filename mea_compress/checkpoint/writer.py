@@ -7,11 +7,13 @@ the shard size.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -276,6 +278,7 @@ def shard_steps(
     _refuse_overwriting(path, shard)
     tell = progress or _silent
     with _replacing(path, shard.nbytes, durable) as target:
+        _allocate(target, path, shard.nbytes)
         _write(target, memoryview(shard.header), 0, path, shard.nbytes, tell)
         _copy_tensors(target, shard, path, tell)
         yield
@@ -449,18 +452,25 @@ class _Range:
 
 def _copy_tensors(target: int, shard: Shard, path: Path, tell: Callable[[int], object]) -> None:
     source, opened = -1, None
-    try:
-        for part in _ranges(shard):
-            if part.file != opened:
-                if source >= 0:
-                    os.close(source)
-                source, opened = -1, None
-                source, opened = open_source(part.file), part.file
-                _advise(source, 0, 0, "POSIX_FADV_SEQUENTIAL")
-            _copy(source, target, part, path, shard.nbytes, tell)
-    finally:
-        if source >= 0:
-            os.close(source)
+    # Handing pages to the disk takes half as long as copying them.
+    with ThreadPoolExecutor(1, thread_name_prefix="write-out") as beside:
+
+        def copied(count: int) -> None:
+            beside.submit(_write_out, target)
+            tell(count)
+
+        try:
+            for part in _ranges(shard):
+                if part.file != opened:
+                    if source >= 0:
+                        os.close(source)
+                    source, opened = -1, None
+                    source, opened = open_source(part.file), part.file
+                    _advise(source, 0, 0, "POSIX_FADV_SEQUENTIAL")
+                _copy(source, target, part, path, shard.nbytes, copied)
+        finally:
+            if source >= 0:
+                os.close(source)
 
 
 def _ranges(shard: Shard) -> list[_Range]:
@@ -508,7 +518,6 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
         if not count:  # either the source has shrunk, which reading it will tell, or this file system is odd
             break
         done += count
-        _write_out(target)
         tell(count)
     buffer = memoryview(bytearray(min(part.count - done, _WRITE_BYTES)))
     while done < part.count:
@@ -516,6 +525,19 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
         read_into(source, view, part.offset + done, part.file)
         _write(target, view, part.position + done, path, needed, tell)
         done += len(view)
+
+
+def _allocate(target: int, path: Path, needed: int) -> None:
+    """Has the file system set the file's room aside, where it can: a full disk shows at once, and writing goes faster.
+
+    The C library's own `posix_fallocate` would write to every block where the file system cannot.
+    """
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is None or not needed:
+        return
+    allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if allocate(target, 0, 0, needed) and ctypes.get_errno() in _FULL:
+        raise _refusal(OSError(ctypes.get_errno(), ""), path, needed)
 
 
 def _write_out(target: int) -> None:
