@@ -32,19 +32,19 @@ SHAPES = {
 }
 """Hidden size, MLP size, layers, query heads, key/value heads, head_dim, vocabulary, tied embeddings."""
 
-# As the program itself does it, which loads no transformers for this.
+# As the program itself does it, which loads neither PyTorch nor transformers for this.
 BASELINE = """
 import sys
 sys.argv = ["mea-compress"]
-import mea_compress.cli, mea_compress.compress, mea_compress.fitting, mea_compress.verification
+import mea_compress.cli, mea_compress.compress, mea_compress.fitting
 """
 RESULTS = Path(__file__).parent / "results" / "surgery.json"
 
 
 def make_checkpoint(directory: Path, shape: tuple, shard_bytes: int) -> None:
-    import torch
+    import numpy as np
 
-    from mea_compress.checkpoint import NewTensor, write_checkpoint
+    from mea_compress.checkpoint import NewTensor, array_dtype, write_checkpoint
 
     hidden, inner, layers, queries, heads, head_dim, vocabulary, tied = shape
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
@@ -63,10 +63,10 @@ def make_checkpoint(directory: Path, shape: tuple, shard_bytes: int) -> None:
         }
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, hidden)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
 
     def produce(shape: tuple[int, ...]):
-        return lambda: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        return lambda: (0.02 * generator.standard_normal(shape, np.float32)).astype(array_dtype("BF16"))
 
     write_checkpoint(
         directory, [NewTensor(name, "BF16", shape, produce(shape)) for name, shape in shapes.items()], shard_bytes
@@ -94,7 +94,9 @@ def make_checkpoint(directory: Path, shape: tuple, shard_bytes: int) -> None:
 def run(command: list[str]) -> dict:
     """Wall time in seconds and peak resident bytes of a command."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # An installed program has its bytecode beside it, and so have the others here.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started

@@ -1,45 +1,17 @@
 """Text to statistics: what a layer's attention sees, in float64."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mea_compress.errors import RequestError
-from mea_compress.modeling.attention_mea import rotary_pairs, rotate_heads
+from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.modeling.attention_mea import rotate_heads
+from mea_compress.modeling.section_mea import rotary_pairs
 from mea_compress.streaming import Trace
 
 # Queries per sequence at which attention is looked at: each costs as much as a head as wide as the model.
 _ATTENDED_QUERIES = 64
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Second moments of one layer's attention over calibration text, float64.
-
-    Attributes:
-        tokens: Number of tokens seen.
-        moment: E[x xᵀ] of the layer's normed input with a constant 1 appended, (D + 1, D + 1).
-        attended: E[x̃ x̃ᵀ] of the input averaged by attention, x̃ = sum over t of A[s, t] x_t, (D + 1, D + 1), mean over
-            query heads.
-        key_covariance: Inner products of key heads pair by pair, as attention notices errors of them, (P, H, H),
-            complex128; see `StatisticsAccumulator.notice`.
-        key_cost: What an error of each rotary pair of each head costs, beside others of its size there, (H, P).
-    """
-
-    tokens: int
-    moment: torch.Tensor
-    attended: torch.Tensor
-    key_covariance: torch.Tensor
-    key_cost: torch.Tensor
-
-    def of_heads(self, heads: Any) -> "LayerStatistics":
-        """The statistics of some key/value heads (their numbers, in any order)."""
-        return replace(
-            self,
-            key_covariance=self.key_covariance[:, heads][:, :, heads],
-            key_cost=self.key_cost[heads],
-        )
 
 
 class StatisticsAccumulator:
@@ -163,19 +135,17 @@ class StatisticsAccumulator:
         size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=0)  # (H, P)
         # Layers whose keys, values or output are all zero have nothing at stake.
         at_stake = bool(self.cost.max() > 0) and bool(size.max() > 0)
-        statistics = LayerStatistics(
-            self.tokens,
+        means = (
             self.moment / self.tokens,
             self.attended / self.queries,
             self.key_covariance / self.queries,
             self.cost / size.clamp(min=1e-12 * float(size.max())) if at_stake else torch.ones_like(self.cost),
         )
-        for name in ("moment", "attended", "key_covariance", "key_cost"):
-            if not torch.isfinite(getattr(statistics, name)).all():
-                raise RequestError(
-                    "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"
-                )
-        return statistics
+        if not all(torch.isfinite(mean).all() for mean in means):
+            raise RequestError(
+                "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"
+            )
+        return LayerStatistics(self.tokens, *(mean.numpy() for mean in means))
 
 
 def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:

@@ -2,13 +2,28 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+"""Numbers of heads, compositions and statistics: float64, and complex128 where rotary pairs are complex numbers."""
+
+
+def split_heads(rows: Array, head_dim: int) -> Array:
+    """Rows of a projection (heads * d, n) as heads (heads, d, n)."""
+    return rows.reshape(-1, head_dim, rows.shape[-1])
+
+
+def join_heads(heads: Array) -> Array:
+    """Heads (heads, d, n) as rows of a projection (heads * d, n)."""
+    return heads.reshape(-1, heads.shape[-1])
 
 
 @dataclass(frozen=True)
 class Composed:
-    """Component projections and the composition that rebuilds the heads from them. All tensors are float64.
+    """Component projections and the composition that rebuilds the heads from them. All arrays are float64.
 
     Attributes:
         kind: Name of the composition.
@@ -25,11 +40,11 @@ class Composed:
     kind: str
     heads: int
     head_dim: int
-    projection: torch.Tensor
-    weight: torch.Tensor | None = None
+    projection: Array
+    weight: Array | None = None
     rotary_components: tuple[int, ...] | None = None
     pairs: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    latent: torch.Tensor | None = None
+    latent: Array | None = None
     groups: int = 1
 
     @property
@@ -38,7 +53,7 @@ class Composed:
         whole, rest = divmod(self.projection.shape[0], self.head_dim)
         return whole if not rest else self.projection.shape[0] / self.head_dim
 
-    def expansion(self) -> torch.Tensor:
+    def expansion(self) -> Array:
         """The linear map from components to heads, (H * d, width): every composition is one.
 
         For keys it commutes with RoPE unless the kind is ``latent``.
@@ -46,21 +61,20 @@ class Composed:
         width, d, weight = self.projection.shape[0], self.head_dim, self.weight
         if self.kind in ("none", "pool"):
             components = width // d
-            own = torch.eye(components, dtype=torch.float64).repeat_interleave(self.heads // components, dim=0)
-            return torch.kron(own, torch.eye(d, dtype=torch.float64))
+            own = np.eye(components).repeat(self.heads // components, axis=0)
+            return np.kron(own, np.eye(d))
         assert weight is not None
         if self.kind in ("latent", "joint"):
             return weight
         if self.kind == "frequency":
             return self._frequency_expansion(weight)
-        same = torch.eye(d, dtype=torch.float64)
-        return torch.einsum("ch,ij->hicj", weight, same).reshape(self.heads * d, width)
+        return np.kron(weight.T, np.eye(d))
 
-    def _frequency_expansion(self, weight: torch.Tensor) -> torch.Tensor:
+    def _frequency_expansion(self, weight: Array) -> Array:
         assert self.pairs is not None and self.rotary_components is not None
         first, second = self.pairs
         lanes = weight.shape[1]
-        expansion = torch.zeros(self.heads, self.head_dim, 2 * lanes, dtype=torch.float64)
+        expansion = np.zeros((self.heads, self.head_dim, 2 * lanes))
         lane = 0
         for pair, count in enumerate(self.rotary_components):
             for _ in range(count):
@@ -70,31 +84,32 @@ class Composed:
                 expansion[:, second[pair], lane] = imaginary
                 expansion[:, second[pair], lanes + lane] = real
                 lane += 1
-        return expansion.flatten(0, 1)
+        return expansion.reshape(-1, 2 * lanes)
 
-    def each_head(self) -> Iterator[torch.Tensor]:
+    def each_head(self) -> Iterator[Array]:
         """The heads as the queries see them, one after another, (d, D + 1) each."""
         if self.kind in ("frequency", "latent", "joint"):
             rows = self.projection if self.latent is None else self.latent
-            for own in self.expansion().unflatten(0, (self.heads, self.head_dim)):
+            expansion = self.expansion()
+            for own in expansion.reshape(self.heads, self.head_dim, expansion.shape[1]):
                 yield own @ rows
             return
         if self.weight is not None:
             yield from self.composed_heads()
             return
-        components = self.projection.unflatten(0, (-1, self.head_dim))
+        components = split_heads(self.projection, self.head_dim)
         for head in range(self.heads):
             yield components[head * components.shape[0] // self.heads]
 
-    def composed_heads(self) -> torch.Tensor:
+    def composed_heads(self) -> Array:
         """The heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""
         if self.kind == "none":
-            return self.projection.unflatten(0, (self.heads, self.head_dim))
+            return split_heads(self.projection, self.head_dim)
         if self.kind in ("head", "prune", "share"):
             assert self.weight is not None
-            components = self.projection.unflatten(0, (-1, self.head_dim))
-            return (self.weight.T @ components.flatten(1)).unflatten(1, components.shape[1:])
-        heads = self.projection.new_empty(self.heads, self.head_dim, self.projection.shape[1])
+            components = split_heads(self.projection, self.head_dim)
+            return (self.weight.T @ components.reshape(len(components), -1)).reshape(-1, *components.shape[1:])
+        heads = np.empty((self.heads, self.head_dim, self.projection.shape[1]))
         for head, own in zip(heads, self.each_head(), strict=True):
-            head.copy_(own)
+            head[...] = own
         return heads

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the one that a disk can."""
+"""The error that a user can cause, the one that a disk can, and the one that nobody should see."""
 
 
 class RequestError(Exception):
@@ -7,3 +7,7 @@ class RequestError(Exception):
 
 class DiskFullError(RequestError):
     """The disk or quota is full: what is finished is worth keeping, so that the run can go on when there is room."""
+
+
+class VerificationError(Exception):
+    """An emitted checkpoint does not do what it should: a defect of this program, nothing the user did."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,21 +29,22 @@ from mea_compress.checkpoint import (
     Entry,
     NewTensor,
     TensorInfo,
-    read_tensor,
-    torch_dtype,
+    array_dtype,
+    read_array,
 )
-from mea_compress.checkpoint.reader import DTYPE_BITS
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
-from mea_compress.composed import Composed
+from mea_compress.composed import Array, Composed, join_heads, split_heads
 from mea_compress.compress import CODE_FILES, SPARE_BYTES, versions
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, VerificationError
 from mea_compress.heads import read_composed, read_projection
 from mea_compress.modeling import register
-from mea_compress.modeling.attention_mea import MeaAttention, rotary_pairs
-from mea_compress.plan import layer_window
+from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.plan import WHOLE_MODEL_BYTES, layer_window
 from mea_compress.report import export_card, write_json
 from mea_compress.stock import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
-from mea_compress.verification import WHOLE_MODEL_BYTES, VerificationError, cache_bytes, relative_difference
+from mea_compress.verification import cache_bytes, relative_difference
 from mea_compress.weights import write_shards
 from mea_compress.workspace import already_published, check_free, check_space, open_workspace
 
@@ -184,8 +186,8 @@ def _fused(source: Source, layer: int, made: dict[str, Entry | None]) -> dict[st
     parts = [made.pop(name, None) or source.reader.info(name) for name in names]
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
 
-    def produce() -> torch.Tensor:
-        return torch.cat([part.produce() if isinstance(part, NewTensor) else read_tensor(part) for part in parts])
+    def produce() -> Array:
+        return np.concatenate([part.produce() if isinstance(part, NewTensor) else read_array(part) for part in parts])
 
     stacked = NewTensor(f"{prefix}{source.family.fused}.weight", parts[0].dtype, (rows, columns), produce)
     return made | {names[0]: stacked, names[1]: None, names[2]: None}
@@ -202,7 +204,7 @@ def _halves(info: TensorInfo) -> list[Entry]:
 
 
 def _zeros(name: str, dtype: str, size: int) -> NewTensor:
-    return NewTensor(name, dtype, (size,), lambda: torch.zeros(size, dtype=torch_dtype(dtype)))
+    return NewTensor(name, dtype, (size,), lambda: np.zeros(size, array_dtype(dtype)))
 
 
 def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Entry | None]:
@@ -210,7 +212,7 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
     spec, prefix = source.config.mea["layers"][layer], source.family.attention(layer)
     rows = {"q_proj": source.config.num_attention_heads * form.head_dim, "k_proj": form.groups * form.head_dim}
 
-    def make(name: str, shape: tuple[int, ...], produce: Callable[[], torch.Tensor]) -> NewTensor:
+    def make(name: str, shape: tuple[int, ...], produce: Callable[[], Array]) -> NewTensor:
         dtype = source.reader.info(prefix + name).dtype
         return NewTensor(prefix + name, dtype, shape, lambda: _rounded(produce(), dtype, prefix + name))
 
@@ -222,10 +224,10 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
     producers = {"q_proj": absorbed_queries, "k_proj": ordered_keys}
     for name in producers if spec["key_composition"] not in PLAIN or not form.own_rope else ():
 
-        def weight(name: str = name) -> torch.Tensor:
+        def weight(name: str = name) -> Array:
             return producers[name](source, form, layer)[:, :-1]
 
-        def bias(name: str = name) -> torch.Tensor:
+        def bias(name: str = name) -> Array:
             return producers[name](source, form, layer)[:, -1]
 
         shape = (rows[name], source.config.hidden_size)
@@ -239,14 +241,15 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
     return made
 
 
-def _rounded(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
-    found = tensor.to(torch_dtype(dtype))
-    if not torch.isfinite(found).all():
+def _rounded(array: Array, dtype: str, name: str) -> Array:
+    with np.errstate(over="ignore"):
+        found = array.astype(array_dtype(dtype))
+    if not np.isfinite(found).all():
         raise RequestError(f"{name} has numbers too large for {dtype}; compress with --dtype bfloat16 and export that")
     return found
 
 
-def absorbed_queries(source: Source, form: StockForm, layer: int) -> torch.Tensor:
+def absorbed_queries(source: Source, form: StockForm, layer: int) -> Array:
     """q_proj with the key composition in it: (Hq · head_dim of the form, D + 1), float64."""
     composed = read_composed(source, layer, "key")
     blocks = _blocks(composed, form, _key_rows(composed, form, source.rotary_dim))  # (H, d, width)
@@ -254,37 +257,39 @@ def absorbed_queries(source: Source, form: StockForm, layer: int) -> torch.Tenso
     if not form.own_rope:
         _, factor = rotary(source)
         scale = factor**2 * math.sqrt(form.head_dim / source.head_dim)
-    query = read_projection(source, layer, "query").unflatten(0, (len(blocks), -1, source.head_dim))
-    return scale * torch.einsum("gdw,gidx->giwx", blocks, query).flatten(0, 2)
+    query = read_projection(source, layer, "query")
+    query = query.reshape(len(blocks), -1, source.head_dim, query.shape[1])  # (H, group, d, D + 1)
+    return scale * (blocks.mT[:, None] @ query).reshape(-1, query.shape[-1])
 
 
-def ordered_keys(source: Source, form: StockForm, layer: int) -> torch.Tensor:
+def ordered_keys(source: Source, form: StockForm, layer: int) -> Array:
     """k_proj with its rows in the order of the form: (groups · head_dim of the form, D + 1), float64."""
     composed = read_composed(source, layer, "key")
     return composed.projection[_key_rows(composed, form, source.rotary_dim)]
 
 
-def absorbed_output(source: Source, form: StockForm, layer: int) -> torch.Tensor:
+def absorbed_output(source: Source, form: StockForm, layer: int) -> Array:
     """o_proj with the value composition in it: (D, Hq · head_dim of the form), float64."""
     blocks = _blocks(read_composed(source, layer, "value"), form)
-    weight = source.reader.read(f"{source.family.attention(layer)}o_proj.weight").double()
-    weight = weight.unflatten(1, (len(blocks), -1, source.head_dim))  # (D, H, group, d)
-    return torch.einsum("xgid,gdw->xgiw", weight, blocks).flatten(1)
+    weight = source.reader.read_array(f"{source.family.attention(layer)}o_proj.weight").astype(np.float64)
+    weight = weight.reshape(len(weight), len(blocks), -1, source.head_dim)  # (D, H, group, d)
+    return (weight @ blocks).reshape(len(weight), -1)
 
 
-def _blocks(composed: Composed, form: StockForm, order: list[int] | None = None) -> torch.Tensor:
+def _blocks(composed: Composed, form: StockForm, order: list[int] | None = None) -> Array:
     """Every head from the components of its group, put in an order, (H, d, head_dim of the form)."""
     expansion = composed.expansion()  # (H * d, groups * width)
     if order is not None:
         expansion = expansion[:, order]
-    parts = expansion.unflatten(0, (form.groups, -1)).unflatten(-1, (form.groups, -1))  # (n, H/n * d, n, width)
-    own = torch.eye(form.groups, dtype=torch.bool)
-    if parts.transpose(1, 2)[~own].any():
+    groups, channels = form.groups, len(expansion) // form.groups
+    parts = expansion.reshape(groups, channels, groups, -1).swapaxes(1, 2)  # (n, n, H/n * d, width)
+    own = np.eye(groups, dtype=bool)
+    if parts[~own].any():
         raise RequestError(
             "heads are composed across the groups that config.json says; set groups to 1 in its mea section, or "
             "compress again with --kv-groups and --rotary-budget uniform"
         )
-    return parts.transpose(1, 2)[own].flatten(0, 1).unflatten(0, (composed.heads, composed.head_dim))
+    return split_heads(join_heads(parts[own]), composed.head_dim)
 
 
 def _key_rows(composed: Composed, form: StockForm, rotary_dim: int) -> list[int]:

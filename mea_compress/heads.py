@@ -4,19 +4,19 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-import torch
+import numpy as np
 
 from mea_compress.architectures import Source
 from mea_compress.architectures.source import projection_info
-from mea_compress.checkpoint import TensorInfo, read_tensor
-from mea_compress.composed import Composed
+from mea_compress.checkpoint import TensorInfo, array_dtype, read_array
+from mea_compress.composed import Array, Composed, join_heads, split_heads
 from mea_compress.errors import RequestError
-from mea_compress.modeling.attention_mea import rotary_pairs
+from mea_compress.modeling.section_mea import rotary_pairs
 
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """One layer's attention. All tensors are float64; a bias is the last column of the weight (zeros without one).
+    """One layer's attention. All arrays are float64; a bias is the last column of the weight (zeros without one).
 
     Attributes:
         query: (Hq, d, D + 1).
@@ -31,14 +31,14 @@ class AttentionHeads:
         norm_eps: Epsilon of the norms.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
-    head_norm: torch.Tensor | None
+    query: Array
+    key: Array
+    value: Array
+    output: Array
+    output_bias: Array | None
+    query_norm: Array | None
+    key_norm: Array | None
+    head_norm: Array | None
     rotary_dim: int
     norm_eps: float
 
@@ -83,11 +83,11 @@ def read_composed(source: Source, layer: int, side: str) -> Composed:
     )
 
 
-def _latent(source: Source, layer: int) -> torch.Tensor:
-    return torch.cat([read_projection(source, layer, side) for side in ("key", "value")])
+def _latent(source: Source, layer: int) -> Array:
+    return np.concatenate([read_projection(source, layer, side) for side in ("key", "value")])
 
 
-def read_side(source: Source, layer: int, side: str) -> torch.Tensor:
+def read_side(source: Source, layer: int, side: str) -> Array:
     """The key or value heads that the queries see, (H, d, D + 1): a native MEA layer is multiplied out.
 
     Frequency keys under a key norm compose weighted keys; the weight is divided out.
@@ -105,23 +105,23 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
     Args:
         source: The checkpoint.
         layer: Number of the layer.
-        whole: Read everything; otherwise `query` and `output` have their shapes and no numbers.
+        whole: Read everything; otherwise `query` and `output` have their shapes, and zeros that take no memory.
 
     Raises:
         RequestError: A weight is not finite.
     """
     prefix = source.family.attention(layer)
 
-    def norm(name: str) -> torch.Tensor | None:
+    def norm(name: str) -> Array | None:
         return _read(source, f"{prefix}{name}.weight") if source.reader.has(f"{prefix}{name}.weight") else None
 
     count, head_dim, hidden = source.config.num_attention_heads, source.head_dim, source.config.hidden_size
     if whole:
-        query = read_projection(source, layer, "query").unflatten(0, (-1, head_dim))
-        output = _read(source, f"{prefix}o_proj.weight").unflatten(1, (-1, head_dim)).transpose(0, 1).contiguous()
+        query = split_heads(read_projection(source, layer, "query"), head_dim)
+        output = _read(source, f"{prefix}o_proj.weight").reshape(hidden, -1, head_dim).swapaxes(0, 1).copy()
     else:
-        query = torch.empty(count, head_dim, hidden + 1, dtype=torch.float64, device="meta")
-        output = torch.empty(count, hidden, head_dim, dtype=torch.float64, device="meta")
+        query = np.broadcast_to(0.0, (count, head_dim, hidden + 1))
+        output = np.broadcast_to(0.0, (count, hidden, head_dim))
     bias = f"{prefix}o_proj.bias"
     return AttentionHeads(
         query=query,
@@ -137,28 +137,28 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
     )
 
 
-def read_projection(source: Source, layer: int, side: str) -> torch.Tensor:
+def read_projection(source: Source, layer: int, side: str) -> Array:
     """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
     info = projection_info(source, layer, side)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
-    projection = torch.empty(info.shape[0], info.shape[1] + 1, dtype=torch.float64)
-    projection[:, :-1] = _finite(read_tensor(info), info)
+    projection = np.empty((info.shape[0], info.shape[1] + 1))
+    projection[:, :-1] = read_array(info)
     projection[:, -1] = _read(source, bias) if source.reader.has(bias) else 0.0
-    return projection
+    return _finite(projection, info)
 
 
-def _read(source: Source, name: str) -> torch.Tensor:
+def _read(source: Source, name: str) -> Array:
     info = source.reader.info(name)
-    return _finite(read_tensor(info), info).to(torch.float64)
+    return _finite(read_array(info).astype(np.float64), info)
 
 
-def _finite(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    """The tensor, unless it holds NaN or infinite numbers: its extremes tell, and in its own dtype that is one pass."""
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+def _finite(array: Array, info: TensorInfo) -> Array:
+    """The array, unless it holds NaN or infinite numbers; its extremes tell."""
+    if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise RequestError(
             f"{info.file}: tensor {info.name} holds NaN or infinite numbers; use an undamaged checkpoint"
         )
-    return tensor
+    return array
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class ComposedLayer:
 
     key: Composed
     value: Composed
-    query: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-    head_norm: torch.Tensor | None = None
+    query: Array | None = None
+    output: Array | None = None
+    head_norm: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -190,36 +190,44 @@ class StoredLayer:
     """
 
     section: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Array]
 
 
-def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: torch.dtype) -> StoredLayer:
+def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: str) -> StoredLayer:
     """Rounds a composed layer to what will be stored.
 
     Args:
         layer: The layer, float64.
         bias: Which projections have a bias.
-        dtype: Of the checkpoint.
+        dtype: Of the checkpoint, as safetensors calls it.
+
+    Raises:
+        RequestError: The dtype has no numbers as large as these.
     """
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in layer_tensors(layer, bias).items()}
-    return StoredLayer(layer_section(layer), tensors)
+    rounded = {}
+    for name, array in layer_tensors(layer, bias).items():
+        with np.errstate(over="ignore"):
+            rounded[name] = array.astype(array_dtype(dtype), order="C")
+        if not np.isfinite(rounded[name]).all():
+            raise RequestError(f"{name} of a composed layer is too large for {dtype}; choose --dtype bfloat16")
+    return StoredLayer(layer_section(layer), rounded)
 
 
-def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, torch.Tensor]:
+def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Array]:
     """The tensors that a composed layer is stored as, by their names below ``self_attn.``, float64."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Array] = {}
 
-    def put(name: str, rows: torch.Tensor, has_bias: bool) -> None:
+    def put(name: str, rows: Array, has_bias: bool) -> None:
         tensors[f"{name}.weight"] = rows[:, :-1]
         if has_bias:
             tensors[f"{name}.bias"] = rows[:, -1]
 
     if layer.query is not None:
-        put("q_proj", layer.query.flatten(0, 1), bias["query"])
+        put("q_proj", join_heads(layer.query), bias["query"])
     put("k_proj", layer.key.projection, bias["key"])
     put("v_proj", layer.value.projection, bias["value"])
     if layer.output is not None:
-        tensors["o_proj.weight"] = layer.output.transpose(0, 1).flatten(1)
+        tensors["o_proj.weight"] = layer.output.swapaxes(0, 1).reshape(layer.output.shape[1], -1)
     if layer.head_norm is not None:
         tensors["head_norm.weight"] = layer.head_norm
     for side, composed in (("key", layer.key), ("value", layer.value)):

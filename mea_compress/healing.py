@@ -29,8 +29,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.compositions.groups import hold_groups
 from mea_compress.errors import RequestError
+from mea_compress.refinement import hold_groups
 from mea_compress.text import (
     choose_sequence_length,
     load_model,

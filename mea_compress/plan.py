@@ -10,7 +10,7 @@ from typing import Any
 from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.families import Shapes
 from mea_compress.architectures.source import FLOATS, composition_shape
-from mea_compress.checkpoint.reader import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
+from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
@@ -28,6 +28,10 @@ _CALIBRATION_TOKENS = 1 << 17
 _CALIBRATION_SEQUENCE = 1024
 # Hidden states of all calibration tokens beyond this many bytes live in a file instead of memory.
 SPILL_BYTES = 4 << 30
+
+
+# Whole models up to this many bytes of weights are loaded and run before they are published.
+WHOLE_MODEL_BYTES = 32 << 20
 
 
 def calibration_shape(source: Source, recipe: Recipe) -> tuple[int, int]:
@@ -257,7 +261,7 @@ def _layer_plan(source: Source, recipe: Recipe, layer: int, before: "_Sides", af
     config = source.config
     heads, head_dim, hidden = config.num_key_value_heads, source.head_dim, config.hidden_size
     bias, norm = config.mea["bias"], config.mea["qk_norm"]
-    size_before, size_after = DTYPE_BITS[source.dtype] // 8, DTYPE_BITS[_dtype(source, recipe)] // 8
+    size_before, size_after = DTYPE_BITS[source.dtype] // 8, DTYPE_BITS[stored_dtype(source, recipe)] // 8
     return LayerPlan(
         layer,
         after != before,
@@ -277,7 +281,7 @@ def _whole_plan(source: Source, recipe: Recipe, layers: list[LayerPlan], choice:
     infos = source.reader.tensors.values()
     total = sum(prod(info.shape) for info in infos)
     grown = sum(layer.parameters_after - layer.parameters_before for layer in layers)
-    size = DTYPE_BITS[_dtype(source, recipe)] // 8
+    size = DTYPE_BITS[stored_dtype(source, recipe)] // 8
     output = sum(size * prod(info.shape) if recipe.dtype and info.dtype in FLOATS else info.nbytes for info in infos)
     output += size * grown
     config = source.config
@@ -425,7 +429,8 @@ def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
     return keys, values, "; ".join(reasons)
 
 
-def _dtype(source: Source, recipe: Recipe) -> str:
+def stored_dtype(source: Source, recipe: Recipe) -> str:
+    """Safetensors name of the dtype that composed layers are stored in."""
     return DTYPE_NAMES[recipe.dtype] if recipe.dtype else source.dtype
 
 
@@ -483,6 +488,11 @@ class Inspection:
     layers: tuple[LayerPlan, ...]
     parameters: int
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes per token."""
+        return sum(layer.bytes_before for layer in self.layers)
+
     def to_json(self, batch: int = 1) -> dict[str, Any]:
         """`inspect --json`; `batch` sequences are counted where whole caches are shown."""
         source, config = self.source, self.source.config
@@ -500,9 +510,9 @@ class Inspection:
             "dtype": TORCH_NAMES[source.dtype],
             "context_length": config.max_position_embeddings,
             "parameters": self.parameters,
-            "weight_bytes": sum(info.nbytes for info in source.reader.tensors.values()),
+            "weight_bytes": source.weight_bytes,
             "weight_files": len(source.reader.files),
-            "kv_bytes_per_token": sum(layer.bytes_before for layer in self.layers),
+            "kv_bytes_per_token": self.bytes_per_token,
             "cache": [
                 {"tokens": size["tokens"], "batch": batch, "bytes": size["before"]}
                 for size in cache_sizes(((one.bytes_before, 0, one.window) for one in self.layers), batch)

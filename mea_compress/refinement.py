@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from mea_compress.compositions.groups import hold_groups
+from mea_compress.checkpoint import as_array
+from mea_compress.composed import Array, Composed, split_heads
 from mea_compress.heads import ComposedLayer
+from mea_compress.modeling.attention_mea import LatentComposition, MeaAttention
 from mea_compress.streaming import Activations, LayerRunner, batches
 
 # Composed sides whose components are kept heads, bit-identical to the original's, and stay so.
@@ -225,24 +228,50 @@ def _set(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
 
 
 def _read_back(composed: ComposedLayer, attention: Any) -> ComposedLayer:
-    def rows(projection: Any) -> torch.Tensor:
-        weight = projection.weight.detach().double().cpu()
-        bias = projection.bias
-        column = weight.new_zeros(len(weight)) if bias is None else bias.detach().double().cpu()
-        return torch.cat((weight, column[:, None]), 1)
+    def exact(parameter: torch.Tensor) -> Array:
+        return as_array(parameter).astype(np.float64)
 
-    latent = torch.cat((rows(attention.k_proj), rows(attention.v_proj))) if attention.key_kind == "joint" else None
+    def rows(projection: Any) -> Array:
+        weight = exact(projection.weight)
+        column = np.zeros(len(weight)) if projection.bias is None else exact(projection.bias)
+        return np.concatenate((weight, column[:, None]), 1)
 
-    def side(old: Any, projection: Any, composition: Any) -> Any:
-        weight = None if composition is None else composition.weight.detach().double().cpu()
+    latent = np.concatenate((rows(attention.k_proj), rows(attention.v_proj))) if attention.key_kind == "joint" else None
+
+    def side(old: Composed, projection: Any, composition: Any) -> Composed:
+        weight = None if composition is None else exact(composition.weight)
         return replace(old, projection=rows(projection), weight=weight, latent=latent)
 
-    head_dim = attention.head_dim
-    output = attention.o_proj.weight.detach().double().cpu()
+    head_dim, output = attention.head_dim, exact(attention.o_proj.weight)
     return replace(
         composed,
         key=side(composed.key, attention.k_proj, attention.key_composition),
         value=side(composed.value, attention.v_proj, attention.value_composition),
-        query=rows(attention.q_proj).unflatten(0, (-1, head_dim)),
-        output=output.unflatten(1, (-1, head_dim)).transpose(0, 1).contiguous(),
+        query=split_heads(rows(attention.q_proj), head_dim),
+        output=output.reshape(len(output), -1, head_dim).swapaxes(0, 1).copy(),
     )
+
+
+def hold_groups(model: torch.nn.Module) -> None:
+    """Keeps what lies between groups at zero while a model or an attention module is trained."""
+    for module in model.modules():
+        if not isinstance(module, MeaAttention):
+            continue
+        attention: Any = module
+        groups = attention.config.mea["layers"][attention.layer_idx].get("groups", 1)
+        for composition in (attention.key_composition, attention.value_composition):
+            if groups > 1 and composition is not None and composition.weight.requires_grad:
+                within = _within_groups(composition, groups)
+                composition.weight.register_hook(lambda gradient, within=within: gradient * within)
+
+
+def _within_groups(composition: Any, groups: int) -> Array:
+    """Where a composition's weight connects a component with the heads of its group, in the weight's shape."""
+    used = composition.weight.detach() != 0
+    if isinstance(composition, LatentComposition):  # (H * d, m)
+        blocks = used.unflatten(0, (groups, -1)).any(1)
+        return blocks.repeat_interleave(len(used) // groups, dim=0)
+    blocks = used.unflatten(-1, (groups, -1)).any(-1)  # heads come last
+    if blocks.dim() == 3:  # real and imaginary parts
+        blocks = blocks.any(0)
+    return blocks.repeat_interleave(used.shape[-1] // groups, dim=-1).expand_as(used)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mea_compress.architectures import Source
+from mea_compress.checkpoint import as_tensor
 from mea_compress.heads import StoredLayer, read_projection
 from mea_compress.plan import SPILL_BYTES
 
@@ -99,8 +100,8 @@ class LayerRunner:
         state = _layer_state(source, layer, dtype)
         if stored is not None:
             state = {name: tensor for name, tensor in state.items() if "_composition." not in name}
-            for name, tensor in stored.tensors.items():
-                state[f"layers.0.self_attn.{name}"] = tensor.to(dtype)
+            for name, array in stored.tensors.items():
+                state[f"layers.0.self_attn.{name}"] = as_tensor(array).to(dtype)
         state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size, dtype=dtype)
         state["norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
         base = getattr(modeling_mea, f"Mea{source.family.prefix}Model")
@@ -167,7 +168,8 @@ def _layer_state(source: Source, layer: int, dtype: torch.dtype) -> dict[str, to
             state["layers.0." + name.removeprefix(prefix)] = source.reader.read(name).to(dtype)
     if fused:
         for side in ("query", "key", "value"):
-            state[f"layers.0.self_attn.{side[0]}_proj.weight"] = read_projection(source, layer, side)[:, :-1].to(dtype)
+            rows = read_projection(source, layer, side)[:, :-1]
+            state[f"layers.0.self_attn.{side[0]}_proj.weight"] = as_tensor(rows).to(dtype)
     return state
 
 

@@ -9,23 +9,17 @@ import torch
 from tqdm import tqdm
 
 from mea_compress.architectures import Source, open_source
-from mea_compress.checkpoint import CheckpointReader
+from mea_compress.checkpoint import as_tensor
+from mea_compress.composed import join_heads
+from mea_compress.errors import VerificationError
 from mea_compress.heads import read_side
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
-from mea_compress.plan import Plan
-from mea_compress.weights import layer_directory
-from mea_compress.workspace import Workspace
+from mea_compress.plan import WHOLE_MODEL_BYTES
 
-# Whole models up to this many bytes of weights are also loaded and run; larger ones are checked layer by layer.
-WHOLE_MODEL_BYTES = 32 << 20
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4
 _TOKENS = 24
-
-
-class VerificationError(Exception):
-    """The emitted checkpoint does not do what it should: a defect of this program, nothing the user did."""
 
 
 def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
@@ -54,7 +48,7 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         measured += layer_bytes
         worst = max(worst, difference)
     result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
-    if sum(info.nbytes for info in emitted.reader.tensors.values()) <= WHOLE_MODEL_BYTES:
+    if emitted.weight_bytes <= WHOLE_MODEL_BYTES:
         difference, whole_bytes = _check_model(emitted)
         measured = whole_bytes
         worst = max(worst, difference)
@@ -66,22 +60,6 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
     if measured != promised_bytes:
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
     return result | {"kv_bytes_per_token": measured}
-
-
-def verify_stored(source: Source, plan: Plan, workspace: Workspace) -> None:
-    """Attention tensors of the checkpoint are, bit for bit, those that were fitted.
-
-    Raises:
-        VerificationError: One is not.
-    """
-    written = CheckpointReader(workspace.path)
-    for layer in plan.layers:
-        if not layer.compressed:
-            continue
-        fitted = CheckpointReader(layer_directory(workspace, layer.layer))
-        for name in fitted.tensors:
-            if not torch.equal(written.read(source.family.attention(layer.layer) + name), fitted.read(name)):
-                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
 
 def cache_bytes(cache: Any) -> int:
@@ -123,7 +101,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
         keys, values = attention.project(hidden, cos, sin)
         found_keys, found_values = attention.compose(keys, values, torch.arange(_TOKENS)[None], None, rotary)
         expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
-        expected_values = _plain_heads(read_side(emitted, layer, "value"), hidden)
+        expected_values = _plain_heads(emitted, layer, "value", hidden)
     worst = 0.0
     for found, expected in ((found_keys, expected_keys), (found_values, expected_values)):
         repeat = expected.shape[1] // found.shape[1]  # pooled heads stand for their whole group
@@ -134,8 +112,9 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     return worst, (keys.numel() + values.numel()) * itemsize // _TOKENS
 
 
-def _plain_heads(heads: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Heads (H, d, D + 1) applied to (1, T, D): (1, H, T, d)."""
+def _plain_heads(emitted: Source, layer: int, side: str, hidden: torch.Tensor) -> torch.Tensor:
+    """The composed heads of a side, multiplied out, applied to (1, T, D): (1, H, T, d)."""
+    heads = as_tensor(read_side(emitted, layer, side))  # (H, d, D + 1)
     ones = hidden.new_ones(*hidden.shape[:-1], 1)
     return torch.einsum("hdx,btx->bhtd", heads, torch.cat((hidden, ones), -1).double()).float()
 
@@ -143,7 +122,7 @@ def _plain_heads(heads: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 def _plain_keys(
     emitted: Source, layer: int, attention: MeaAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    keys = _plain_heads(read_side(emitted, layer, "key"), hidden)
+    keys = _plain_heads(emitted, layer, "key", hidden)
     if attention.qk_norm:
         keys = attention.k_norm(keys)
     half = cos.shape[-1] // 2
@@ -188,7 +167,7 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     for layer in range(config.num_hidden_layers):
         prefix = emitted.family.attention(layer)
         for side, name in (("key", "k_proj"), ("value", "v_proj")):
-            rows = read_side(emitted, layer, side).flatten(0, 1).to(model.dtype)
+            rows = as_tensor(join_heads(read_side(emitted, layer, side))).to(model.dtype)
             state[f"{prefix}{name}.weight"] = rows[:, :-1]
             if f"{prefix}{name}.bias" in state:
                 state[f"{prefix}{name}.bias"] = rows[:, -1]
@@ -200,4 +179,4 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     return plain.eval()
 
 
-__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify", "verify_stored"]
+__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify"]

@@ -6,15 +6,14 @@ are fitted: most of the work is copying, which the system does, and needs neithe
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,23 +24,24 @@ from mea_compress.checkpoint import (
     Entry,
     NewTensor,
     Shard,
+    array_dtype,
     plan_shards,
-    read_tensor,
+    read_array,
     shard_finished,
-    shard_steps,
     write_index,
+    write_shard,
 )
-from mea_compress.checkpoint.reader import DTYPE_NAMES
-from mea_compress.errors import RequestError
+from mea_compress.checkpoint.dtypes import DTYPE_NAMES
+from mea_compress.errors import RequestError, VerificationError
 from mea_compress.plan import LayerPlan, Plan, stored_shapes
 from mea_compress.recipe import Recipe
 from mea_compress.workspace import Workspace
 
 if TYPE_CHECKING:
-    import torch
+    from numpy.typing import NDArray
 
-# Most files that are open while they wait for layers.
-_MOST_STARTED = 16
+# One is copied while the disk is waited for at the end of another.
+_FILES_AT_ONCE = 2
 
 
 def layer_directory(workspace: Workspace, layer: int) -> Path:
@@ -56,7 +56,7 @@ def write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
         if layer.compressed:
             stored = CheckpointReader(layer_directory(workspace, layer.layer)).tensors.values()
             fitted[layer.layer] = {
-                info.name: NewTensor(info.name, info.dtype, info.shape, partial(read_tensor, info)) for info in stored
+                info.name: NewTensor(info.name, info.dtype, info.shape, partial(read_array, info)) for info in stored
             }
     entries = _entries(source, plan, fitted)
     if recipe.dtype is not None:
@@ -83,22 +83,32 @@ def writing_beside(
             if workspace.finished("layers", str(layer.layer)) is not None:
                 fit.stored[layer.layer].set_result(None)
     entries = _entries(source, plan, fitted)
-    with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-        try:
-            writer = pool.submit(write_shards, entries, recipe.shard_bytes, workspace, progress, fit)
+    with _writing(entries, recipe.shard_bytes, workspace, progress, fit) as files:
 
-            def stored(layer: int) -> None:
-                fit.stored[layer].set_result(None)
-                if writer.done():  # with an error, or because this was the last layer
-                    writer.result()
+        def stored(layer: int) -> None:
+            fit.stored[layer].set_result(None)
+            for file in files:
+                if file.done():  # perhaps with an error
+                    file.result()
 
-            yield stored
-            writer.result()
-        except BaseException:
-            fit.given_up.set()
-            for waiting in fit.stored.values():
-                waiting.cancel()
-            raise
+        yield stored
+
+
+def check_written(source: Source, plan: Plan, workspace: Workspace) -> None:
+    """Attention tensors of the checkpoint are, bit for bit, those that were fitted.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    written = CheckpointReader(workspace.path)
+    for layer in plan.layers:
+        if not layer.compressed:
+            continue
+        fitted = CheckpointReader(layer_directory(workspace, layer.layer))
+        for name in fitted.tensors:
+            found = written.read_array(source.family.attention(layer.layer) + name)
+            if found.tobytes() != fitted.read_array(name).tobytes():
+                raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
 
 class _GivenUpError(Exception):
@@ -131,9 +141,9 @@ class _Promise:
     name: str
     stored: Future[None]
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> NDArray[Any]:
         self.stored.result()
-        return CheckpointReader(self.directory).read(self.name)
+        return CheckpointReader(self.directory).read_array(self.name)
 
 
 def _promised(source: Source, layer: LayerPlan, workspace: Workspace, fit: _Fit) -> dict[str, Entry]:
@@ -146,15 +156,7 @@ def _promised(source: Source, layer: LayerPlan, workspace: Workspace, fit: _Fit)
     }
 
 
-def _ready(shard: Shard) -> bool:
-    """Whether nothing that a shard holds has still to be waited for."""
-    made = [entry.produce for entry in shard.entries if isinstance(entry, NewTensor)]
-    return all(produce.stored.done() for produce in made if isinstance(produce, _Promise))
-
-
-def write_shards(
-    entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool, fit: _Fit | None = None
-) -> None:
+def write_shards(entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool) -> None:
     """Writes all weights of the checkpoint, with a bar; files that an interrupted run has finished stay as they are.
 
     Args:
@@ -162,38 +164,50 @@ def write_shards(
         shard_bytes: Largest sum of tensor bytes in one file.
         workspace: Where to, and what is finished.
         progress: Show a progress bar on stderr.
-        fit: The fit that goes on beside, if any; what it makes is waited for last.
+    """
+    with _writing(entries, shard_bytes, workspace, progress, _Fit()):
+        pass
+
+
+@contextmanager
+def _writing(
+    entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool, fit: _Fit
+) -> Iterator[list[Future[None]]]:
+    """The same beside the block, in threads, each with a file of its own: what a fit makes is waited for last.
+
+    Yields:
+        What becomes of every file.
     """
     shards = plan_shards(entries, shard_bytes)
     total = sum(shard.nbytes for shard in shards)
-    started: deque[tuple[Shard, Generator[None, None, None]]] = deque()
-    with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    telling = Lock()
+    with (
+        tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+        ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="weights") as pool,
+    ):
 
         def tell(count: int) -> None:
-            if fit is not None:
-                fit.check()
-            bar.update(count)
+            fit.check()
+            with telling:
+                bar.update(count)
 
-        def finish() -> None:
-            shard, steps = started[0]
-            next(steps, None)
+        def write(shard: Shard) -> None:
+            if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
+                tell(shard.nbytes)
+                return
+            write_shard(workspace.path, shard, tell)
             workspace.record("shards", shard.name, True)
-            started.popleft()
 
+        files = [pool.submit(write, shard) for shard in shards]
         try:
-            for shard in shards:
-                if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
-                    bar.update(shard.nbytes)
-                    continue
-                started.append((shard, shard_steps(workspace.path, shard, tell)))
-                next(started[-1][1])
-                while started and (len(started) == _MOST_STARTED or _ready(started[0][0])):
-                    finish()
-            while started:
-                finish()
-        finally:
-            for _, steps in started:
-                steps.close()
+            yield files
+            for file in files:
+                file.result()
+        except BaseException:
+            fit.given_up.set()
+            for waiting in (*files, *fit.stored.values()):
+                waiting.cancel()
+            raise
     write_index(workspace.path, shards)
 
 
@@ -237,12 +251,13 @@ def _cast(info: Entry, dtype: str) -> Entry:
     if info.dtype not in FLOATS or info.dtype == DTYPE_NAMES[dtype] or isinstance(info, NewTensor):
         return info
 
-    def produce() -> torch.Tensor:
-        import torch
+    def produce() -> NDArray[Any]:
+        import numpy as np
 
-        tensor = read_tensor(info)
-        cast = tensor.to(getattr(torch, dtype))
-        if not torch.equal(cast.isfinite(), tensor.isfinite()):
+        array = read_array(info)
+        with np.errstate(over="ignore"):
+            cast = array.astype(array_dtype(DTYPE_NAMES[dtype]))
+        if not np.array_equal(np.isfinite(cast), np.isfinite(array)):
             raise RequestError(f"{info.file}: tensor {info.name} has numbers too large for {dtype}; choose bfloat16")
         return cast
 

@@ -39,8 +39,8 @@ def test_statistics_are_those_of_the_stock_model(case, tmp_path):
                 average = weights[b, head, t] @ x[b]
                 attended += torch.outer(average, average) / (30 * 8)
     assert found.tokens == 30
-    torch.testing.assert_close(found.moment, moment, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.attended, attended, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(found.moment), moment, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(found.attended), attended, rtol=1e-4, atol=1e-5)
 
 
 def attention_of(case, tmp_path):
@@ -114,8 +114,9 @@ def test_key_statistics_are_sums_over_queries_and_tokens(case, tmp_path):
             covariance += shares.sum() * torch.einsum("t,gtp,htp->pgh", average.to(k.dtype), own, own.conj())
     covariance = covariance / 14
     scale = float(covariance.abs().max())
-    torch.testing.assert_close(statistics.key_covariance, covariance, rtol=1e-3, atol=1e-5 * scale)
-    found = statistics.key_cost * statistics.key_covariance.diagonal(dim1=1, dim2=2).real.T
+    found = torch.from_numpy(statistics.key_covariance)
+    torch.testing.assert_close(found, covariance, rtol=1e-3, atol=1e-5 * scale)
+    found = torch.from_numpy(statistics.key_cost) * found.diagonal(dim1=1, dim2=2).real.T
     torch.testing.assert_close(found, cost / 14, rtol=1e-3, atol=1e-5 * float(cost.max()))
 
 

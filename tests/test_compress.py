@@ -447,7 +447,7 @@ def test_resuming_refuses_what_has_changed(change, said, source, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mea_compress.verification.verify_stored", stop)
+        patch.setattr("mea_compress.compress.check_written", stop)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(source, out)
     recipe = HALF

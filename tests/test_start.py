@@ -29,8 +29,8 @@ finally:
     print([name for name in ("torch", "transformers") if name in sys.modules])
 """
 LARGE = """
-import mea_compress.verification
-mea_compress.verification.WHOLE_MODEL_BYTES = 0  # a model that is too large to be loaded whole
+import mea_compress.compress
+mea_compress.compress.WHOLE_MODEL_BYTES = 0  # a model that is too large to be loaded whole
 """
 
 
@@ -49,8 +49,9 @@ def test_commands_that_read_headers_load_neither_library(command, source):
     assert as_the_program(MAIN, command, source, *(FLAGS if command == "plan" else [])) == "[]"
 
 
-def test_a_fit_of_weights_needs_no_transformers(source, tmp_path):
-    assert as_the_program(LARGE + MAIN, "compress", source, tmp_path / "out", *FLAGS) == "['torch']"
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]])
+def test_a_fit_of_weights_loads_neither_library(dtype, source, tmp_path):
+    assert as_the_program(LARGE + MAIN, "compress", source, tmp_path / "out", *FLAGS, *dtype) == "[]"
     assert (tmp_path / "out" / "config.json").is_file()
 
 

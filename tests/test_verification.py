@@ -5,10 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CASES, stock_checkpoint
 
+from mea_compress import compress as compress_module
 from mea_compress import verification
 from mea_compress.compress import compress
+from mea_compress.errors import RequestError, VerificationError
 from mea_compress.recipe import Recipe
-from mea_compress.verification import VerificationError, verify
+from mea_compress.report import write_json
+from mea_compress.verification import verify
 
 KINDS = {
     "head": ("head", "head"),
@@ -64,6 +67,41 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
     )
     with pytest.raises(VerificationError, match="differs"):
         verify(out, result.plan.bytes_after, progress=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case, kind, tmp_path, monkeypatch):
+    """No module is loaded for it; what is said of it is what they measure afterwards."""
+    monkeypatch.setattr("mea_compress.compress.WHOLE_MODEL_BYTES", 0)
+    out, result = emitted(tmp_path, case, kind)
+    told = result.fidelity["verification"]
+    assert told["compared"] == "tensors of every layer, bit for bit"
+    assert verify(out, result.plan.bytes_after, progress=False)["kv_bytes_per_token"] == told["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize("damage", ["tensor", "configuration"])
+def test_a_large_model_that_was_not_written_as_planned_is_noticed(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr("mea_compress.compress.WHOLE_MODEL_BYTES", 0)
+    write_config = compress_module._write_config
+
+    def spoil(source, plan, recipe, workspace):
+        config = write_config(source, plan, recipe, workspace)
+        if damage == "tensor":
+            file = workspace.path / "model.safetensors"
+            tensors = load_file(file)
+            tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] += 1
+            save_file(tensors, file, metadata={"format": "pt"})
+        else:
+            config["mea"]["layers"][1]["key_composition"] = "prune"
+            config["mea"]["qk_norm"] = True
+            write_json(workspace.path / "config.json", config)
+        return config
+
+    monkeypatch.setattr(compress_module, "_write_config", spoil)
+    with pytest.raises((VerificationError, RequestError), match=r"v_proj|k_norm|q_norm|bytes per token"):
+        emitted(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_not_a_number_is_noticed(tmp_path, monkeypatch):

@@ -54,6 +54,11 @@ class Source:
         return _rotary_dim(self.config)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.reader.tensors.values())
+
+    @property
     def dtype(self) -> str:
         """Safetensors name of the dtype of the attention weights."""
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused

@@ -1,6 +1,7 @@
 """Safetensors checkpoints on disk, one tensor at a time; knows nothing of model families."""
 
-from mea_compress.checkpoint.reader import CheckpointReader, TensorInfo, dtype_name, read_tensor, torch_dtype
+from mea_compress.checkpoint.dtypes import array_dtype, as_array, as_tensor, dtype_name, torch_dtype
+from mea_compress.checkpoint.reader import CheckpointReader, TensorInfo, read_array, read_tensor
 from mea_compress.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Entry,
@@ -9,7 +10,6 @@ from mea_compress.checkpoint.writer import (
     plan_shards,
     required_bytes,
     shard_finished,
-    shard_steps,
     write_checkpoint,
     write_index,
     write_shard,
@@ -22,12 +22,15 @@ __all__ = [
     "NewTensor",
     "Shard",
     "TensorInfo",
+    "array_dtype",
+    "as_array",
+    "as_tensor",
     "dtype_name",
     "plan_shards",
+    "read_array",
     "read_tensor",
     "required_bytes",
     "shard_finished",
-    "shard_steps",
     "torch_dtype",
     "write_checkpoint",
     "write_index",

@@ -19,41 +19,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mea_compress.checkpoint.dtypes import DTYPE_BITS, array_dtype, as_tensor
 from mea_compress.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes, the limit of the safetensors library; also applied to JSON files."""
-
-DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-"""Bits of one element of each safetensors dtype."""
-
-TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32",
-    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64",
-}  # fmt: skip
-"""What torch calls each safetensors dtype that it may have."""
-DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-"""What safetensors calls each of them."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FOREIGN = (
@@ -179,9 +158,17 @@ class CheckpointReader:
         """One tensor in its own dtype, in memory of its own.
 
         Raises:
-            RequestError: If there is no such tensor, torch has no such dtype, or the file cannot be read.
+            RequestError: If there is no such tensor, or as `read_tensor`.
         """
         return read_tensor(self.info(name))
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """The same as a NumPy array.
+
+        Raises:
+            RequestError: If there is no such tensor, or as `read_array`.
+        """
+        return read_array(self.info(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (exclusive) of a tensor of shape (N, ...), as a tensor of shape (stop - start, ...).
@@ -247,47 +234,48 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Reads one tensor, in its own dtype, into memory of its own.
 
     Raises:
-        RequestError: If torch has no such dtype, the file cannot be read or has shrunk, or there is too little memory.
+        RequestError: As `read_array`, or torch has no such dtype.
     """
-    import torch
+    array = read_array(info)
+    try:
+        return as_tensor(array)
+    except KeyError:
+        raise _not_computed(info) from None
+
+
+def read_array(info: TensorInfo) -> NDArray[Any]:
+    """Reads one tensor, in its own dtype, into memory of its own.
+
+    Raises:
+        RequestError: If the dtype is none to compute with, the file cannot be read or has shrunk, or there is too
+            little memory.
+    """
+    import numpy as np
 
     try:
-        dtype = torch_dtype(info.dtype)
+        dtype = array_dtype(info.dtype)
     except KeyError:
-        raise RequestError(
-            f"{show(info.file)}: tensor {quote(info.name)} has dtype {info.dtype}, which can be copied but not "
-            "computed with; convert the checkpoint to bfloat16 first"
-        ) from None
+        raise _not_computed(info) from None
     if sys.byteorder != "little":
         raise RequestError(f"{show(info.file)}: reading weights needs a little-endian machine; use another one")
-    if not info.nbytes:
-        return torch.empty(info.shape, dtype=dtype)
     try:
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-    except (RuntimeError, MemoryError):
+        array = np.empty(info.shape, dtype)
+    except (ValueError, MemoryError):
         raise RequestError(
             f"{show(info.file)}: tensor {quote(info.name)} needs {info.nbytes} bytes of memory, more than there is; "
             "use a machine with more memory"
         ) from None
-    with _opened(info.file) as (descriptor, _):
-        read_into(descriptor, buffer.numpy().data, info.offset, info.file)
-    return buffer.view(dtype).reshape(info.shape)
+    if info.nbytes:
+        with _opened(info.file) as (descriptor, _):
+            read_into(descriptor, array.reshape(-1).view(np.uint8).data, info.offset, info.file)
+    return array
 
 
-@cache
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name that torch can compute with (KeyError for others, such as `F4`)."""
-    import torch
-
-    dtype = getattr(torch, TORCH_NAMES[name], None)
-    if not isinstance(dtype, torch.dtype):  # a float8 newer than this torch
-        raise KeyError(name)
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype (KeyError where safetensors has none)."""
-    return DTYPE_NAMES[str(dtype).removeprefix("torch.")]
+def _not_computed(info: TensorInfo) -> RequestError:
+    return RequestError(
+        f"{show(info.file)}: tensor {quote(info.name)} has dtype {info.dtype}, which can be copied but not "
+        "computed with; convert the checkpoint to bfloat16 first"
+    )
 
 
 def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> None:

@@ -12,16 +12,15 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mea_compress.checkpoint.dtypes import DTYPE_BITS, array_dtype
 from mea_compress.checkpoint.reader import (
-    DTYPE_BITS,
     HEADER_LIMIT,
     INDEX_NAME,
     SINGLE_NAME,
@@ -30,12 +29,11 @@ from mea_compress.checkpoint.reader import (
     quote,
     read_into,
     show,
-    torch_dtype,
 )
 from mea_compress.errors import DiskFullError, RequestError
 
 if TYPE_CHECKING:
-    import torch
+    from numpy.typing import NDArray
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """Bytes of tensors in one shard, as transformers saves them."""
@@ -54,15 +52,16 @@ class NewTensor:
 
     Attributes:
         name: Name in the checkpoint.
-        dtype: Safetensors name of the dtype, one that torch has, e.g. ``"BF16"``.
+        dtype: Safetensors name of the dtype, one to compute with, e.g. ``"BF16"``.
         shape: Sizes of the dimensions.
-        produce: Called once for each time the tensor is written; returns it with this dtype and shape, on any device.
+        produce: Called once for each time the tensor is written; returns it with this dtype and shape (`as_array`
+            makes one of a torch tensor).
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    produce: Callable[[], torch.Tensor]
+    produce: Callable[[], NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
@@ -236,6 +235,9 @@ def write_shard(
 ) -> Path:
     """Writes one file: under a temporary name, synchronised to disk, renamed when it is complete.
 
+    Tensors are copied first; new ones are then made in the order of `shard.entries`, with one of them in memory at a
+    time.
+
     Args:
         directory: An existing directory.
         shard: One of `plan_shards`.
@@ -244,31 +246,6 @@ def write_shard(
 
     Returns:
         Path of the file.
-
-    Raises:
-        RequestError: As `shard_steps`.
-    """
-    for _ in shard_steps(directory, shard, progress, durable):
-        pass
-    return Path(directory) / shard.name
-
-
-def shard_steps(
-    directory: str | os.PathLike[str],
-    shard: Shard,
-    progress: Callable[[int], object] | None = None,
-    durable: bool = True,
-) -> Generator[None, None, None]:
-    """Writes one file in two steps: tensors are copied before the ``yield``, new ones are made after it.
-
-    These are made in the order of `shard.entries`, with one of them in memory at a time, and the file is synchronised
-    to disk and gets its name. Closing the generator before that leaves nothing.
-
-    Args:
-        directory: An existing directory.
-        shard: One of `plan_shards`.
-        progress: Called with the number of bytes written since its last call; they add up to `shard.nbytes`.
-        durable: Synchronise the file to disk; without it that is left to the caller.
 
     Raises:
         RequestError: If the disk is full, the directory cannot be written to, a source cannot be read, the file is
@@ -281,10 +258,10 @@ def shard_steps(
         _allocate(target, path, shard.nbytes)
         _write(target, memoryview(shard.header), 0, path, shard.nbytes, tell)
         _copy_tensors(target, shard, path, tell)
-        yield
         for entry, position in zip(shard.entries, shard.positions, strict=True):
             if isinstance(entry, NewTensor):
                 _write_tensor(target, entry, position, path, shard.nbytes, tell)
+    return path
 
 
 def write_index(directory: str | os.PathLike[str], shards: Sequence[Shard]) -> Path | None:
@@ -419,24 +396,24 @@ def _write_tensor(
     target: int, entry: NewTensor, position: int, path: Path, needed: int, tell: Callable[[int], object]
 ) -> None:
     """Makes one tensor and writes it, row block by row block, so that no second copy of it is ever whole in memory."""
-    import torch
+    import numpy as np
 
     if sys.byteorder != "little":
         raise RequestError(f"{show(path)}: writing weights needs a little-endian machine; use another one")
-    tensor = entry.produce().detach()
-    if tensor.dtype != torch_dtype(entry.dtype) or tuple(tensor.shape) != tuple(entry.shape):
+    made = entry.produce()
+    if made.dtype != array_dtype(entry.dtype) or made.shape != tuple(entry.shape):
         raise RequestError(
-            f"{show(path)}: tensor {quote(entry.name)} came out as {tensor.dtype} {list(tensor.shape)} instead of "
-            f"{torch_dtype(entry.dtype)} {list(entry.shape)}; correct what makes it"
+            f"{show(path)}: tensor {quote(entry.name)} came out as {made.dtype} {list(made.shape)} instead of "
+            f"{array_dtype(entry.dtype)} {list(entry.shape)}; correct what makes it"
         )
     if not entry.nbytes:
         return
-    rows = tensor if tensor.dim() else tensor.reshape(1)
+    rows = made if made.ndim else made.reshape(1)
     row_bytes = entry.nbytes // len(rows)
     step = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, len(rows), step):
-        block = rows[start : start + step].cpu().contiguous()
-        raw = block.reshape(-1).view(torch.uint8).numpy().data
+        block = np.ascontiguousarray(rows[start : start + step])
+        raw = block.reshape(-1).view(np.uint8).data
         _write(target, raw, position + start * row_bytes, path, needed, tell)
 
 
@@ -452,25 +429,18 @@ class _Range:
 
 def _copy_tensors(target: int, shard: Shard, path: Path, tell: Callable[[int], object]) -> None:
     source, opened = -1, None
-    # Handing pages to the disk takes half as long as copying them.
-    with ThreadPoolExecutor(1, thread_name_prefix="write-out") as beside:
-
-        def copied(count: int) -> None:
-            beside.submit(_write_out, target)
-            tell(count)
-
-        try:
-            for part in _ranges(shard):
-                if part.file != opened:
-                    if source >= 0:
-                        os.close(source)
-                    source, opened = -1, None
-                    source, opened = open_source(part.file), part.file
-                    _advise(source, 0, 0, "POSIX_FADV_SEQUENTIAL")
-                _copy(source, target, part, path, shard.nbytes, copied)
-        finally:
-            if source >= 0:
-                os.close(source)
+    try:
+        for part in _ranges(shard):
+            if part.file != opened:
+                if source >= 0:
+                    os.close(source)
+                source, opened = -1, None
+                source, opened = open_source(part.file), part.file
+                _advise(source, 0, 0, "POSIX_FADV_SEQUENTIAL")
+            _copy(source, target, part, path, shard.nbytes, tell)
+    finally:
+        if source >= 0:
+            os.close(source)
 
 
 def _ranges(shard: Shard) -> list[_Range]:
@@ -518,6 +488,7 @@ def _copy(source: int, target: int, part: _Range, path: Path, needed: int, tell:
         if not count:  # either the source has shrunk, which reading it will tell, or this file system is odd
             break
         done += count
+        _write_out(target)
         tell(count)
     buffer = memoryview(bytearray(min(part.count - done, _WRITE_BYTES)))
     while done < part.count:
@@ -532,20 +503,21 @@ def _allocate(target: int, path: Path, needed: int) -> None:
 
     The C library's own `posix_fallocate` would write to every block where the file system cannot.
     """
-    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if allocate is None or not needed:
-        return
-    allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if allocate(target, 0, 0, needed) and ctypes.get_errno() in _FULL:
-        raise _refusal(OSError(ctypes.get_errno(), ""), path, needed)
+    error = _system("fallocate", target, 0, ctypes.c_int64(0), ctypes.c_int64(needed)) if needed else 0
+    if error in _FULL:
+        raise _refusal(OSError(error, ""), path, needed)
 
 
 def _write_out(target: int) -> None:
-    """Has the system begin to write out what is copied and forget what is written, so that little is left at the end.
+    """Has the system begin to write out what is copied, so that little is left at the end."""
+    everything, begin = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE of Linux
+    _system("sync_file_range", target, everything, everything, begin)
 
-    Nobody reads it soon, and a checkpoint larger than memory does not push everything else out of it.
-    """
-    _advise(target, 0, 0, "POSIX_FADV_DONTNEED")
+
+def _system(name: str, *arguments: Any) -> int:
+    """Calls a function of the C library that Python does not have, where there is one; its error number, or 0."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    return ctypes.get_errno() if function is not None and function(*arguments) else 0
 
 
 def _advise(descriptor: int, offset: int, count: int, advice: str) -> None:

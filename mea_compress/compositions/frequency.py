@@ -5,18 +5,19 @@ top eigenvectors of the complex H × H Gram of the pair. How many a pair gets ma
 """
 
 import heapq
+import math
 
-import torch
+import numpy as np
 
 from mea_compress.alignment import key_pairs
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, through
+from mea_compress.composed import Array, Composed
+from mea_compress.compositions.measure import key_cross, key_weights, largest_entries, moment, pair_cross
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
+from mea_compress.layer_statistics import LayerStatistics
 
 
-def allot(energies: torch.Tensor, total: int) -> tuple[int, ...]:
+def allot(energies: Array, total: int) -> tuple[int, ...]:
     """Components of each pair: the largest eigenvalues of all.
 
     Args:
@@ -56,7 +57,7 @@ class Frequency:
         if heads.key_norm is not None:
             first, other = heads.pairs
             gamma = heads.key_norm
-            weighted = torch.complex(heads.key[:, first] * gamma[first, None], heads.key[:, other] * gamma[other, None])
+            weighted = heads.key[:, first] * gamma[first, None] + 1j * heads.key[:, other] * gamma[other, None]
         else:
             weighted = key_pairs(heads)
         weights = key_weights(heads, statistics, fit)
@@ -64,9 +65,9 @@ class Frequency:
         if fit == "aligned" and statistics is not None:
             cross = key_cross(heads, statistics, fit)
         else:
-            cross = torch.einsum("gpx,hpx->pgh", through(scaled, moment(statistics, fit, "key")), scaled.conj())
-        values, vectors = torch.linalg.eigh(cross)
-        values, vectors = values.flip(-1), vectors.flip(-1)
+            cross = pair_cross(scaled, moment(statistics, fit, "key"))
+        values, vectors = np.linalg.eigh(cross)
+        values, vectors = values[..., ::-1], vectors[..., ::-1]
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
         counts = _uniform(budget, pairs) if request.rotary_budget == "uniform" else allot(values, budget)
         lanes, combinations = [], []
@@ -74,20 +75,20 @@ class Frequency:
             if not number:
                 continue
             basis = vectors[p, :, :number]  # (H, C_p)
-            turn = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-            basis = basis * (turn.abs() / turn)  # the phase is free: the largest entry becomes real
-            lane = basis.mH @ scaled[:, p]  # (C_p, D + 1)
-            average = weighted[:, p].abs().square().sum(1).mean().clamp(min=1e-300).sqrt()
-            size = lane.abs().square().sum(1).sqrt().clamp(min=1e-12 * average) / average  # (C_p,)
+            turn = largest_entries(basis)
+            basis = basis * (np.abs(turn) / turn)  # the phase is free: the largest entry becomes real
+            lane = basis.conj().T @ scaled[:, p]  # (C_p, D + 1)
+            average = math.sqrt(max(np.square(np.abs(weighted[:, p])).sum(1).mean(), 1e-300))
+            size = np.maximum(np.sqrt(np.square(np.abs(lane)).sum(1)), 1e-12 * average) / average  # (C_p,)
             lanes.append(lane / size[:, None])
             combinations.append((basis * size / weights[:, p, None]).T)  # (C_p, H)
-        lane_rows, weight = torch.cat(lanes), torch.cat(combinations)
+        lane_rows, weight = np.concatenate(lanes), np.concatenate(combinations)
         composed = Composed(
             "frequency",
             count,
             heads.key.shape[1],
-            torch.cat((lane_rows.real, lane_rows.imag)),
-            torch.stack((weight.real, weight.imag)),
+            np.concatenate((lane_rows.real, lane_rows.imag)),
+            np.stack((weight.real, weight.imag)),
             counts,
             (tuple(heads.pairs[0]), tuple(heads.pairs[1])),
         )

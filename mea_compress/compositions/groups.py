@@ -7,14 +7,13 @@ pair). Each group can then be a key/value head of its own in a stock checkpoint:
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
+from mea_compress.composed import Array, Composed
 from mea_compress.compositions.pool import group_heads, head_distance, reorder
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
-from mea_compress.modeling.attention_mea import LatentComposition, MeaAttention
+from mea_compress.layer_statistics import LayerStatistics
 
 
 def cluster(
@@ -48,8 +47,8 @@ def compose_groups(
     """
     request = replace(request, components=request.components // groups)
     found = []
-    for members in torch.arange(heads.key.shape[0]).chunk(groups):
-        queries = (members[:, None] * heads.group + torch.arange(heads.group)).flatten()
+    for members in np.arange(heads.key.shape[0]).reshape(groups, -1):
+        queries = (members[:, None] * heads.group + np.arange(heads.group)).reshape(-1)
         part = replace(
             heads,
             query=heads.query[queries],
@@ -60,7 +59,8 @@ def compose_groups(
         own = None if statistics is None else statistics.of_heads(members)
         found.append(fitter(part, own, request))
     composed, parts = zip(*found, strict=True)
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("query", "key", "value", "output")}
+    sides = ("query", "key", "value", "output")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in sides}
     return join(composed), replace(parts[0], **joined)
 
 
@@ -69,9 +69,19 @@ def join(parts: tuple[Composed, ...]) -> Composed:
     first, heads = parts[0], sum(part.heads for part in parts)
     if first.kind == "frequency":
         return _join_lanes(parts, heads)
-    projection = torch.cat([part.projection for part in parts])
-    weight = None if first.weight is None else torch.block_diag(*(part.weight for part in parts))
+    projection = np.concatenate([part.projection for part in parts])
+    weight = None if first.weight is None else _block_diagonal([part.weight for part in parts])
     return Composed(first.kind, heads, first.head_dim, projection, weight, groups=len(parts))
+
+
+def _block_diagonal(blocks: list[Any]) -> Array:
+    rows, columns = (sum(block.shape[i] for block in blocks) for i in (0, 1))
+    whole = np.zeros((rows, columns))
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def _join_lanes(parts: tuple[Composed, ...], heads: int) -> Composed:
@@ -81,45 +91,20 @@ def _join_lanes(parts: tuple[Composed, ...], heads: int) -> Composed:
         assert part.weight is not None and part.rotary_components is not None
         pairs = [p for p, count in enumerate(part.rotary_components) for _ in range(count)]
         for lane, pair in enumerate(pairs):
-            weight = part.weight.new_zeros(2, heads)
+            weight = np.zeros((2, heads))
             weight[:, start : start + part.heads] = part.weight[:, lane]
             lanes.append((pair, part.projection[[lane, len(pairs) + lane]], weight))
         start += part.heads
     lanes.sort(key=lambda lane: lane[0])  # stable: within a pair, group after group
-    rows = torch.stack([lane[1] for lane in lanes], 1).flatten(0, 1)  # all real parts, then all imaginary parts
+    rows = np.concatenate(np.stack([lane[1] for lane in lanes], 1))  # all real parts, then all imaginary parts
     counts = tuple(sum(column) for column in zip(*(part.rotary_components or () for part in parts), strict=True))
     return Composed(
         "frequency",
         heads,
         parts[0].head_dim,
         rows,
-        torch.stack([lane[2] for lane in lanes], 1),
+        np.stack([lane[2] for lane in lanes], 1),
         counts,
         parts[0].pairs,
         groups=len(parts),
     )
-
-
-def hold_groups(model: torch.nn.Module) -> None:
-    """Keeps what lies between groups at zero while a model or an attention module is trained."""
-    for module in model.modules():
-        if not isinstance(module, MeaAttention):
-            continue
-        attention: Any = module
-        groups = attention.config.mea["layers"][attention.layer_idx].get("groups", 1)
-        for composition in (attention.key_composition, attention.value_composition):
-            if groups > 1 and composition is not None and composition.weight.requires_grad:
-                within = _within_groups(composition, groups)
-                composition.weight.register_hook(lambda gradient, within=within: gradient * within)
-
-
-def _within_groups(composition: Any, groups: int) -> torch.Tensor:
-    """Where a composition's weight connects a component with the heads of its group, in the weight's shape."""
-    used = composition.weight.detach() != 0
-    if isinstance(composition, LatentComposition):  # (H * d, m)
-        blocks = used.unflatten(0, (groups, -1)).any(1)
-        return blocks.repeat_interleave(len(used) // groups, dim=0)
-    blocks = used.unflatten(-1, (groups, -1)).any(-1)  # heads come last
-    if blocks.dim() == 3:  # real and imaginary parts
-        blocks = blocks.any(0)
-    return blocks.repeat_interleave(used.shape[-1] // groups, dim=-1).expand_as(used)

@@ -5,7 +5,9 @@ column. ``activations`` takes the Gram of what the heads send. ``aligned`` first
 attention leaves, so that they become alike, and lets q_proj and o_proj take the turns back.
 """
 
-import torch
+import math
+
+import numpy as np
 
 from mea_compress.alignment import (
     align_phases,
@@ -14,16 +16,22 @@ from mea_compress.alignment import (
     change_value_basis,
     fold_head_norm,
 )
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross, value_root
+from mea_compress.composed import Array, Composed, join_heads, split_heads
+from mea_compress.compositions.measure import (
+    head_gram,
+    key_cross,
+    key_weights,
+    largest_entries,
+    moment,
+    value_cross,
+    value_root,
+)
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
+from mea_compress.layer_statistics import LayerStatistics
 
 
-def combine(
-    heads: torch.Tensor, components: int, second: torch.Tensor | None, gram: torch.Tensor | None = None
-) -> Composed:
+def combine(heads: Array, components: int, second: Array | None, gram: Array | None = None) -> Composed:
     """The best `components` component heads for real combinations.
 
     Components are scaled to the size of an average head, so that they survive float16.
@@ -39,21 +47,20 @@ def combine(
         G[g, h] = tr(W_g Σ W_hᵀ), or of `gram`.
     """
     count, head_dim = heads.shape[:2]
-    rows = heads.flatten(1)  # (H, d · (D + 1))
+    rows = heads.reshape(count, -1)  # (H, d · (D + 1))
     plain = rows @ rows.T
     if gram is None:
-        gram = plain if second is None else through(heads, second).flatten(1) @ rows.T
-    vectors = torch.linalg.eigh(gram).eigenvectors  # ascending
-    top = vectors.flip(-1)[:, :components]  # (H, C)
+        gram = plain if second is None else head_gram(heads, second)
+    vectors = np.linalg.eigh(gram).eigenvectors  # ascending
+    top = vectors[:, ::-1][:, :components]  # (H, C)
     # Signs are free; fixing them makes the bytes the same wherever the eigenvectors are.
-    top = top * torch.sign(top.gather(0, top.abs().argmax(0, keepdim=True)))
-    sizes = ((plain @ top) * top).sum(0).clamp(min=0).sqrt()  # of the components, (C,)
-    average = (plain.trace() / count).sqrt()
-    average = torch.where(average > 0, average, torch.ones_like(average))  # heads that are all zero stay so
+    top = top * np.sign(largest_entries(top))
+    sizes = np.sqrt(np.maximum(((plain @ top) * top).sum(0), 0))  # of the components, (C,)
+    average = math.sqrt(plain.trace() / count) or 1.0  # heads that are all zero stay so
     # Products of inner products lose half of the digits, so what is smaller counts as nothing.
-    scale = average / sizes.clamp(min=1e-7 * average)
-    projection = ((top * scale).T @ rows).unflatten(1, (head_dim, -1))  # (C, d, D + 1)
-    return Composed("head", count, head_dim, projection.flatten(0, 1), (top / scale).T.contiguous())
+    scale = average / np.maximum(sizes, 1e-7 * average)
+    projection = ((top * scale).T @ rows).reshape(components * head_dim, -1)
+    return Composed("head", count, head_dim, projection, (top / scale).T.copy())
 
 
 class Head:
@@ -79,24 +86,24 @@ class Head:
         return combine(heads.key, components, second), heads
 
     def _normed_keys(
-        self, heads: AttentionHeads, second: torch.Tensor | None, weights: torch.Tensor, components: int, fit: str
+        self, heads: AttentionHeads, second: Array | None, weights: Array, components: int, fit: str
     ) -> Composed:
         """QK-norm leaves no turns, but weights on channels and on whole heads, which the norm makes free."""
         if fit != "aligned":
             return combine(heads.key, components, second)
         assert heads.key_norm is not None
-        size = weights.square().mean(1).sqrt()  # (H,)
-        shape = (weights / size[:, None]).square().mean(0).sqrt()  # (P,)
-        channels = heads.key_norm.abs().clone()
+        size = np.sqrt(np.square(weights).mean(1))  # (H,)
+        shape = np.sqrt(np.square(weights / size[:, None]).mean(0))  # (P,)
+        channels = np.abs(heads.key_norm)
         for channel in heads.pairs:
             channels[channel] *= shape
-        channels = channels.clamp(min=1e-6 * float(channels.max()))
+        channels = np.maximum(channels, 1e-6 * channels.max())
         scale = size[:, None, None] * channels[None, :, None]
         composed = combine(heads.key * scale, components, second)
-        projection = composed.projection.unflatten(0, (components, -1)) / channels[None, :, None]
+        projection = split_heads(composed.projection, composed.head_dim) / channels[:, None]
         assert composed.weight is not None
         weight = composed.weight / size  # (C, H)
-        return Composed("head", composed.heads, composed.head_dim, projection.flatten(0, 1), weight)
+        return Composed("head", composed.heads, composed.head_dim, join_heads(projection), weight)
 
     def values(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request

@@ -5,35 +5,37 @@ errors weighed by what the layer does with them. `joint` has one for both sides.
 o_proj; keys must be rebuilt before RoPE.
 """
 
-import torch
+import math
 
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_weights, moment, through, value_root
+import numpy as np
+
+from mea_compress.composed import Array, Composed, join_heads, split_heads
+from mea_compress.compositions.measure import key_weights, largest_entries, moment, through, value_root
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
+from mea_compress.layer_statistics import LayerStatistics
 
 
-def low_rank(rows: torch.Tensor, second: torch.Tensor | None, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(rows: Array, second: Array | None, rank: int) -> tuple[Array, Array]:
     """The best rank for E‖(R - U P) x‖²: U (n, rank) and P (rank, D + 1), P's rows as large as an average row of R."""
-    vectors = torch.linalg.eigh(through(rows, second) @ rows.T).eigenvectors
-    basis = vectors.flip(-1)[:, :rank]
-    basis = basis * torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
+    vectors = np.linalg.eigh(through(rows, second) @ rows.T).eigenvectors
+    basis = vectors[:, ::-1][:, :rank]
+    basis = basis * np.sign(largest_entries(basis))
     projection = basis.T @ rows
-    average = (rows.square().sum() / rows.shape[0]).sqrt().clamp(min=1e-300)
-    scale = average / projection.square().sum(1).sqrt().clamp(min=1e-12 * average)
+    average = max(math.sqrt(np.square(rows).sum() / len(rows)), 1e-300)
+    scale = average / np.maximum(np.sqrt(np.square(projection).sum(1)), 1e-12 * average)
     return basis / scale, projection * scale[:, None]
 
 
-def _channel_weights(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+def _channel_weights(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
     """What an error of each channel of each key head costs, (H, d)."""
     weights = key_weights(heads, statistics, fit)
-    channels = torch.ones(heads.key.shape[:2], dtype=torch.float64)
+    channels = np.ones(heads.key.shape[:2])
     for channel in heads.pairs:
         channels[:, channel] = weights
     if heads.key_norm is not None and fit == "aligned":
-        gamma = heads.key_norm.abs()
-        channels = channels * gamma.clamp(min=1e-6 * float(gamma.max()))
+        gamma = np.abs(heads.key_norm)
+        channels = channels * np.maximum(gamma, 1e-6 * gamma.max())
     return channels
 
 
@@ -49,9 +51,9 @@ class Latent:
         fit = request.fit
         count, head_dim = heads.key.shape[:2]
         channels = _channel_weights(heads, statistics, fit)
-        rows = (heads.key * channels[..., None]).flatten(0, 1)
+        rows = join_heads(heads.key * channels[..., None])
         expansion, projection = low_rank(rows, moment(statistics, fit, "key"), request.width(head_dim))
-        return Composed(self.name, count, head_dim, projection, expansion / channels.flatten()[:, None]), heads
+        return Composed(self.name, count, head_dim, projection, expansion / channels.reshape(-1, 1)), heads
 
     def values(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
@@ -60,9 +62,9 @@ class Latent:
         fit = request.fit
         count, head_dim = heads.value.shape[:2]
         square, inverse = value_root(heads, fit)
-        rows = (square @ heads.value).flatten(0, 1)
+        rows = join_heads(square @ heads.value)
         expansion, projection = low_rank(rows, moment(statistics, fit, "value"), request.width(head_dim))
-        expansion = (inverse @ expansion.unflatten(0, (count, head_dim))).flatten(0, 1)
+        expansion = join_heads(inverse @ split_heads(expansion, head_dim))
         return Composed(self.name, count, head_dim, projection, expansion), heads
 
 
@@ -82,7 +84,7 @@ class Joint:
         latent, expansion, _ = _share_latent(heads, statistics, request)
         own = latent[: request.width(heads.key.shape[1])]
         return Composed(
-            self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent
+            self.name, expansion.shape[0], expansion.shape[1], own, join_heads(expansion), latent=latent
         ), heads
 
     def values(
@@ -92,29 +94,29 @@ class Joint:
         latent, _, expansion = _share_latent(heads, statistics, request)
         own = latent[len(latent) - request.width(heads.value.shape[1]) :]
         return Composed(
-            self.name, expansion.shape[0], expansion.shape[1], own, expansion.flatten(0, 1), latent=latent
+            self.name, expansion.shape[0], expansion.shape[1], own, join_heads(expansion), latent=latent
         ), heads
 
 
 def _share_latent(
     heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Array, Array, Array]:
     """The latent's rows (rank, D + 1), and what keys and values read from it, each (H, d, rank).
 
     Keys and values are stacked, weighed and made equal in size; then keys count `emphasis` times as much, for an error
     of a key changes what is attended to.
     """
-    count, head_dim = heads.key.shape[:2]
+    head_dim = heads.key.shape[1]
     channels = _channel_weights(heads, statistics, request.fit)
     square, inverse = value_root(heads, request.fit)
     second = moment(statistics, request.fit, "key")
-    keys = (heads.key * channels[..., None]).flatten(0, 1)
-    values = (square @ heads.value).flatten(0, 1)
+    keys = join_heads(heads.key * channels[..., None])
+    values = join_heads(square @ heads.value)
     attended = moment(statistics, request.fit, "value")
     energy = [(through(rows, seen) * rows).sum() for rows, seen in ((keys, second), (values, attended))]
-    scale = request.emphasis * float((energy[1] / energy[0]).sqrt() if min(energy) > 0 else 1.0)
+    scale = request.emphasis * (math.sqrt(energy[1] / energy[0]) if min(energy) > 0 else 1.0)
     rank = request.width(head_dim) + round(request.other * head_dim)
-    expansion, latent = low_rank(torch.cat((keys * scale, values)), second, rank)
-    for_keys = (expansion[: count * head_dim] / scale / channels.flatten()[:, None]).unflatten(0, (count, head_dim))
-    for_values = inverse @ expansion[count * head_dim :].unflatten(0, (count, head_dim))
+    expansion, latent = low_rank(np.concatenate((keys * scale, values)), second, rank)
+    for_keys = split_heads(expansion[: len(keys)] / scale, head_dim) / channels[..., None]
+    for_values = inverse @ split_heads(expansion[len(keys) :], head_dim)
     return latent, for_keys, for_values

@@ -10,22 +10,22 @@ import itertools
 import math
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from mea_compress.alignment import align_rotations, change_value_basis, fold_head_norm, from_pairs, key_pairs, query_for
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
+from mea_compress.composed import Array, Composed, join_heads, split_heads
 from mea_compress.compositions.head import combine
 from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
 from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads
+from mea_compress.layer_statistics import LayerStatistics
 
 _EXACT_HEADS = 12
 
 
-def group_heads(distance: torch.Tensor, groups: int) -> list[list[int]]:
+def group_heads(distance: Array, groups: int) -> list[list[int]]:
     """Heads in groups of one size, so that the sum of distances within groups is small.
 
     The best there is for up to 12 heads; beyond that greedy, then improved by swaps until no swap helps.
@@ -122,17 +122,17 @@ class Pool:
             return _normed_keys(heads, weights, second, components), heads
         cross = key_cross(heads, statistics, fit)  # (P, H, H)
         pairs = key_pairs(heads) * weights[..., None]
-        rows, factors = [], torch.ones(count, cross.shape[0], dtype=cross.dtype)
-        for members in torch.arange(count).split(count // components):
-            leading = torch.linalg.eigh(cross[:, members][:, :, members]).eigenvectors[..., -1]  # (P, group)
-            average = heads.key[members].square().sum((1, 2)).mean().sqrt()
-            shared = torch.einsum("pg,gpx->px", leading.conj(), pairs[members])  # (P, D + 1)
-            size = shared.abs().square().sum().sqrt()
-            scale = average / size if size > 0 else torch.ones_like(size)
+        rows, factors = [], np.ones((count, cross.shape[0]), cross.dtype)
+        for members in np.arange(count).reshape(components, -1):
+            leading = np.linalg.eigh(cross[:, members][:, :, members]).eigenvectors[..., -1]  # (P, group)
+            average = math.sqrt(np.square(heads.key[members]).sum() / len(members))
+            shared = np.einsum("pg,gpx->px", leading.conj(), pairs[members])  # (P, D + 1)
+            size = math.sqrt(np.square(np.abs(shared)).sum())
+            scale = average / size if size > 0 else 1.0
             rows.append(from_pairs(shared * scale, heads))
             factors[members] = (leading / scale).T / weights[members]
         # k ≈ factor · shared, so q conj(k) becomes (q conj(factor)) conj(shared).
-        composed = Composed(self.name, count, head_dim, torch.cat(rows))
+        composed = Composed(self.name, count, head_dim, np.concatenate(rows))
         return composed, replace(heads, query=query_for(heads, factors.conj()))
 
     def values(
@@ -149,21 +149,22 @@ class Pool:
         if heads.head_norm is not None:
             heads = fold_head_norm(heads)
             turned = []
-            for members in torch.arange(count).split(count // components):
+            for members in np.arange(count).reshape(components, -1):
                 turn = align_rotations(value_cross(heads.value[members], second), 1)
                 one = combine(turn @ heads.value[members], 1, second)
                 assert one.weight is not None
                 rows.append(one.projection * one.weight.mean())  # the norm makes the size of a head free
                 turned.append(turn)
-            return Composed(self.name, count, head_dim, torch.cat(rows)), change_value_basis(heads, torch.cat(turned))
+            heads = change_value_basis(heads, np.concatenate(turned))
+            return Composed(self.name, count, head_dim, np.concatenate(rows)), heads
         square, inverse = value_root(heads, fit)
-        for members in torch.arange(count).split(count // components):
-            expansion, shared = low_rank((square[members] @ heads.value[members]).flatten(0, 1), second, head_dim)
+        for members in np.arange(count).reshape(components, -1):
+            expansion, shared = low_rank(join_heads(square[members] @ heads.value[members]), second, head_dim)
             rows.append(shared)
-            maps.append(inverse[members] @ expansion.unflatten(0, (-1, head_dim)))
+            maps.append(inverse[members] @ split_heads(expansion, head_dim))
         # v ≈ map · shared, so W_O v becomes (W_O map) shared.
-        output = heads.output @ torch.cat(maps).repeat_interleave(heads.group, 0)
-        return Composed(self.name, count, head_dim, torch.cat(rows)), replace(heads, output=output)
+        output = heads.output @ np.concatenate(maps).repeat(heads.group, axis=0)
+        return Composed(self.name, count, head_dim, np.concatenate(rows)), replace(heads, output=output)
 
 
 def _check(count: int, components: int) -> None:
@@ -174,54 +175,53 @@ def _check(count: int, components: int) -> None:
         )
 
 
-def _averaged(heads: torch.Tensor, components: int) -> Composed:
-    mean = heads.unflatten(0, (components, -1)).mean(1)  # (C, d, D + 1)
-    return Composed("pool", heads.shape[0], heads.shape[1], mean.flatten(0, 1))
+def _averaged(heads: Array, components: int) -> Composed:
+    mean = heads.reshape(components, -1, *heads.shape[1:]).mean(1)  # (C, d, D + 1)
+    return Composed("pool", heads.shape[0], heads.shape[1], join_heads(mean))
 
 
-def _normed_keys(
-    heads: AttentionHeads, weights: torch.Tensor, second: torch.Tensor | None, components: int
-) -> Composed:
+def _normed_keys(heads: AttentionHeads, weights: Array, second: Array | None, components: int) -> Composed:
     """Under a key norm only the size of a head is free: heads of one size are averaged by their leading direction."""
     rows = []
-    size = weights.square().mean(1).sqrt()
-    for members in torch.arange(len(heads.key)).split(len(heads.key) // components):
+    size = np.sqrt(np.square(weights).mean(1))
+    for members in np.arange(len(heads.key)).reshape(components, -1):
         one = combine(heads.key[members] * size[members, None, None], 1, second)
         assert one.weight is not None
         rows.append(one.projection * one.weight.mean() / size[members].mean())
-    return Composed("pool", heads.key.shape[0], heads.key.shape[1], torch.cat(rows))
+    return Composed("pool", heads.key.shape[0], heads.key.shape[1], np.concatenate(rows))
 
 
-def head_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+def head_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
     """What two heads lose when they share one component, keys and values together, (H, H)."""
     return _key_distance(heads, statistics, fit) + _value_distance(heads, statistics, fit)
 
 
-def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
     """Share of two heads' weighted energy that one shared key loses, (H, H)."""
     cross = key_cross(heads, statistics, fit)
-    energy = cross.diagonal(dim1=-2, dim2=-1).real  # (P, H)
+    energy = cross.diagonal(axis1=-2, axis2=-1).real  # (P, H)
     first, other = energy[:, :, None], energy[:, None, :]
-    gap = ((first - other).square() / 4 + cross.abs().square()).sqrt()
+    gap = np.sqrt(np.square(first - other) / 4 + np.square(np.abs(cross)))
     if heads.key_norm is not None:  # no turns: the real parts add up over pairs
         total, inner = energy.sum(0), cross.real.sum(0)
-        lost = 1 - inner / (total[:, None] * total[None]).clamp(min=1e-300).sqrt()
+        lost = 1 - inner / np.sqrt(np.maximum(total[:, None] * total[None], 1e-300))
     else:
         smaller = (first + other) / 2 - gap  # the smaller eigenvalue of each 2 × 2 Gram
-        lost = smaller.sum(0) / energy.sum().clamp(min=1e-300)
-    return lost.fill_diagonal_(0)
+        lost = smaller.sum(0) / max(energy.sum(), 1e-300)
+    np.fill_diagonal(lost, 0)
+    return lost
 
 
-def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> torch.Tensor:
+def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
     """Share of two heads' weighted energy that one shared value of d channels loses, (H, H)."""
     second = moment(statistics, fit, "value")
     square, _ = value_root(heads, fit)
     cross = value_cross(square @ heads.value, second)  # (H, H, d, d)
     count, head_dim = heads.value.shape[:2]
-    lost = torch.zeros(count, count, dtype=torch.float64)
-    total = torch.einsum("ggaa->", cross).clamp(min=1e-300)
+    lost = np.zeros((count, count))
+    total = max(np.einsum("ggaa->", cross), 1e-300)
     for g in range(count):
         for h in range(g):
-            both = torch.cat((torch.cat((cross[g, g], cross[g, h]), 1), torch.cat((cross[h, g], cross[h, h]), 1)))
-            lost[g, h] = lost[h, g] = torch.linalg.eigvalsh(both)[:head_dim].clamp(min=0).sum() / total
+            both = np.block([[cross[g, g], cross[g, h]], [cross[h, g], cross[h, h]]])
+            lost[g, h] = lost[h, g] = np.maximum(np.linalg.eigvalsh(both)[:head_dim], 0).sum() / total
     return lost

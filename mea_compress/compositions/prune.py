@@ -5,38 +5,48 @@ by how much they contribute to the layer's output, ‖o_proj · head‖. With th
 turned towards the kept ones first; q_proj and o_proj take the turn back.
 """
 
-import torch
+import math
 
-from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm, output_metric
-from mea_compress.calibration import LayerStatistics
-from mea_compress.composed import Composed
-from mea_compress.compositions.measure import key_cross, key_weights, moment, through, value_cross
+import numpy as np
+
+from mea_compress.alignment import (
+    change_key_basis,
+    change_value_basis,
+    fold_head_norm,
+    nearest_rotation,
+    output_metric,
+    phase,
+    turned_gram,
+)
+from mea_compress.composed import Array, Composed, join_heads
+from mea_compress.compositions.measure import head_gram, key_cross, key_weights, moment, through, value_cross
 from mea_compress.compositions.request import Request
 from mea_compress.heads import AttentionHeads
+from mea_compress.layer_statistics import LayerStatistics
 
 _ROUNDS = 200
 
 
-def choose_kept(gram: torch.Tensor, components: int) -> list[int]:
+def choose_kept(gram: Array, components: int) -> list[int]:
     """Pivoted elimination: heads that span the others best, ascending.
 
     Args:
         gram: H × H inner products.
         components: How many to keep.
     """
-    left = gram.clone()
+    left = gram.copy()
     kept: list[int] = []
     for _ in range(components):
         diagonal = left.diagonal()
-        gain = left.square().sum(0) / diagonal.clamp(min=1e-12 * float(gram.diagonal().max()))
+        gain = np.square(left).sum(0) / np.maximum(diagonal, max(1e-12 * gram.diagonal().max(), 1e-300))
         gain[kept] = -1.0
         pivot = int(gain.argmax())
         kept.append(pivot)
-        left = left - torch.outer(left[:, pivot], left[pivot]) / left[pivot, pivot].clamp(min=1e-300)
+        left = left - np.outer(left[:, pivot], left[pivot]) / max(left[pivot, pivot], 1e-300)
     return sorted(kept)
 
 
-def largest_contributions(heads: AttentionHeads, second: torch.Tensor | None, components: int) -> list[int]:
+def largest_contributions(heads: AttentionHeads, second: Array | None, components: int) -> list[int]:
     """Heads that send most through o_proj, E‖W_O V x‖² summed over the group's queries, ascending.
 
     Args:
@@ -45,14 +55,14 @@ def largest_contributions(heads: AttentionHeads, second: torch.Tensor | None, co
         components: How many to keep.
     """
     metric = output_metric(fold_head_norm(heads))
-    sent = torch.einsum("gab,gax,gbx->g", metric, through(heads.value, second), heads.value)
-    return sorted(sent.argsort(descending=True, stable=True)[:components].tolist())
+    sent = ((metric @ heads.value) * through(heads.value, second)).sum((1, 2))
+    return sorted(np.argsort(-sent, stable=True)[:components].tolist())
 
 
-def least_squares(gram: torch.Tensor, kept: list[int]) -> torch.Tensor:
+def least_squares(gram: Array, kept: list[int]) -> Array:
     """W (C, H) with head h ≈ sum over c of W[c, h] kept head c; the identity on the kept ones."""
-    weight = torch.linalg.pinv(gram[kept][:, kept], hermitian=True) @ gram[kept]
-    weight[:, kept] = torch.eye(len(kept), dtype=gram.dtype)
+    weight = np.linalg.pinv(gram[kept][:, kept], hermitian=True) @ gram[kept]
+    weight[:, kept] = np.eye(len(kept))
     return weight
 
 
@@ -74,7 +84,7 @@ class Prune:
         elif cross is not None:
             kept = choose_kept(_coherent(cross), components)
         else:
-            kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.key, second), heads.key), components)
+            kept = choose_kept(head_gram(heads.key, second), components)
         if cross is not None:
             weights = key_weights(heads, statistics, fit).T
             plain = cross / (weights[:, :, None] * weights[:, None, :])
@@ -90,69 +100,62 @@ class Prune:
         if request.prune_by == "contribution":
             kept = largest_contributions(heads, second, components)
         else:
-            kept = choose_kept(torch.einsum("gdx,hdx->gh", through(heads.value, second), heads.value), components)
+            kept = choose_kept(head_gram(heads.value, second), components)
         if fit == "aligned":
             heads = fold_head_norm(heads)
             heads = change_value_basis(heads, _rotate_to_kept(value_cross(heads.value, second), kept))
         return self._composed(heads.value, kept, second), heads
 
-    def _composed(self, side: torch.Tensor, kept: list[int], second: torch.Tensor | None) -> Composed:
-        gram = torch.einsum("gdx,hdx->gh", through(side, second), side)
-        return Composed(self.name, side.shape[0], side.shape[1], side[kept].flatten(0, 1), least_squares(gram, kept))
+    def _composed(self, side: Array, kept: list[int], second: Array | None) -> Composed:
+        weight = least_squares(head_gram(side, second), kept)
+        return Composed(self.name, side.shape[0], side.shape[1], join_heads(side[kept]), weight)
 
 
-def _coherent(cross: torch.Tensor) -> torch.Tensor:
+def _coherent(cross: Array) -> Array:
     """Inner products that heads could reach if each pair were turned at will, (H, H)."""
-    return cross.abs().sum(0)
+    return np.abs(cross).sum(0)
 
 
-def _turn_to_kept(cross: torch.Tensor, kept: list[int]) -> torch.Tensor:
+def _turn_to_kept(cross: Array, kept: list[int]) -> Array:
     """Phases of the pruned heads, (H, P); alternates with least squares."""
     heads, pairs = cross.shape[1], cross.shape[0]
     pruned = [h for h in range(heads) if h not in kept]
-    z = torch.ones(heads, pairs, dtype=cross.dtype)
+    z = np.ones((heads, pairs), cross.dtype)
     if not pruned:
         return z
     # Begin with each pruned head turned to the kept head that it could resemble most.
     likeness = _coherent(cross)
     for g in pruned:
-        near = max(kept, key=lambda h: float(likeness[g, h] / cross[:, h, h].real.sum().clamp(min=1e-300).sqrt()))
-        z[g] = _unit(cross[:, g, near].conj())
+        near = max(kept, key=lambda h: likeness[g, h] / math.sqrt(max(cross[:, h, h].real.sum(), 1e-300)))
+        z[g] = phase(cross[:, g, near].conj())
     for _ in range(_ROUNDS):
         aligned = cross * z.T[:, :, None] * z.T[:, None, :].conj()
         weight = least_squares(aligned.real.sum(0), kept)  # (C, H)
-        inner = torch.einsum("cg,pgc->gp", weight.to(cross.dtype), cross[:, :, kept] * z[kept].T[:, None, :].conj())
-        new = z.clone()
-        new[pruned] = _unit(inner.conj())[pruned]
-        change = float((new - z).abs().max())
+        inner = np.einsum("cg,pgc->gp", weight, cross[:, :, kept] * z[kept].T[:, None, :].conj())
+        new = z.copy()
+        new[pruned] = phase(inner.conj())[pruned]
+        change = np.abs(new - z).max()
         z = new
         if change < 1e-9:
             break
     return z
 
 
-def _unit(z: torch.Tensor) -> torch.Tensor:
-    return torch.where(z.abs() > 0, z / z.abs().clamp(min=1e-300), torch.ones_like(z))
-
-
-def _rotate_to_kept(cross: torch.Tensor, kept: list[int]) -> torch.Tensor:
+def _rotate_to_kept(cross: Array, kept: list[int]) -> Array:
     """Rotations of the pruned heads, (H, d, d); alternates with least squares."""
     heads, head_dim = cross.shape[0], cross.shape[-1]
     pruned = [h for h in range(heads) if h not in kept]
-    maps = torch.eye(head_dim, dtype=cross.dtype).repeat(heads, 1, 1)
+    maps = np.tile(np.eye(head_dim), (heads, 1, 1))
     if not pruned:
         return maps
     for g in pruned:
-        near = max(kept, key=lambda h: float(torch.linalg.matrix_norm(cross[g, h], "nuc") / cross[h, h].trace().sqrt()))
-        left, _, right = torch.linalg.svd(cross[g, near])
-        maps[g] = right.mT @ left.mT
+        near = max(kept, key=lambda h: np.linalg.norm(cross[g, h], "nuc") / math.sqrt(cross[h, h].trace() or 1e-300))
+        maps[g] = nearest_rotation(cross[g, near])
     for _ in range(_ROUNDS):
-        gram = torch.einsum("gab,ghbc,hac->gh", maps, cross, maps)
-        weight = least_squares(gram, kept)
-        inner = torch.einsum("cg,gcbe->gbe", weight, cross[:, kept])
-        left, _, right = torch.linalg.svd(inner[pruned])
-        new = right.mT @ left.mT
-        change = float((new - maps[pruned]).abs().max())
+        weight = least_squares(turned_gram(cross, maps), kept)
+        inner = (weight.T[..., None, None] * cross[:, kept]).sum(1)  # (H, d, d)
+        new = nearest_rotation(inner[pruned])
+        change = np.abs(new - maps[pruned]).max()
         maps[pruned] = new
         if change < 1e-9:
             break

@@ -28,18 +28,10 @@ from .decode_mea import (
     readable_mask,
     softmax,
 )
-from .section_mea import cached_width
+from .section_mea import cached_width, rotary_pairs
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-
-def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
-    """The two channels of every pair of a head: RoPE turns (p, p + rotary_dim/2); what it leaves is paired alike."""
-    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
-    first = [*range(half), *range(rotary_dim, rotary_dim + rest)]
-    second = [*range(half, rotary_dim), *range(rotary_dim + rest, head_dim)]
-    return first, second
 
 
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,14 @@ def cached_width(components: float, head_dim: int) -> int:
     return round(components * head_dim)
 
 
+def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
+    """The two channels of every pair of a head: RoPE turns (p, p + rotary_dim/2); what it leaves is paired alike."""
+    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    first = [*range(half), *range(rotary_dim, rotary_dim + rest)]
+    second = [*range(half, rotary_dim), *range(rotary_dim + rest, head_dim)]
+    return first, second
+
+
 def complete_section(
     section: dict[str, Any] | None, config: Any, *, qk_norm: bool, bias: dict[str, bool]
 ) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import ml_dtypes  # noqa: F401 - loaded here, so that no file of it is opened while checkpoints are read
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mea_compress.checkpoint import CheckpointReader
-from mea_compress.checkpoint.reader import DTYPE_BITS
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.errors import RequestError
 
 SINGLE = "model.safetensors"

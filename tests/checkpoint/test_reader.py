@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mea_compress.checkpoint import CheckpointReader, dtype_name, torch_dtype
+from mea_compress.checkpoint import CheckpointReader, array_dtype, as_array, as_tensor, dtype_name, torch_dtype
+from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.errors import RequestError
 
 DTYPES = {
@@ -245,9 +247,9 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
     reader = CheckpointReader(tmp_path)
 
     def refuse(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        raise MemoryError("Unable to allocate 400 B")
 
-    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(np, "empty", refuse)
     with pytest.raises(RequestError, match="needs 400 bytes of memory"):
         reader.read("a")
 
@@ -271,3 +273,26 @@ def test_a_failing_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(RequestError, match="reading failed \\(Input/output error\\)"):
         reader.read("a")
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_NAMES))
+def test_arrays_and_tensors_are_the_same_numbers(dtype, tmp_path):
+    """Every dtype that safetensors and both libraries have, by bytes; bfloat16 and float8 through ml_dtypes."""
+    torch_type = getattr(torch, dtype)
+    raw = torch.arange(48, dtype=torch.uint8) % (2 if dtype == "bool" else 120)
+    tensor = raw.view(torch_type).reshape(2, -1)
+    save_file({"a": tensor, "b": tensor.reshape(-1)[0].clone()}, tmp_path / "model.safetensors")
+    reader = CheckpointReader(tmp_path)
+    for name in "ab":
+        read, array = reader.read(name), reader.read_array(name)
+        assert read.dtype == torch_type and array.dtype == array_dtype(reader.info(name).dtype)
+        assert read.shape == array.shape and read.reshape(-1).view(torch.uint8).numpy().tobytes() == array.tobytes()
+        assert dtype_name(array.dtype) == dtype_name(read.dtype) == reader.info(name).dtype
+        assert as_array(read).tobytes() == array.tobytes() and as_array(read).dtype == array.dtype
+        assert torch.equal(as_tensor(array).reshape(-1).view(torch.uint8), read.reshape(-1).view(torch.uint8))
+
+
+def test_rounding_to_bfloat16_is_pytorchs():
+    numbers = torch.randn(10_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10
+    ours = numbers.numpy().astype(array_dtype("BF16"))
+    assert torch.equal(as_tensor(ours), numbers.bfloat16())

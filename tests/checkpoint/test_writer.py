@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,24 +21,25 @@ from safetensors.torch import load_file, save_file
 from mea_compress.checkpoint import (
     CheckpointReader,
     NewTensor,
+    array_dtype,
+    as_array,
     dtype_name,
     plan_shards,
     required_bytes,
     shard_finished,
-    shard_steps,
     torch_dtype,
     write_checkpoint,
     write_index,
     write_shard,
 )
 from mea_compress.checkpoint import writer as writer_module
-from mea_compress.errors import RequestError
+from mea_compress.errors import DiskFullError, RequestError
 
 INDEX = "model.safetensors.index.json"
 
 
 def new(name, tensor):
-    return NewTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+    return NewTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: as_array(tensor))
 
 
 def source(directory, tensors):
@@ -180,7 +182,7 @@ def test_new_tensors_are_made_one_at_a_time_in_order(tmp_path):
     def entry(number):
         def produce():
             events.append(number)
-            return torch.full((2,), float(number), dtype=torch_dtype(dtype))
+            return np.full(2, float(number), array_dtype(dtype))
 
         dtype = "F32" if number % 2 else "BF16"
         return NewTensor(str(number), dtype, (2,), produce)
@@ -434,9 +436,11 @@ def test_what_stops_a_producer_stops_the_file_and_keeps_the_old_one(tmp_path, er
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("made", [torch.zeros(2, 3), torch.zeros(6).bfloat16(), torch.zeros(3, 2).double()])
+@pytest.mark.parametrize(
+    "made", [np.zeros((2, 3), np.float32), np.zeros((3, 2), array_dtype("BF16")), np.zeros((3, 2))]
+)
 def test_a_producer_must_keep_its_word(tmp_path, made):
-    with pytest.raises(RequestError, match=r"'x' came out as torch\.\w+ \[.*instead of torch\.float32 \[3, 2\]"):
+    with pytest.raises(RequestError, match=r"'x' came out as \w+ \[.*instead of float32 \[3, 2\]"):
         write_checkpoint(tmp_path, [NewTensor("x", "F32", (3, 2), lambda: made)])
     assert os.listdir(tmp_path) == []
 
@@ -523,13 +527,13 @@ def test_twenty_thousand_tensors_are_written_quickly(tmp_path):
 MEMORY = """
 import resource, sys
 from pathlib import Path
-import torch
-from mea_compress.checkpoint import CheckpointReader, NewTensor, write_checkpoint
+import numpy as np
+from mea_compress.checkpoint import CheckpointReader, NewTensor, array_dtype, write_checkpoint
 folder = Path(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-torch.zeros(1 << 20, dtype=torch.bfloat16).T.contiguous().view(torch.uint8).numpy()
+np.ascontiguousarray(np.zeros((2, 1 << 20), array_dtype("BF16")).T)
 base = peak()
-make = lambda: torch.zeros(1 << 12, 1 << 12, dtype=torch.bfloat16).T
+make = lambda: np.zeros((1 << 12, 1 << 12), array_dtype("BF16")).T
 write_checkpoint(folder / "a", [NewTensor(str(i), "BF16", (1 << 12, 1 << 12), make) for i in range(8)], 1 << 26)
 write_checkpoint(folder / "b", list(CheckpointReader(folder / "a").tensors.values()))
 print(peak() - base)
@@ -547,26 +551,42 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert int(run.stdout) < 90
 
 
-def test_a_file_is_written_in_two_steps_and_given_up_between_them(tmp_path):
-    write_checkpoint(tmp_path / "source", [NewTensor("a", "F32", (3,), lambda: torch.arange(3.0))])
-    copied = CheckpointReader(tmp_path / "source").info("a")
-    made = []
-    new = NewTensor("b", "F32", (2,), lambda: made.append(1) or torch.ones(2))
-    (shard,) = plan_shards([copied, new])
+def test_what_is_copied_is_there_before_anything_is_made(tmp_path):
+    copied = source(tmp_path / "source", {"a": torch.arange(3.0)}).info("a")
+    found = []
+
+    def produce():
+        found.append((tmp_path / "out" / "model.safetensors.tmp").read_bytes())
+        return np.ones(2, np.float32)
+
+    (shard,) = plan_shards([NewTensor("b", "F32", (2,), produce), copied])
     (tmp_path / "out").mkdir()
-    steps = shard_steps(tmp_path / "out", shard)
-    next(steps)
-    assert not made and os.listdir(tmp_path / "out") == ["model.safetensors.tmp"]
-    steps.close()
-    assert os.listdir(tmp_path / "out") == []
-    assert len(list(shard_steps(tmp_path / "out", shard))) == 1
-    assert made and torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], torch.arange(3.0))
+    write_shard(tmp_path / "out", shard)
+    begin = shard.positions[1]
+    assert found[0][begin : begin + 12] == np.arange(3, dtype=np.float32).tobytes()
+    assert len(found[0]) <= shard.nbytes and torch.equal(load_file(tmp_path / "out" / shard.name)["b"], torch.ones(2))
+
+
+def test_room_is_set_aside_before_anything_is_written(tmp_path, monkeypatch):
+    """A disk that is too small is told at once; a file system that cannot tell is written to all the same."""
+    written, pwrite = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: written.append(arguments) or pwrite(*arguments))
+    for error, refused in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False)):
+        monkeypatch.setattr(writer_module, "_system", lambda name, *_, error=error: error if name == "fallocate" else 0)
+        written.clear()
+        directory = tmp_path / str(error)
+        if refused:
+            with pytest.raises(DiskFullError, match="disk or quota is full"):
+                write_checkpoint(directory, [new("a", torch.ones(5))])
+        else:
+            write_checkpoint(directory, [new("a", torch.ones(5))])
+        assert bool(written) is not refused and os.listdir(directory) == ([] if refused else ["model.safetensors"])
 
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_files_are_synchronised_unless_the_caller_does_it(durable, tmp_path, monkeypatch):
     synchronised = []
     monkeypatch.setattr(os, "fsync", synchronised.append)
-    entries = [NewTensor("a", "F32", (3,), lambda: torch.arange(3.0))]
+    entries = [new("a", torch.arange(3.0))]
     write_checkpoint(tmp_path, entries, durable=durable)
     assert len(synchronised) == (2 if durable else 0)  # the file and its directory

@@ -3,11 +3,10 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
 from blocks import HEAD_DIM, HEADS, D, make_heads, run
 
-from mea_compress.calibration import LayerStatistics
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.frequency import allot
 from mea_compress.compositions.head import combine
@@ -15,6 +14,7 @@ from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.pool import group_heads
 from mea_compress.compositions.prune import choose_kept, least_squares
 from mea_compress.errors import RequestError
+from mea_compress.layer_statistics import LayerStatistics
 
 KEYS = ("head", "frequency", "latent", "joint", "pool", "prune", "share")
 VALUES = ("head", "latent", "joint", "pool", "prune", "share")
@@ -24,18 +24,23 @@ FITS = ("weights", "activations", "aligned")
 def make_statistics(heads=None, seed=7, cost=None):
     """Second moments of random inputs, and the products of the keys that they make."""
     heads = heads or make_heads()
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(400, D, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 2, D, dtype=torch.float64)
-    x = torch.cat((x, torch.ones(400, 1, dtype=torch.float64)), 1)
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((400, D)) * np.linspace(0.1, 2, D)
+    x = np.concatenate((x, np.ones((400, 1))), 1)
     smooth = (x[1:] + x[:-1]) / 2
     if cost is None:
-        cost = torch.rand(HEADS, HEAD_DIM // 2, generator=generator, dtype=torch.float64) + 0.1
+        cost = generator.random((HEADS, HEAD_DIM // 2)) + 0.1
     sent = heads.key @ x.T  # (H, d, tokens)
     if heads.key_norm is not None:
-        sent = sent * torch.rsqrt(sent.square().mean(1, keepdim=True) + heads.norm_eps) * heads.key_norm[:, None]
-    keys = torch.complex(*(sent[:, channels] for channels in heads.pairs))  # (H, P, tokens)
-    covariance = torch.einsum("gpt,hpt->pgh", keys, keys.conj()) / 400
+        sent = sent / np.sqrt(np.square(sent).mean(1, keepdims=True) + heads.norm_eps) * heads.key_norm[:, None]
+    keys = as_pairs(sent, heads)  # (H, P, tokens)
+    covariance = np.einsum("gpt,hpt->pgh", keys, keys.conj()) / 400
     return LayerStatistics(400, x.T @ x / 400, smooth.T @ smooth / 399, covariance, cost)
+
+
+def as_pairs(channels, heads):
+    first, other = heads.pairs
+    return channels[:, first] + 1j * channels[:, other]
 
 
 def surgery(heads, kind, side, components, fit):
@@ -54,7 +59,7 @@ def lost(heads, kind, side, components, fit):
     """Relative squared change of the block's output on random input."""
     composed, changed = surgery(heads, kind, side, components, fit)
     expected = run(heads)
-    return float((run(with_composed(changed, composed, side)) - expected).square().sum() / expected.square().sum())
+    return np.square(run(with_composed(changed, composed, side)) - expected).sum() / np.square(expected).sum()
 
 
 CASES = [("key", kind) for kind in KEYS] + [("value", kind) for kind in VALUES]
@@ -78,18 +83,18 @@ def test_with_half_the_components_half_is_cached_and_the_rest_is_kept_in_place(s
     composed, changed = surgery(heads, kind, side, HEADS // 2, fit)
     assert composed.projection.shape == (HEADS // 2 * HEAD_DIM, D + 1)
     assert composed.expansion().shape == (HEADS * HEAD_DIM, HEADS // 2 * HEAD_DIM)
-    assert torch.isfinite(run(with_composed(changed, composed, side))).all()
+    assert np.isfinite(run(with_composed(changed, composed, side))).all()
     if kind != "pool":  # what else changed is only a change of basis (pool folds its factors into it)
-        torch.testing.assert_close(run(changed), run(heads), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(run(changed), run(heads), rtol=0, atol=1e-10)
 
 
 def test_weights_fit_of_head_is_the_papers_svd():
     heads = make_heads()
-    matrix = heads.key.flatten(1).T  # (d·(D + 1), H)
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = heads.key.reshape(HEADS, -1).T  # (d·(D + 1), H)
+    left, singular, right = np.linalg.svd(matrix, full_matrices=False)
     expected = (left[:, :2] * singular[:2]) @ right[:2]
     composed, _ = surgery(heads, "head", "key", 2, "weights")
-    torch.testing.assert_close(composed.composed_heads().flatten(1).T, expected)
+    np.testing.assert_allclose(composed.composed_heads().reshape(HEADS, -1).T, expected, atol=1e-12)
 
 
 def test_combine_weighs_inputs_by_their_moment():
@@ -97,47 +102,46 @@ def test_combine_weighs_inputs_by_their_moment():
 
     def error(rebuilt):
         gap = heads - rebuilt
-        return float(torch.einsum("gdx,xy,gdy->", gap, second, gap))
+        return np.einsum("gdx,xy,gdy->", gap, second, gap)
 
     best = error(combine(heads, 2, second).composed_heads())
-    generator = torch.Generator().manual_seed(1)
+    generator = np.random.default_rng(1)
     for _ in range(50):  # no other two directions do better
-        basis = torch.linalg.qr(torch.randn(HEADS, 2, dtype=torch.float64, generator=generator)).Q
-        assert error(torch.einsum("gh,hdx->gdx", basis @ basis.T, heads)) >= best - 1e-9
+        basis = np.linalg.qr(generator.standard_normal((HEADS, 2))).Q
+        assert error(np.einsum("gh,hdx->gdx", basis @ basis.T, heads)) >= best - 1e-9
 
 
 def test_low_rank_is_the_whitened_svd():
-    rows, second = make_heads().value.flatten(0, 1), make_statistics().moment
+    rows, second = make_heads().value.reshape(-1, D + 1), make_statistics().moment
     expansion, projection = low_rank(rows, second, 5)
-    values, vectors = torch.linalg.eigh(second)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    left, singular, right = torch.linalg.svd(rows @ root, full_matrices=False)
-    torch.testing.assert_close(expansion @ projection @ root, (left[:, :5] * singular[:5]) @ right[:5])
+    values, vectors = np.linalg.eigh(second)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    left, singular, right = np.linalg.svd(rows @ root, full_matrices=False)
+    expected = (left[:, :5] * singular[:5]) @ right[:5]
+    np.testing.assert_allclose(expansion @ projection @ root, expected, atol=1e-9)
 
 
 def test_frequency_captures_what_the_complex_gram_says():
     heads, second = make_heads(), make_statistics().moment
-    first, other = heads.pairs
-    pairs = torch.complex(heads.key[:, first], heads.key[:, other])
+    pairs = as_pairs(heads.key, heads)
     for uniform in (True, False):
         request = Request(2, "activations", "uniform" if uniform else "energy")
         composed, _ = COMPOSITIONS["frequency"].keys(heads, make_statistics(), request)
         assert sum(composed.rotary_components) == 2 * HEAD_DIM // 2
         assert not uniform or set(composed.rotary_components) == {2}
         gap = heads.key - composed.composed_heads()
-        error = float(torch.einsum("gdx,xy,gdy->", gap, second, gap))
+        error = np.einsum("gdx,xy,gdy->", gap, second, gap)
         expected = 0.0
         for p, count in enumerate(composed.rotary_components):
             # An independent route: the singular values of the pair's whitened rows.
-            root = torch.linalg.cholesky(second + 1e-12 * torch.eye(D + 1, dtype=torch.float64))
-            singular = torch.linalg.svdvals(pairs[:, p] @ root.to(pairs.dtype))
-            expected += float(singular[count:].square().sum())
+            root = np.linalg.cholesky(second + 1e-12 * np.eye(D + 1))
+            singular = np.linalg.svdvals(pairs[:, p] @ root)
+            expected += np.square(singular[count:]).sum()
         assert error == pytest.approx(expected, rel=1e-6)
 
 
 def test_budgeted_components_are_the_best_split_there_is():
-    generator = torch.Generator().manual_seed(3)
-    energies = torch.rand(4, 3, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    energies = -np.sort(-np.random.default_rng(3).random((4, 3)), 1)
     for total in range(1, 13):
         found = allot(energies, total)
         splits = [s for s in itertools.product(range(4), repeat=4) if sum(s) == total]
@@ -150,44 +154,42 @@ def test_kept_heads_stay_bit_identical():
     heads = make_heads()
     for kind, side, fit in itertools.product(("prune", "share"), ("key", "value"), FITS):
         composed, _ = surgery(heads, kind, side, 2, fit)
-        components = composed.projection.unflatten(0, (2, HEAD_DIM))
+        components = composed.projection.reshape(2, HEAD_DIM, -1)
         original = getattr(heads, side)
-        kept = [g for g in range(HEADS) if any(torch.equal(original[g], c) for c in components)]
+        kept = [g for g in range(HEADS) if any(np.array_equal(original[g], c) for c in components)]
         assert len(kept) == 2, (kind, side, fit)
         if kind == "share":
-            assert set(composed.weight.unique().tolist()) == {0.0, 1.0}
+            assert set(np.unique(composed.weight)) == {0.0, 1.0}
             assert (composed.weight.sum(0) == 1).all()
 
 
 @pytest.mark.parametrize("fit", FITS)
 def test_heads_that_send_most_are_kept(fit):
     heads = make_heads()
-    scale = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+    scale = np.array([1.0, 3.0, 0.5, 2.0])
     heads = replace(heads, value=heads.value * scale[:, None, None])
     statistics = None if fit == "weights" else make_statistics(heads)
     request = Request(2, fit, prune_by="contribution")
     for side in ("key", "value"):
         composed, _ = getattr(COMPOSITIONS["prune"], f"{side}s")(heads, statistics, request)
-        kept = composed.projection.unflatten(0, (2, HEAD_DIM))
-        assert torch.equal(kept, getattr(heads, side)[[1, 3]])
+        kept = composed.projection.reshape(2, HEAD_DIM, -1)
+        assert np.array_equal(kept, getattr(heads, side)[[1, 3]])
 
 
 def test_pivoting_explains_heads_as_well_as_any_choice_here():
-    generator = torch.Generator().manual_seed(8)
-    base = torch.randn(2, 30, generator=generator, dtype=torch.float64)
-    mix = torch.tensor([[1, 0], [0, 1], [0.6, 0.4], [1, -1]], dtype=torch.float64)
-    heads = mix @ base
+    mix = np.array([[1, 0], [0, 1], [0.6, 0.4], [1, -1]])
+    heads = mix @ np.random.default_rng(8).standard_normal((2, 30))
     gram = heads @ heads.T
     kept = choose_kept(gram, 2)
     weight = least_squares(gram, kept)
-    torch.testing.assert_close(weight.T @ heads[kept], heads)
+    np.testing.assert_allclose(weight.T @ heads[kept], heads, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_grouping_is_the_best_pairing(seed):
-    generator = torch.Generator().manual_seed(seed)
-    distance = torch.rand(6, 6, generator=generator, dtype=torch.float64)
-    distance = (distance + distance.T).fill_diagonal_(0)
+    distance = np.random.default_rng(seed).random((6, 6))
+    distance = distance + distance.T
+    np.fill_diagonal(distance, 0)
     found = group_heads(distance, 3)
     assert sorted(itertools.chain(*found)) == list(range(6))
 
@@ -205,10 +207,11 @@ def test_grouping_is_the_best_pairing(seed):
 
 
 def test_many_heads_are_grouped_by_swaps_and_plain_pairs_are_found():
-    generator = torch.Generator().manual_seed(0)
-    partner = torch.randperm(16, generator=generator).view(8, 2).tolist()
-    distance = torch.rand(16, 16, generator=generator, dtype=torch.float64) + 1
-    distance = (distance + distance.T).fill_diagonal_(0)
+    generator = np.random.default_rng(0)
+    partner = generator.permutation(16).reshape(8, 2).tolist()
+    distance = generator.random((16, 16)) + 1
+    distance = distance + distance.T
+    np.fill_diagonal(distance, 0)
     for a, b in partner:
         distance[a, b] = distance[b, a] = 0.01
     assert group_heads(distance, 8) == sorted(sorted(pair) for pair in partner)
@@ -217,7 +220,7 @@ def test_many_heads_are_grouped_by_swaps_and_plain_pairs_are_found():
 def test_pool_averages_adjacent_heads_when_it_looks_at_weights_alone():
     heads = make_heads()
     composed, _ = surgery(heads, "pool", "key", 2, "weights")
-    torch.testing.assert_close(composed.projection[:HEAD_DIM], (heads.key[0] + heads.key[1]) / 2)
+    np.testing.assert_allclose(composed.projection[:HEAD_DIM], (heads.key[0] + heads.key[1]) / 2)
 
 
 def test_pool_wants_groups_of_one_size():
@@ -229,21 +232,22 @@ def test_pool_wants_groups_of_one_size():
 def test_what_is_aligned_loses_less_than_what_is_not(side):
     # Heads that are turned copies of two: alignment finds out, the paper's initialisation cannot.
     heads = make_heads()
-    generator = torch.Generator().manual_seed(9)
+    generator = np.random.default_rng(9)
     base = getattr(heads, side)[:2]
     if side == "key":
         first, other = heads.pairs
-        turn = torch.exp(2j * torch.pi * torch.rand(2, HEAD_DIM // 2, generator=generator, dtype=torch.float64))
-        pairs = torch.complex(base[:, first], base[:, other]) * turn[..., None]
-        copies = base.clone()
+        turn = np.exp(2j * np.pi * generator.random((2, HEAD_DIM // 2)))
+        pairs = as_pairs(base, heads) * turn[..., None]
+        copies = base.copy()
         copies[:, first], copies[:, other] = pairs.real, pairs.imag
     else:
-        copies = torch.linalg.qr(torch.randn(2, HEAD_DIM, HEAD_DIM, generator=generator, dtype=torch.float64)).Q @ base
-    heads = replace(heads, **{side: torch.cat((base, copies))})
+        copies = np.linalg.qr(generator.standard_normal((2, HEAD_DIM, HEAD_DIM))).Q @ base
+    heads = replace(heads, **{side: np.concatenate((base, copies))})
     # Queries of one length: weights that differ by head and pair would make the copies differ again.
-    statistics = make_statistics(heads, cost=torch.ones(HEADS, HEAD_DIM // 2, dtype=torch.float64))
+    statistics = make_statistics(heads, cost=np.ones((HEADS, HEAD_DIM // 2)))
     composed, changed = getattr(COMPOSITIONS["head"], f"{side}s")(heads, statistics, Request(2, "aligned"))
     expected = run(heads)
-    aligned = float((run(with_composed(changed, composed, side)) - expected).square().sum() / expected.square().sum())
-    assert lost(heads, "head", side, 2, "weights") > 1e-2
-    assert aligned < (1e-12 if side == "key" else 1e-2)
+    aligned = np.square(run(with_composed(changed, composed, side)) - expected).sum() / np.square(expected).sum()
+    unaligned = lost(heads, "head", side, 2, "weights")
+    assert unaligned > 1e-2
+    assert aligned < (1e-12 if side == "key" else unaligned / 4)

@@ -1,0 +1,101 @@
+"""The closed form of one layer: what its compositions make of its heads, from statistics or from weights alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mea_compress.architectures import Source
+from mea_compress.checkpoint import array_dtype
+from mea_compress.composed import Array, Composed, join_heads
+from mea_compress.compositions import COMPOSITIONS, Request
+from mea_compress.compositions.groups import cluster, compose_groups
+from mea_compress.heads import AttentionHeads, ComposedLayer, read_composed, read_heads
+from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.plan import LayerPlan, needs_whole_layer, stored_dtype
+from mea_compress.recipe import Recipe
+
+
+def compose(
+    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, recipe: Recipe
+) -> tuple[ComposedLayer, dict[str, float]]:
+    """The closed form of one layer.
+
+    Args:
+        source: The checkpoint.
+        layer: What the plan says of the layer.
+        statistics: Of its inputs; None with the ``weights`` fit.
+        recipe: Fit and what else compositions are asked.
+
+    Returns:
+        The composed layer, and for each side the share of the heads' squared weights that is lost in the dtype that
+        they will be stored in.
+
+    Raises:
+        RequestError: A weight is not finite, or the composition cannot do what is asked.
+    """
+    # Weights alone never change what is not keys or values, so queries and output need not be in memory.
+    grouped = recipe.kv_groups > 1
+    heads = original = read_heads(source, layer.layer, whole=needs_whole_layer(recipe, layer))
+    if grouped:
+        heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
+    sides = {}
+    spec = source.config.mea["layers"][layer.layer]
+    for side in ("key", "value"):
+        kind = getattr(layer, f"{side}_composition")
+        if (kind, getattr(layer, f"{side}_components")) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
+            continue
+        fitter = getattr(COMPOSITIONS[kind], f"{side}s")
+        other = layer.value_components if side == "key" else layer.key_components
+        own = getattr(layer, f"{side}_components")
+        request = Request(own, recipe.fit, recipe.rotary_budget, recipe.prune_by, other)
+        if grouped:
+            sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
+        else:
+            sides[side], heads = fitter(heads, statistics, request)
+    for side in {"key", "value"} - set(sides):
+        kept = read_composed(source, layer.layer, side)
+        if kept.kind == "none":  # heads may have come into another order
+            kept = replace(kept, projection=join_heads(getattr(heads, side)))
+        sides[side] = kept
+    composed = ComposedLayer(
+        sides["key"],
+        sides["value"],
+        query=None if heads.query is original.query else heads.query,
+        output=None if heads.output is original.output else heads.output,
+        head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
+    )
+    dtype = stored_dtype(source, recipe)
+    lost = {f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype), side) for side in ("key", "value")}
+    return composed, {name: value for name, value in lost.items() if value is not None}
+
+
+def _as_stored(composed: Composed, dtype: str) -> Composed:
+    def rounded(array: Array | None) -> Any:
+        return None if array is None else array.astype(array_dtype(dtype)).astype(np.float64)
+
+    with np.errstate(over="ignore"):
+        rows, weight, latent = (rounded(array) for array in (composed.projection, composed.weight, composed.latent))
+    return replace(composed, projection=rows, weight=weight, latent=latent)
+
+
+def _lost(heads: AttentionHeads, composed: Composed, side: str) -> float | None:
+    """Share of the heads' squared weights that the composed heads miss; None where heads have factors elsewhere."""
+    target = getattr(heads, side)
+    if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
+        return None
+    if composed.kind in ("head", "prune", "share"):  # inner products of heads and components tell
+        assert composed.weight is not None
+        rows = target.reshape(len(target), -1)
+        components = composed.projection.reshape(-1, rows.shape[1])
+        whole = float(np.linalg.norm(rows)) ** 2
+        found = composed.weight.T  # (H, C)
+        gained = (rows @ components.T * found).sum() - ((found @ (components @ components.T)) * found).sum() / 2
+        return max(0.0, whole - 2 * float(gained)) / max(whole, 1e-300)
+    lost = whole = 0.0
+    for wanted, found in zip(target, composed.each_head(), strict=True):
+        if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
+            found = found / heads.key_norm[:, None]
+        lost += float(np.square(wanted - found).sum())
+        whole += float(np.square(wanted).sum())
+    return lost / max(whole, 1e-300)
