@@ -9,6 +9,7 @@ import numpy as np
 from mea_compress.architectures import Source
 from mea_compress.architectures.source import projection_info
 from mea_compress.checkpoint import TensorInfo, array_dtype, read_array
+from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.composed import Array, Composed, join_heads, split_heads
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import rotary_pairs
@@ -209,7 +210,9 @@ def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: str) -> Stor
         with np.errstate(over="ignore"):
             rounded[name] = array.astype(array_dtype(dtype), order="C")
         if not np.isfinite(rounded[name]).all():
-            raise RequestError(f"{name} of a composed layer is too large for {dtype}; choose --dtype bfloat16")
+            raise RequestError(
+                f"{name} of a composed layer has numbers too large for {TORCH_NAMES[dtype]}; choose --dtype bfloat16"
+            )
     return StoredLayer(layer_section(layer), rounded)
 
 

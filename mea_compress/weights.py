@@ -1,7 +1,7 @@
 """The weight files of a checkpoint: what does not change is copied as bytes, what was fitted takes its place.
 
-Where the plan says beforehand which tensors a fit makes, the files are written by a thread of their own while layers
-are fitted: most of the work is copying, which the system does, and needs neither Python nor PyTorch.
+Where the plan says beforehand which tensors a fit makes, the files are written by threads of their own while layers
+are fitted: most of the work is copying, which the system does, and waiting for the disk.
 """
 
 from __future__ import annotations

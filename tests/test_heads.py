@@ -80,3 +80,12 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
     read_projection(source, 1, "key")
     with pytest.raises(RequestError, match=r"q_proj\.weight holds NaN or infinite"):
         read_projection(source, 1, "query")
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_refused():
+    rows = np.full((4, 5), 7e4)  # float16 ends at 65504
+    side = Composed("none", 2, 2, rows)
+    bias = {"query": False, "key": True, "value": False}
+    assert np.isfinite(store_layer(ComposedLayer(side, side), bias, "BF16").tensors["k_proj.bias"]).all()
+    with pytest.raises(RequestError, match=r"k_proj\.weight .* too large for float16; choose --dtype bfloat16"):
+        store_layer(ComposedLayer(side, side), bias, "F16")

@@ -5,10 +5,10 @@ A composition is a class with a ``name`` and one or both of::
     keys(heads, statistics, request) -> (Composed, AttentionHeads)
     values(heads, statistics, request) -> (Composed, AttentionHeads)
 
-It gets a layer as heads, the second moments of its inputs (None for ``fit="weights"``) and what is asked for (a number
-of component heads, a fit). It returns components and composition of its side, with the layer whose remaining parts fit
-them: queries or o_proj may have changed basis. It never sees a file or a model. An instance in ``COMPOSITIONS`` makes
-it reachable.
+It gets a layer as heads, the second moments of its inputs (None for ``fit="weights"``), both NumPy arrays in float64,
+and what is asked for (a number of component heads, a fit). It returns components and composition of its side, with the
+layer whose remaining parts fit them: queries or o_proj may have changed basis. It never sees a file or a model. An
+instance in ``COMPOSITIONS`` makes it reachable.
 """
 
 from typing import Any
