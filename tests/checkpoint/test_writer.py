@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from mea_compress.checkpoint import (
 from mea_compress.checkpoint import writer as writer_module
 from mea_compress.errors import DiskFullError, RequestError
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def new(name, tensor):
@@ -581,6 +582,32 @@ def test_room_is_set_aside_before_anything_is_written(tmp_path, monkeypatch):
         else:
             write_checkpoint(directory, [new("a", torch.ones(5))])
         assert bool(written) is not refused and os.listdir(directory) == ([] if refused else ["model.safetensors"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are shared on Linux only")
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_room_is_set_aside_where_pages_are_shared(shared, tmp_path, monkeypatch):
+    """One whole page is tried, with the same place in a page on both sides; the file comes out the same either way."""
+    folder = tmp_path / "src"
+    paged(folder, {"a": 1000, "b": 3 * 4096}, 1096)
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "model.safetensors")
+    tried, called = [], []
+
+    def clone(target, request, argument):
+        tried.append((request, struct.unpack("qQQQ", argument)))
+        if not shared:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(writer_module.fcntl, "ioctl", clone)
+    monkeypatch.setattr(writer_module, "_system", lambda name, *_: called.append(name) or 0)
+    reader = CheckpointReader(folder)
+    (file,) = write_checkpoint(tmp_path / "out", [*reader.tensors.values(), new("c", torch.ones(3, dtype=torch.uint8))])
+    ((request, (_, offset, count, position)),) = tried
+    assert request == 0x4020940D and count == 4096 and offset % 4096 == position % 4096 == 0
+    assert file.read_bytes()[position : position + count] == (folder / SINGLE).read_bytes()[offset : offset + count]
+    assert ("fallocate" in called) is not shared
+    for name in "ab":
+        assert torch.equal(load_file(file)[name], reader.read(name))
 
 
 @pytest.mark.parametrize("durable", [True, False])
