@@ -137,7 +137,12 @@ def align_rotations(cross: Array, components: int) -> Array:
     """
     heads, head_dim = cross.shape[0], cross.shape[-1]
     own = np.stack([cross[g, g] for g in range(heads)])
-    principal = np.linalg.eigh(own).eigenvectors.mT[:, ::-1]
+    principal = np.linalg.eigh(own).eigenvectors.mT[:, ::-1]  # (H, d, d), an axis a row
+    # Signs are free: the first head's make its largest entries positive, the others agree with it axis by axis.
+    first = principal[0]
+    first = first * np.sign(np.take_along_axis(first, np.abs(first).argmax(1, keepdims=True), 1))
+    agreement = ((principal @ cross[:, 0]) * first).sum(-1)  # (H, d)
+    principal = principal * np.where(agreement < 0, -1.0, 1.0)[..., None]
     identity = np.broadcast_to(np.eye(head_dim), (heads, head_dim, head_dim))
     return _best([_align_rotations(cross, components, start) for start in (principal, identity)])
 

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 
 from mea_compress.architectures import Source
-from mea_compress.checkpoint import array_dtype
 from mea_compress.composed import Array, Composed, join_heads
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
-from mea_compress.heads import AttentionHeads, ComposedLayer, read_composed, read_heads
+from mea_compress.heads import AttentionHeads, ComposedLayer, read_composed, read_heads, rounded
 from mea_compress.layer_statistics import LayerStatistics
 from mea_compress.plan import LayerPlan, needs_whole_layer, stored_dtype
 from mea_compress.recipe import Recipe
@@ -66,16 +65,18 @@ def compose(
         head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
     )
     dtype = stored_dtype(source, recipe)
-    lost = {f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype), side) for side in ("key", "value")}
+    lost = {
+        f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype, side), side) for side in ("key", "value")
+    }
     return composed, {name: value for name, value in lost.items() if value is not None}
 
 
-def _as_stored(composed: Composed, dtype: str) -> Composed:
-    def rounded(array: Array | None) -> Any:
-        return None if array is None else array.astype(array_dtype(dtype)).astype(np.float64)
+def _as_stored(composed: Composed, dtype: str, side: str) -> Composed:
+    def stored(array: Array | None, name: str) -> Any:
+        return None if array is None else rounded(array, dtype, name).astype(np.float64)
 
-    with np.errstate(over="ignore"):
-        rows, weight, latent = (rounded(array) for array in (composed.projection, composed.weight, composed.latent))
+    rows, latent = (stored(rows, f"{side[0]}_proj") for rows in (composed.projection, composed.latent))
+    weight = stored(composed.weight, f"{side}_composition")
     return replace(composed, projection=rows, weight=weight, latent=latent)
 
 

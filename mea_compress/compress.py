@@ -60,8 +60,8 @@ class CompressionResult:
 def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, progress: bool = True) -> CompressionResult:
     """Compresses the KV cache of a checkpoint.
 
-    OUT appears complete or not at all: it is built beside its place, reloaded, checked against the composed model,
-    and renamed last. Tensors that do not change are copied as bytes. SRC is only read.
+    OUT appears complete or not at all: it is built beside its place, checked against what was composed (see
+    `_verified`), and renamed last. Tensors that do not change are copied as bytes. SRC is only read.
 
     Args:
         source: Checkpoint directory.
@@ -110,7 +110,7 @@ def _published(source: Source, out: Path, recipe: Recipe, plan: Plan) -> Compres
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    names = ("mea-compress", "torch", "transformers", "safetensors", "numpy")
+    names = ("mea-compress", "torch", "transformers", "safetensors", "numpy", "ml-dtypes")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
@@ -169,7 +169,7 @@ def _verified(source: Source, plan: Plan, recipe: Recipe, directory: Path, progr
     found = inspect_checkpoint(directory).bytes_per_token
     if found != plan.bytes_after:
         raise VerificationError(f"the cache holds {found} bytes per token where the plan says {plan.bytes_after}")
-    return {"compared": "tensors of every layer, bit for bit", "largest_difference": 0.0, "kv_bytes_per_token": found}
+    return {"compared": "tensors of every layer, bit for bit", "kv_bytes_per_token": found}
 
 
 def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:

@@ -205,15 +205,24 @@ def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: str) -> Stor
     Raises:
         RequestError: The dtype has no numbers as large as these.
     """
-    rounded = {}
-    for name, array in layer_tensors(layer, bias).items():
-        with np.errstate(over="ignore"):
-            rounded[name] = array.astype(array_dtype(dtype), order="C")
-        if not np.isfinite(rounded[name]).all():
-            raise RequestError(
-                f"{name} of a composed layer has numbers too large for {TORCH_NAMES[dtype]}; choose --dtype bfloat16"
-            )
-    return StoredLayer(layer_section(layer), rounded)
+    tensors = {name: rounded(array, dtype, name) for name, array in layer_tensors(layer, bias).items()}
+    return StoredLayer(layer_section(layer), tensors)
+
+
+def rounded(array: Array, dtype: str, name: str) -> Array:
+    """Numbers of a composed layer in the dtype that they will be stored in (as safetensors calls it).
+
+    Raises:
+        RequestError: It cannot hold them.
+    """
+    with np.errstate(over="ignore"):
+        found = array.astype(array_dtype(dtype), order="C")
+    if not np.isfinite(found).all():
+        remedy = (
+            "choose --dtype bfloat16" if dtype == "F16" else "give other --text, or leave the layer out with --layers"
+        )
+        raise RequestError(f"{name} of a composed layer has numbers that {TORCH_NAMES[dtype]} cannot hold; {remedy}")
+    return found
 
 
 def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Array]:

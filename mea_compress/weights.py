@@ -7,7 +7,7 @@ are fitted: most of the work is copying, which the system does, and waiting for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +61,8 @@ def write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
     entries = _entries(source, plan, fitted)
     if recipe.dtype is not None:
         entries = [_cast(entry, recipe.dtype) for entry in entries]
-    write_shards(entries, recipe.shard_bytes, workspace, progress)
+    # Tensors of any size are made where all are cast: one of them in memory at a time.
+    write_shards(entries, recipe.shard_bytes, workspace, progress, 1 if recipe.dtype is not None else _FILES_AT_ONCE)
 
 
 @contextmanager
@@ -140,9 +141,12 @@ class _Promise:
     directory: Path
     name: str
     stored: Future[None]
+    fit: _Fit
 
     def __call__(self) -> NDArray[Any]:
-        self.stored.result()
+        while not self.stored.done():
+            self.fit.check()
+            wait([self.stored], timeout=0.1)
         return CheckpointReader(self.directory).read_array(self.name)
 
 
@@ -151,12 +155,14 @@ def _promised(source: Source, layer: LayerPlan, workspace: Workspace, fit: _Fit)
     stored = fit.stored[layer.layer] = Future()
     directory = layer_directory(workspace, layer.layer)
     return {
-        name: NewTensor(name, source.dtype, shape, _Promise(directory, name, stored))
+        name: NewTensor(name, source.dtype, shape, _Promise(directory, name, stored, fit))
         for name, shape in stored_shapes(source, layer).items()
     }
 
 
-def write_shards(entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool) -> None:
+def write_shards(
+    entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool, at_once: int = _FILES_AT_ONCE
+) -> None:
     """Writes all weights of the checkpoint, with a bar; files that an interrupted run has finished stay as they are.
 
     Args:
@@ -164,14 +170,20 @@ def write_shards(entries: Sequence[Entry], shard_bytes: int, workspace: Workspac
         shard_bytes: Largest sum of tensor bytes in one file.
         workspace: Where to, and what is finished.
         progress: Show a progress bar on stderr.
+        at_once: Files that are written at a time, with a tensor that is made in memory for each.
     """
-    with _writing(entries, shard_bytes, workspace, progress, _Fit()):
+    with _writing(entries, shard_bytes, workspace, progress, _Fit(), at_once):
         pass
 
 
 @contextmanager
 def _writing(
-    entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool, fit: _Fit
+    entries: Sequence[Entry],
+    shard_bytes: int,
+    workspace: Workspace,
+    progress: bool,
+    fit: _Fit,
+    at_once: int = _FILES_AT_ONCE,
 ) -> Iterator[list[Future[None]]]:
     """The same beside the block, in threads, each with a file of its own: what a fit makes is waited for last.
 
@@ -183,7 +195,7 @@ def _writing(
     telling = Lock()
     with (
         tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=not progress) as bar,
-        ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="weights") as pool,
+        ThreadPoolExecutor(at_once, thread_name_prefix="weights") as pool,
     ):
 
         def tell(count: int) -> None:
@@ -198,15 +210,16 @@ def _writing(
             write_shard(workspace.path, shard, tell)
             workspace.record("shards", shard.name, True)
 
-        files = [pool.submit(write, shard) for shard in shards]
+        files: list[Future[None]] = []
         try:
+            for shard in shards:
+                files.append(pool.submit(write, shard))
             yield files
             for file in files:
                 file.result()
         except BaseException:
-            fit.given_up.set()
-            for waiting in (*files, *fit.stored.values()):
-                waiting.cancel()
+            fit.given_up.set()  # ends them all, whatever comes in between
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     write_index(workspace.path, shards)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -519,6 +520,23 @@ def test_an_error_of_the_thread_that_writes_ends_the_fit(error, source, tmp_path
     assert len(fitted) == 1
     if not isinstance(error, KeyError | OSError):
         assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+def test_a_writer_that_cannot_be_started_leaves_none_waiting(error, source, tmp_path, monkeypatch):
+    """The first one is under way by then and would wait for a layer that nobody fits."""
+    submit, submitted = ThreadPoolExecutor.submit, []
+
+    def fail(self, *arguments):
+        submitted.append(submit(self, *arguments))
+        if len(submitted) == 2:
+            raise error
+        return submitted[-1]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail)
+    with pytest.raises(type(error)):
+        run(source, tmp_path / "out", with_recipe(shard_size="20KB"))
+    assert len(submitted) == 2 and no_writer_is_left()
 
 
 @pytest.mark.parametrize("case", CASES)

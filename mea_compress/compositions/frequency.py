@@ -13,6 +13,7 @@ from mea_compress.alignment import key_pairs
 from mea_compress.composed import Array, Composed
 from mea_compress.compositions.measure import key_cross, key_weights, largest_entries, moment, pair_cross
 from mea_compress.compositions.request import Request
+from mea_compress.errors import RequestError
 from mea_compress.heads import AttentionHeads
 from mea_compress.layer_statistics import LayerStatistics
 
@@ -57,6 +58,11 @@ class Frequency:
         if heads.key_norm is not None:
             first, other = heads.pairs
             gamma = heads.key_norm
+            if not gamma.all():
+                raise RequestError(
+                    "frequency keys have the weight of the key norm in them, which takes a channel out where it is 0; "
+                    "choose --key-composition head"
+                )
             weighted = heads.key[:, first] * gamma[first, None] + 1j * heads.key[:, other] * gamma[other, None]
         else:
             weighted = key_pairs(heads)

@@ -34,15 +34,16 @@ def choose_kept(gram: Array, components: int) -> list[int]:
         gram: H × H inner products.
         components: How many to keep.
     """
-    left = gram.copy()
+    left, floor = gram.copy(), max(1e-12 * gram.diagonal().max(), 1e-300)
     kept: list[int] = []
     for _ in range(components):
         diagonal = left.diagonal()
-        gain = np.square(left).sum(0) / np.maximum(diagonal, max(1e-12 * gram.diagonal().max(), 1e-300))
+        gain = np.square(left).sum(0) / np.maximum(diagonal, floor)
         gain[kept] = -1.0
         pivot = int(gain.argmax())
         kept.append(pivot)
-        left = left - np.outer(left[:, pivot], left[pivot]) / max(left[pivot, pivot], 1e-300)
+        if left[pivot, pivot] > floor:  # else those kept so far span it, and there is nothing to take out
+            left = left - np.outer(left[:, pivot], left[pivot]) / left[pivot, pivot]
     return sorted(kept)
 
 
@@ -126,7 +127,7 @@ def _turn_to_kept(cross: Array, kept: list[int]) -> Array:
     # Begin with each pruned head turned to the kept head that it could resemble most.
     likeness = _coherent(cross)
     for g in pruned:
-        near = max(kept, key=lambda h: likeness[g, h] / math.sqrt(max(cross[:, h, h].real.sum(), 1e-300)))
+        near = max(kept, key=lambda h: float(likeness[g, h]) / math.sqrt(max(cross[:, h, h].real.sum(), 1e-300)))
         z[g] = phase(cross[:, g, near].conj())
     for _ in range(_ROUNDS):
         aligned = cross * z.T[:, :, None] * z.T[:, None, :].conj()
@@ -148,8 +149,9 @@ def _rotate_to_kept(cross: Array, kept: list[int]) -> Array:
     maps = np.tile(np.eye(head_dim), (heads, 1, 1))
     if not pruned:
         return maps
+    sizes = np.sqrt(np.maximum(np.trace(cross[kept, kept], axis1=-2, axis2=-1), 1e-300))
     for g in pruned:
-        near = max(kept, key=lambda h: np.linalg.norm(cross[g, h], "nuc") / math.sqrt(cross[h, h].trace() or 1e-300))
+        near = kept[int(np.argmax(np.linalg.matrix_norm(cross[g, kept], ord="nuc") / sizes))]
         maps[g] = nearest_rotation(cross[g, near])
     for _ in range(_ROUNDS):
         weight = least_squares(turned_gram(cross, maps), kept)

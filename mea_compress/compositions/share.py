@@ -81,7 +81,9 @@ class Share:
         maps = np.tile(np.eye(cross.shape[-1]), (len(place), 1, 1))
         for head, index in enumerate(place):
             if head not in kept:
-                size = math.sqrt(trace[kept[index], kept[index]] / max(trace[head, head], 1e-300))
+                size = math.sqrt(
+                    max(float(trace[kept[index], kept[index]]), 0.0) / max(float(trace[head, head]), 1e-300)
+                )
                 turn = nearest_rotation(cross[head, kept[index]])
                 maps[head] = turn * (size if heads.head_norm is None and size > 0 else 1.0)
         heads = change_value_basis(heads, maps)

@@ -185,6 +185,25 @@ def test_pivoting_explains_heads_as_well_as_any_choice_here():
     np.testing.assert_allclose(weight.T @ heads[kept], heads, atol=1e-9)
 
 
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("kind", ["prune", "share", "head", "pool"])
+def test_heads_that_are_copies_or_zero_are_no_trouble(kind, fit):
+    """More components than the heads' Gram has rank; warnings of NumPy are errors here."""
+    heads = make_heads()
+    for side in ("key", "value"):
+        whole = getattr(heads, side)
+        for rows in (np.stack([whole[0]] * HEADS), np.concatenate((whole[:1], 0 * whole[1:]))):
+            same = replace(heads, **{side: rows})
+            assert lost(same, kind, side, 2, fit) < (1e-12 if kind == "prune" else 1)
+
+
+def test_frequency_keys_want_a_key_norm_without_zeros():
+    heads = make_heads(key_norm=True)
+    heads = replace(heads, key_norm=heads.key_norm * (np.arange(HEAD_DIM) != 3))
+    with pytest.raises(RequestError, match="choose --key-composition head"):
+        surgery(heads, "frequency", "key", 2, "weights")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_grouping_is_the_best_pairing(seed):
     distance = np.random.default_rng(seed).random((6, 6))
