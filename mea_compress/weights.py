@@ -7,7 +7,7 @@ are fitted: most of the work is copying, which the system does, and waiting for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -82,12 +82,12 @@ def writing_beside(
         if layer.compressed:
             fitted[layer.layer] = _promised(source, layer, workspace, fit)
             if workspace.finished("layers", str(layer.layer)) is not None:
-                fit.stored[layer.layer].set_result(None)
+                fit.stored[layer.layer].set()
     entries = _entries(source, plan, fitted)
     with _writing(entries, recipe.shard_bytes, workspace, progress, fit) as files:
 
         def stored(layer: int) -> None:
-            fit.stored[layer].set_result(None)
+            fit.stored[layer].set()
             for file in files:
                 if file.done():  # perhaps with an error
                     file.result()
@@ -121,11 +121,11 @@ class _Fit:
     """What a thread that writes knows of the fit beside it.
 
     Attributes:
-        stored: For each layer, done when its tensors have been stored.
+        stored: For each layer, set when its tensors have been stored.
         given_up: Set when the fit has failed or was interrupted.
     """
 
-    stored: dict[int, Future[None]] = field(default_factory=dict)
+    stored: dict[int, Event] = field(default_factory=dict)
     given_up: Event = field(default_factory=Event)
 
     def check(self) -> None:
@@ -140,19 +140,18 @@ class _Promise:
 
     directory: Path
     name: str
-    stored: Future[None]
+    stored: Event
     fit: _Fit
 
     def __call__(self) -> NDArray[Any]:
-        while not self.stored.done():
+        while not self.stored.wait(0.1):
             self.fit.check()
-            wait([self.stored], timeout=0.1)
         return CheckpointReader(self.directory).read_array(self.name)
 
 
 def _promised(source: Source, layer: LayerPlan, workspace: Workspace, fit: _Fit) -> dict[str, Entry]:
     """The tensors that the fit of a layer will make, by their names below ``self_attn.``."""
-    stored = fit.stored[layer.layer] = Future()
+    stored = fit.stored[layer.layer] = Event()
     directory = layer_directory(workspace, layer.layer)
     return {
         name: NewTensor(name, source.dtype, shape, _Promise(directory, name, stored, fit))
