@@ -1,0 +1,519 @@
+"""Multi-head Explicit Attention (MEA, arXiv 2601.19611): the compositions and the attention that reads through them.
+
+A layer projects its input to component heads, caches those, and composes from them the key/value heads that the
+queries see. RoPE is linear and the same for all heads, so components are cached after RoPE and composed afterwards.
+This file needs nothing but torch, and transformers only where a model is initialised or run as a whole; it is copied
+into every checkpoint that uses it.
+
+Shapes: B batch, T tokens, D hidden size, d head_dim, Hq query heads, H key/value heads, C component heads, P rotary
+pairs, N complex lanes (the sum of a layer's components over its rotary pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .decode_mea import (
+    TILE,
+    absorbing_pays,
+    add_mask,
+    fused,
+    may_fuse,
+    read_keys,
+    read_values,
+    readable_mask,
+    softmax,
+)
+from .section_mea import cached_width, rotary_pairs
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+
+def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on heads: x (B, T, heads, d); cos, sin (B, T, rotary_dim), the two halves of which are the same."""
+    rotary_dim = cos.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+    return torch.cat((turned, rest), dim=-1)
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over head_dim, with one weight for all heads."""
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """1/rms of x (..., d) in float32 or wider: (..., 1)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises x (..., d)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * self.scale(x)).to(x.dtype)
+
+
+class HeadComposition(nn.Module):
+    """Head-level linear composition: head h = sum over c of weight[c, h] * component c (weight: C x H)."""
+
+    def __init__(self, components: int, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(components, heads))
+
+    def reset(self) -> None:
+        """Component c is head c, and the further heads reuse them in turn."""
+        from transformers import initialization as init
+
+        components, heads = self.weight.shape
+        start = torch.zeros(components, heads)
+        start[torch.arange(heads) % components, torch.arange(heads)] = 1.0
+        init.copy_(self.weight, start)
+
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
+        """(B, T, C * d) -> (B, T, H, d)."""
+        return self.weight.mT @ components.unflatten(-1, (self.weight.shape[0], -1))
+
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries of composed heads as queries of components: (B, H, rows, d) -> (B, H, rows, C * d)."""
+        return torch.einsum("bhrd,ch->bhrcd", queries, self.weight.to(queries.dtype)).flatten(-2)
+
+    def contract(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of components as those of composed heads: (B, H, rows, C * d) -> (B, H, rows, d)."""
+        outputs = outputs.unflatten(-1, (self.weight.shape[0], -1))
+        return torch.einsum("bhrcd,ch->bhrd", outputs, self.weight.to(outputs.dtype))
+
+
+class FrequencyComposition(nn.Module):
+    """Complex composition for every rotary pair: K[h, p] = sum over lanes l of pair p of w[l, h] * lane l.
+
+    A complex factor commutes with RoPE, so lanes are cached after RoPE like component heads. Lanes are sorted by pair;
+    a vector of lanes holds all real parts, then all imaginary parts. The weight is (2, N, H): real, imaginary.
+    """
+
+    def __init__(self, rotary_components: list[int], heads: int, head_dim: int, rotary_dim: int):
+        super().__init__()
+        self.rotary_components = list(rotary_components)
+        self.first, self.second = rotary_pairs(head_dim, rotary_dim)
+        self.weight = nn.Parameter(torch.empty(2, sum(rotary_components), heads))
+        pair, slot = self._tables()
+        self.pair_of_lane = nn.Buffer(pair, persistent=False)  # (N,)
+        self.slot_of_lane = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
+        order = torch.argsort(torch.tensor(self.first + self.second, device="cpu"))
+        self.channel_order = nn.Buffer(
+            order.to(pair.device), persistent=False
+        )  # (d,): from (first, second) halves to channels
+        self.channels_of_lane = nn.Buffer(self._channels(pair), persistent=False)  # (2, N)
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        most = max(self.rotary_components)
+        pair = [p for p, count in enumerate(self.rotary_components) for _ in range(count)]
+        slot = [p * most + i for p, count in enumerate(self.rotary_components) for i in range(count)]
+        return torch.tensor(pair), torch.tensor(slot)
+
+    def _channels(self, pair: torch.Tensor) -> torch.Tensor:
+        """The channels of a head that hold the real and the imaginary part of every lane's pair."""
+        return torch.tensor([self.first, self.second]).to(pair.device)[:, pair]
+
+    def reset(self) -> None:
+        """Real composition, a head after another; also refills the tables, which no checkpoint stores."""
+        from transformers import initialization as init
+
+        pair, slot = self._tables()
+        init.copy_(self.channels_of_lane, self._channels(pair))
+        init.copy_(self.pair_of_lane, pair)
+        init.copy_(self.slot_of_lane, slot)
+        init.copy_(self.channel_order, torch.argsort(torch.tensor(self.first + self.second)))
+        start = torch.zeros(self.weight.shape)
+        most, heads = max(self.rotary_components), self.weight.shape[-1]
+        for head in range(heads):
+            start[0, slot % most == head % most, head] = 1.0
+        init.copy_(self.weight, start)
+
+    def rotate(self, lanes: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """RoPE on lanes (B, T, 2N), each at its pair's frequency; pairs that RoPE leaves alone stay as they are."""
+        half = cos.shape[-1] // 2
+        turning = (self.pair_of_lane < half).to(cos.dtype)
+        index = self.pair_of_lane.clamp(max=half - 1)
+        cos = cos[..., index] * turning + (1 - turning)  # (B, T, N)
+        sin = sin[..., index] * turning
+        real, imaginary = lanes.chunk(2, dim=-1)
+        return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+
+    def forward(self, lanes: torch.Tensor) -> torch.Tensor:
+        """(B, T, 2N) -> (B, T, H, d)."""
+        pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
+        shape = lanes.shape[:-1]
+        # Lanes and weights laid out as (pair, position), so that every pair is one small matrix product.
+        padded = lanes.new_zeros(*shape, 2, pairs * most).index_copy(
+            -1, self.slot_of_lane, lanes.unflatten(-1, (2, -1))
+        )
+        real, imaginary = padded.unflatten(-1, (pairs, most)).unbind(-3)  # (B, T, P, most)
+        weight = self.weight.new_zeros(2, pairs * most, heads).index_copy(1, self.slot_of_lane, self.weight)
+        weight_real, weight_imaginary = weight.view(2, pairs, most, heads).unbind(0)
+        head_real = torch.einsum("btpc,pch->bthp", real, weight_real) - torch.einsum(
+            "btpc,pch->bthp", imaginary, weight_imaginary
+        )
+        head_imaginary = torch.einsum("btpc,pch->bthp", imaginary, weight_real) + torch.einsum(
+            "btpc,pch->bthp", real, weight_imaginary
+        )
+        return torch.cat((head_real, head_imaginary), dim=-1)[..., self.channel_order]
+
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries of composed heads as queries of lanes: (B, H, rows, d) -> (B, H, rows, 2N)."""
+        real, imaginary = queries[..., self.channels_of_lane].unbind(-2)  # (B, H, rows, N)
+        weight_real, weight_imaginary = self.weight.to(queries.dtype).mT[:, :, None]  # (H, 1, N)
+        return torch.cat(
+            (
+                real * weight_real + imaginary * weight_imaginary,
+                imaginary * weight_real - real * weight_imaginary,
+            ),
+            dim=-1,
+        )
+
+
+class LatentComposition(nn.Module):
+    """Low rank over all heads at once: head h = weight[h] @ latent (weight: H * d x m)."""
+
+    def __init__(self, rank: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(heads * head_dim, rank))
+
+    def reset(self) -> None:
+        """The latent is the first heads, and the further heads reuse them in turn."""
+        from transformers import initialization as init
+
+        start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
+        init.copy_(self.weight, start[: self.weight.shape[0]])
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """(B, T, m) -> (B, T, H, d)."""
+        return nn.functional.linear(latent, self.weight).unflatten(-1, (self.heads, -1))
+
+    def contract(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of latents as those of composed heads: (B, H, rows, m) -> (B, H, rows, d)."""
+        weight = self.weight.to(outputs.dtype).unflatten(0, (self.heads, -1))
+        return torch.einsum("bhrm,hdm->bhrd", outputs, weight)  # a product would copy the weight for every sequence
+
+
+def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions of all cached tokens, for keys that are cached before RoPE.
+
+    They follow from the last query's position. Where positions count tokens (the last one is at least the number of
+    cached tokens before it: transformers' default, and always without padding) each cached token is one before the
+    next. Where they count visible tokens, as in `generate`, padding is skipped. Several new tokens without a mask are
+    the first that a static cache holds: the rest of it is empty.
+
+    Args:
+        position_ids: (B or 1, new tokens).
+        length: Number of cached tokens, the new ones among them.
+        attention_mask: (B, 1, new tokens, >= length), boolean or additive, (B, length), or None.
+
+    Returns:
+        (B or 1, length), int64.
+    """
+    new = position_ids.shape[-1]
+    if new == length:
+        return position_ids
+    if attention_mask is None and new > 1:
+        return position_ids[:, :1] + torch.arange(length, device=position_ids.device)[None]
+    last = position_ids[:, -1:]
+    after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
+    if attention_mask is not None:
+        # Additive masks are 0 where a token is seen and hugely negative elsewhere.
+        visible = attention_mask > -1 if attention_mask.is_floating_point() else attention_mask != 0
+        if visible.dim() == 4:  # by any of the new tokens: under a sliding window the last one does not see all
+            visible = visible[:, 0].any(-2)
+        skipping = visible[:, :length].flip(-1).cumsum(-1).flip(-1) - 1
+        after = torch.where(last >= length - 1, after, skipping)
+    return last - after
+
+
+class MeaAttention(nn.Module):
+    """Explicit attention over composed heads (arXiv 2601.19611), grouped queries, optional head norm and QK-norm.
+
+    With QK-norm the cache holds, beside the components of the weighted keys, 1/rms of every composed head:
+    the norm divides by one number a token and head, so it commutes with composition and RoPE.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        section = config.mea
+        spec, bias = section["layers"][layer_idx], section["bias"]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.query_heads = config.num_attention_heads
+        self.heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.layer_type = config.layer_types[layer_idx] if getattr(config, "layer_types", None) else None
+        window = getattr(config, "sliding_window", None)
+        self.sliding_window = window if self.layer_type in (None, "sliding_attention") else None
+        self.key_kind, self.value_kind = spec["key_composition"], spec["value_composition"]
+        # Pooled keys and values are plain grouped-query attention, with fewer heads than the configuration names.
+        self.plain_heads = spec["key_components"] if self.key_kind == self.value_kind == "pool" else self.heads
+        self.num_key_value_groups = self.query_heads // self.plain_heads
+        self.key_width = cached_width(spec["key_components"], self.head_dim)
+        self.value_width = cached_width(spec["value_components"], self.head_dim)
+
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.query_heads * self.head_dim, bias=bias["query"])
+        self.k_proj = nn.Linear(hidden, self.key_width, bias=bias["key"])
+        self.v_proj = nn.Linear(hidden, self.value_width, bias=bias["value"])
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, hidden, bias=bias["output"])
+        if section["qk_norm"]:
+            self.q_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = section["qk_norm"]
+        if section["head_norm"]:
+            self.head_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.has_head_norm = section["head_norm"]
+        self.key_composition = self._composition(self.key_kind, self.key_width, spec.get("rotary_components"))
+        self.value_composition = self._composition(self.value_kind, self.value_width, None)
+        # Static caches want as many heads of keys as of values: where these differ, plain heads too are cached flat.
+        plain = self.key_composition is None and self.value_composition is None
+        self.caches_heads = plain and self.key_width == self.value_width
+
+    def _composition(self, kind: str, width: int, rotary_components: list[int] | None) -> nn.Module | None:
+        if kind in ("head", "prune", "share"):
+            return HeadComposition(width // self.head_dim, self.heads)
+        if kind == "frequency":
+            return FrequencyComposition(rotary_components or [], self.heads, self.head_dim, self.rotary_dim)
+        if kind == "latent":
+            return LatentComposition(width, self.heads, self.head_dim)
+        if kind == "joint":
+            return LatentComposition(self.key_width + self.value_width, self.heads, self.head_dim)
+        return None
+
+    def _heads(self, cached: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+        """What is cached (B, groups, T, width) as heads (B, heads, T, d)."""
+        if composition is not None:
+            return composition(cached[:, 0]).transpose(1, 2)
+        plain = self._plain_heads(cached)
+        return plain.repeat_interleave(self.plain_heads // plain.shape[1], dim=1)
+
+    def _plain_heads(self, cached: torch.Tensor) -> torch.Tensor:
+        """A side without a composition, as heads (B, groups, T, d)."""
+        return cached if self.caches_heads else cached[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _flat(self, x: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+        """Projected components (B, T, width) as they are cached: one wide head, or plain heads (B, heads, T, d)."""
+        if composition is not None:
+            return x[:, None]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _keys_to_cache(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        components = self.k_proj(hidden_states)  # (B, T, width)
+        composition = self.key_composition
+        if composition is None:
+            heads = components.unflatten(-1, (-1, self.head_dim))
+            return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
+        if isinstance(composition, LatentComposition):
+            return components[:, None]
+        if isinstance(composition, FrequencyComposition):
+            turned = composition.rotate(components, cos, sin)
+            if self.qk_norm:  # lanes compose weight * key, so the weight is divided out before the norm is taken
+                scale = self.k_norm.scale(composition(components) / self.k_norm.weight)
+                turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
+            return turned[:, None]
+        heads = components.unflatten(-1, (-1, self.head_dim))
+        turned = rotate_heads(self.k_norm.weight * heads if self.qk_norm else heads, cos, sin).flatten(-2)
+        if self.qk_norm:
+            scale = self.k_norm.scale(composition(components))  # (B, T, H, 1)
+            turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
+        return turned[:, None]
+
+    def _composed_keys(
+        self, cached: torch.Tensor, position_ids: Any, attention_mask: torch.Tensor | None, rotary: Any
+    ) -> torch.Tensor:
+        """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
+        if isinstance(self.key_composition, LatentComposition):
+            positions = key_positions(position_ids, cached.shape[-2], attention_mask)
+            return self._rebuilt_keys(cached[:, 0], positions, rotary)
+        if self.key_composition is None or not self.qk_norm:
+            return self._heads(cached, self.key_composition)
+        components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
+        return self._heads(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
+
+    def project(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width), or both (B, heads, T, d)."""
+        keys = self._keys_to_cache(hidden_states, cos, sin)
+        values = self._flat(self.v_proj(hidden_states), self.value_composition)
+        if self.caches_heads:
+            return keys, values
+        return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
+
+    def compose(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position_ids: Any,
+        attention_mask: torch.Tensor | None,
+        rotary: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (rotated) and values that the queries see, each (B, heads, T, d), from what is cached."""
+        if self.key_kind == "joint":  # both sides read the whole latent
+            keys = values = torch.cat((keys, values), dim=-1)
+        keys = self._composed_keys(keys, position_ids, attention_mask, rotary)
+        return keys, self._heads(values, self.value_composition)
+
+    def _rebuilt_keys(self, latent: torch.Tensor, positions: torch.Tensor, rotary: Any) -> torch.Tensor:
+        """Latent keys (B, T, m) as rotated heads (B, H, T, d)."""
+        keys = self.key_composition(latent)  # type: ignore[misc]  # (B, T, H, d)
+        if self.qk_norm:
+            keys = self.k_norm(keys)
+        return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
+
+    def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
+        """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
+        choice, tokens = self.config.mea.get("decode", "auto"), queries.shape[-2]
+        plain = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
+        if choice == "expand" or not plain or not readable_mask(attention_mask, tokens):
+            return False
+        key = (self.key_kind, self.key_width / self.head_dim)
+        value = (self.value_kind, self.value_width / self.head_dim)
+        return choice == "absorb" or absorbing_pays(
+            key, value, self.query_heads, self.heads, self.head_dim, tokens, queries.device.type
+        )
+
+    def _logits(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T)."""
+        shape, composition = queries.shape, self.key_composition
+        rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)  # (B, H, rows, d)
+        if composition is None:
+            keys = self._plain_heads(keys)
+            rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+            logits = read_keys(rows.to(keys.dtype), keys)
+        elif isinstance(composition, LatentComposition):
+            logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, position_ids, mask)
+        else:
+            rows = self._absorbed(queries).to(keys.dtype)
+            logits = read_keys(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
+        if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
+            logits = logits.to(queries.dtype) * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
+        return logits.reshape(*shape[:-1], -1)
+
+    def _logits_of_latents(
+        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Rows (B, H, rows, d) against keys that are rebuilt, on a CPU tile by tile: (B, H, rows, T)."""
+        whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
+        length = keys.shape[-2]
+        positions = key_positions(position_ids, length, mask)
+        logits = []
+        for start in range(0, length, length if whole else TILE):
+            tile = slice(start, length if whole else start + TILE)
+            latent = keys[:, 0, tile]
+            if self.key_kind == "joint":
+                latent = torch.cat((latent, values[:, 0, tile]), dim=-1)
+            logits.append(rows @ self._rebuilt_keys(latent, positions[:, tile], self.rotary).mT)
+        return torch.cat(logits, dim=-1)
+
+    def _absorbed(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries (B, Hq, Q, d) as queries of components that are cached flat: (B, 1, Hq * Q, key width)."""
+        rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)
+        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]  # type: ignore[union-attr, operator]
+
+    def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
+        """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
+        composition = self.key_composition
+        if not isinstance(composition, HeadComposition | FrequencyComposition) or self.value_composition is None:
+            return None
+        if not may_fuse(keys, values, queries, composition.weight):
+            return None
+        components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
+        return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
+
+    def _attend_to_components(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+    ) -> torch.Tensor:
+        """Attention of queries (B, Hq, Q, d) to what is cached: (B, Q, Hq, d)."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        scaled = queries.to(wide) * self.scaling
+        output = self._fused(scaled, keys, values, mask)  # (B, 1, rows, W)
+        if output is None:
+            logits = self._logits(scaled, keys, values, position_ids, mask)
+            weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
+            if self.value_composition is None:
+                values = self._plain_heads(values)
+            rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+            output = read_values(rows, values)  # (B, N, rows, W)
+            if self.value_kind == "joint":
+                output = torch.cat((read_values(rows, keys), output), dim=-1)
+        if self.value_composition is not None:
+            output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
+            output = self.value_composition.contract(output).to(queries.dtype)  # type: ignore[operator]
+        return output.reshape(*queries.shape).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends from every new token to all cached ones.
+
+        Args:
+            hidden_states: (B, T, D), the layer's normed input.
+            position_embeddings: cos and sin, each (B, T, rotary_dim).
+            attention_mask: As the configured attention implementation wants it.
+            past_key_values: Cache of components, or None.
+            **kwargs: Handed to the attention implementation.
+
+        Returns:
+            The block's output (B, T, D) and the attention weights where the implementation returns them.
+        """
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
+        cos, sin = position_embeddings
+        queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
+        if self.qk_norm:
+            queries = self.q_norm(queries)
+        queries = rotate_heads(queries, cos, sin).transpose(1, 2)
+        keys, values = self.project(hidden_states, cos, sin)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+
+        position_ids = kwargs.get("position_ids")
+        weights = None
+        if self._absorbs(queries, attention_mask):
+            output = self._attend_to_components(queries, keys, values, position_ids, attention_mask)
+        else:
+            keys, values = self.compose(keys, values, position_ids, attention_mask, self.rotary)
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attend(
+                self,
+                queries,
+                keys,
+                values,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )  # (B, T, Hq, d)
+        if self.has_head_norm:
+            output = self.head_norm(output)
+        return self.o_proj(output.flatten(-2)), weights

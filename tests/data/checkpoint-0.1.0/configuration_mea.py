@@ -1,0 +1,99 @@
+"""Configuration of models with Multi-head Explicit Attention (MEA, arXiv 2601.19611).
+
+Every class is the configuration of a stock family plus one section, ``mea``, which section_mea.py explains and checks.
+This file needs nothing but transformers and is copied into every checkpoint that uses it.
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from .section_mea import complete_section
+
+
+def _no_bias(config: Any) -> dict[str, bool]:
+    flag = bool(getattr(config, "attention_bias", False))
+    return {"query": flag, "key": flag, "value": flag, "output": flag}
+
+
+class MeaLlamaConfig(LlamaConfig):
+    """Llama with a ``mea`` section; also the native MEA architecture."""
+
+    model_type = "mea_llama"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+class MeaMistralConfig(MistralConfig):
+    """Mistral with a ``mea`` section."""
+
+    model_type = "mea_mistral"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+class MeaQwen2Config(Qwen2Config):
+    """Qwen2 and Qwen2.5 with a ``mea`` section: biases on queries, keys and values."""
+
+    model_type = "mea_qwen2"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        bias = {"query": True, "key": True, "value": True, "output": False}
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=bias)
+
+
+class MeaQwen3Config(Qwen3Config):
+    """Qwen3 with a ``mea`` section: queries and composed keys are normalised."""
+
+    model_type = "mea_qwen3"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
+
+
+class MeaQwen3MoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE with a ``mea`` section: queries and composed keys are normalised."""
+
+    model_type = "mea_qwen3_moe"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=True, bias=_no_bias(self))
+
+
+class MeaPhi3Config(Phi3Config):
+    """Phi-3 with a ``mea`` section; its fused projection is stored split."""
+
+    model_type = "mea_phi3"
+    base_model_tp_plan = {}
+    mea: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
+
+
+__all__ = [
+    "MeaLlamaConfig",
+    "MeaMistralConfig",
+    "MeaPhi3Config",
+    "MeaQwen2Config",
+    "MeaQwen3Config",
+    "MeaQwen3MoeConfig",
+]
