@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mea_compress.modeling import register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The command line loads models seldom, and registers where it does: importing transformers takes seconds.
 if Path(next(iter(sys.argv), "")).stem != "mea-compress":

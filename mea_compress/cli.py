@@ -200,6 +200,25 @@ def inspect(source: Path, batch: int, json_file: Path | None) -> None:
 
     found = inspect_checkpoint(source).to_json(batch)
     _print(report.inspection_report(found), found, json_file)
+    fault = found.get("code", {}).get("fault")
+    if fault:
+        click.echo(
+            f"{NAME}: {source} carries the code of {NAME} {found['code']['version']}: {fault}; "
+            f"replace it by {NAME} refresh {source}",
+            err=True,
+        )
+
+
+@cli.command()
+@click.argument("checkpoint", metavar="CKPT", type=_PATH)
+@click.option("--check", is_flag=True, help="Only report which code the checkpoint carries.")
+@_json_option
+def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
+    """Replace the code that a compressed checkpoint carries by this version's; weights stay untouched."""
+    from mea_compress.emitted_code import refresh as refresh_checkpoint
+
+    result = refresh_checkpoint(checkpoint, check=check).to_json()
+    _print(report.facts(result), result, json_file)
 
 
 @cli.command()

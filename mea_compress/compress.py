@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mea_compress import modeling
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
+from mea_compress.emitted_code import CODE_FILES, write_code
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.memory import keep_freed
 from mea_compress.plan import (
@@ -28,14 +28,6 @@ from mea_compress.report import model_card, write_json
 from mea_compress.weights import check_written, write_weights, writing_beside
 from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
 
-CODE_FILES = (
-    "attention_mea.py",
-    "configuration_mea.py",
-    "decode_cpu_mea.py",
-    "decode_mea.py",
-    "modeling_mea.py",
-    "section_mea.py",
-)
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
 # What this program says of a checkpoint; it would not be true of one that is made from it.
@@ -140,6 +132,7 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
             keep_freed()
             with one_thread_less():
                 fit_layers(source, plan, recipe, workspace, False, stored)
+            import mea_compress.verification  # noqa: F401 - loaded while files are still being written
     else:
         from mea_compress.fitting import fit_layers
 
@@ -157,10 +150,9 @@ def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
 def _verified(source: Source, plan: Plan, recipe: Recipe, directory: Path, progress: bool) -> dict[str, Any]:
     """What was compared of the checkpoint, with what came of it.
 
-    A fit that looks at weights alone needs no PyTorch, and loading that takes as long as copying some gigabytes. What
-    a large checkpoint then holds is compared bit for bit with what was fitted, its shapes with what its configuration
-    says, and the heads' errors were taken from what is stored; whether modules read it as they should is the same for
-    every checkpoint.
+    What a large checkpoint holds that was fitted from weights alone is compared bit for bit with what was fitted, its
+    shapes with what its configuration says, and the heads' errors were taken from what is stored. Every checkpoint
+    decodes with a cache as it does without, whatever release of transformers is installed.
     """
     if needs_text(source, recipe) or source.weight_bytes <= WHOLE_MODEL_BYTES:
         from mea_compress.verification import verify
@@ -169,7 +161,13 @@ def _verified(source: Source, plan: Plan, recipe: Recipe, directory: Path, progr
     found = inspect_checkpoint(directory).bytes_per_token
     if found != plan.bytes_after:
         raise VerificationError(f"the cache holds {found} bytes per token where the plan says {plan.bytes_after}")
-    return {"compared": "tensors of every layer, bit for bit", "kv_bytes_per_token": found}
+    from mea_compress.verification import decode_layers
+
+    return {
+        "compared": "tensors of every layer, bit for bit",
+        "kv_bytes_per_token": found,
+        "decoding_difference": decode_layers(open_source(directory)),
+    }
 
 
 def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
@@ -192,8 +190,7 @@ def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
     config["dtype"] = recipe.dtype or TORCH_NAMES[source.dtype]
     config["mea"] = {**source.config.mea, "layers": layers}
     write_json(workspace.path / "config.json", config)
-    for name in CODE_FILES:
-        shutil.copyfile(Path(modeling.__file__).with_name(name), workspace.path / name)
+    write_code(workspace.path)
     return config
 
 

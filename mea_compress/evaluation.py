@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.healing import NOTHING, check_same_vocabulary, compare_models, rows_at_once
 from mea_compress.speed import Timing, cache_bytes, check_contexts, measure_speed
@@ -104,7 +105,7 @@ def measure_cache_bytes(model: Any, ids: torch.Tensor | None = None) -> float:
         length = choose_sequence_length(model, None)
         ids = torch.arange(min(length, _CACHE_TOKENS))[None] % model.config.get_text_config().vocab_size
     ids = ids.to(next(model.parameters()).device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    _, cache = run_cached(model, ids)
     total = cache_bytes(cache)
     if not total:
         raise RequestError(f"The model ({model.config.model_type}) keeps no KV cache, so there is nothing to measure.")
@@ -121,14 +122,13 @@ def measure_decode_speed(model: Any, prompt: torch.Tensor, tokens: int = _DECODE
         tokens: tokens timed.
     """
     device = next(model.parameters()).device
-    output = model(input_ids=prompt.to(device), use_cache=True)
+    logits, cache = run_cached(model, prompt.to(device))
     began = 0.0
     for step in range(_WARM_UP_TOKENS + tokens):
         if step == _WARM_UP_TOKENS:
             _synchronize(device)
             began = time.perf_counter()
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        logits, cache = run_cached(model, logits[:, -1:].argmax(-1), cache)
     _synchronize(device)
     return tokens / (time.perf_counter() - began)
 

@@ -35,7 +35,9 @@ from mea_compress.checkpoint import (
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
 from mea_compress.composed import Array, Composed, join_heads, split_heads
-from mea_compress.compress import CODE_FILES, SPARE_BYTES, versions
+from mea_compress.compress import SPARE_BYTES, versions
+from mea_compress.decoding import cache_argument, check_decoding, run_cached
+from mea_compress.emitted_code import CODE_FILES
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.heads import read_composed, read_projection
 from mea_compress.modeling import register
@@ -44,6 +46,7 @@ from mea_compress.modeling.section_mea import rotary_pairs
 from mea_compress.plan import WHOLE_MODEL_BYTES, layer_window
 from mea_compress.report import export_card, write_json
 from mea_compress.stock import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
+from mea_compress.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.verification import cache_bytes, relative_difference
 from mea_compress.weights import write_shards
 from mea_compress.workspace import already_published, check_free, check_space, open_workspace
@@ -360,7 +363,7 @@ def verify_export(source: Source, directory: Path, progress: bool = True) -> dic
     result: dict[str, Any] = {"attention_difference": worst, "kv_bytes_per_token": measured}
     dtype = source.dtype
     if sum(info.nbytes for info in reader.tensors.values()) <= WHOLE_MODEL_BYTES:
-        logits, result["kv_bytes_per_token"] = _check_model(source, directory)
+        logits, result["kv_bytes_per_token"], result["decoding_difference"] = _check_model(source, directory)
         result["logit_difference"] = logits
         if dtype in ("F32", "F64"):
             worst = max(worst, logits)
@@ -370,7 +373,7 @@ def verify_export(source: Source, directory: Path, progress: bool = True) -> dic
 
 
 def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: int) -> tuple[float, int]:
-    """Largest relative difference of one layer's attention, and its cache bytes per token."""
+    """Largest relative difference of one layer's attention, decoded with a cache, and its cache bytes per token."""
     prefix = source.family.prefix if config.model_type == source.family.model_type else "Llama"
     code = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
     emitted = importlib.import_module(
@@ -389,36 +392,43 @@ def _check_layer(source: Source, config: Any, reader: CheckpointReader, layer: i
     hidden = torch.randn(1, _TOKENS, hidden_size, generator=generator)
     reach = max(_TOKENS, min(_REACH, config.max_position_embeddings))
     positions = torch.randperm(reach, generator=generator)[:_TOKENS].sort().values[None]
+    positions[:, 0] = 0
     mask = torch.full((_TOKENS, _TOKENS), torch.finfo(torch.float32).min).triu(1)[None, None]
     cache = DynamicCache()
     with torch.no_grad():
-        found = stock(hidden, getattr(code, f"{prefix}RotaryEmbedding")(config)(hidden, positions), mask, cache)[0]
+        cos, sin = getattr(code, f"{prefix}RotaryEmbedding")(config)(hidden, positions)
+        found = []
+        for new in (slice(0, _TOKENS // 2), slice(_TOKENS // 2, _TOKENS - 1), slice(_TOKENS - 1, _TOKENS)):
+            held = {cache_argument(stock): cache}
+            found.append(stock(hidden[:, new], (cos[:, new], sin[:, new]), mask[..., new, : new.stop], **held)[0])
         turns = getattr(emitted, f"{source.family.prefix}RotaryEmbedding")(source.model_config)(hidden, positions)
         expected = mine(hidden, turns, mask, position_ids=positions)[0]
     itemsize = DTYPE_BITS[source.dtype] // 8
-    return relative_difference(found, expected), cache_bytes(cache) // 4 * itemsize // _TOKENS
+    return relative_difference(torch.cat(found, 1), expected), cache_bytes(cache) // 4 * itemsize // _TOKENS
 
 
-def _check_model(source: Source, directory: Path) -> tuple[float, int]:
-    """Largest relative difference of logits in float32, and cache bytes per token of the loaded export."""
+def _check_model(source: Source, directory: Path) -> tuple[float, int, float]:
+    """Largest relative difference of logits in float32, cache bytes per token of the export, and that of decoding."""
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, source.config.max_position_embeddings)
     ids = torch.randint(0, source.config.vocab_size, (2, length), generator=generator)
-    found, measured = [], 0
+    found, measured, decoding = [], 0, 0.0
     for place in (directory, source.reader.directory):
         options = {"local_files_only": True, "experts_implementation": "eager"}
         model: Any = AutoModelForCausalLM.from_pretrained(place, **options).eval()
         with torch.no_grad():
             if place == directory:
                 filled = DynamicCache()  # without the configuration, so that no token slides out of a window
-                model(ids, past_key_values=filled, use_cache=True)
+                run_cached(model, ids, filled)
                 measured = cache_bytes(filled) // ids.numel()
             if model.dtype in (torch.float16, torch.bfloat16):
                 model = model.float()
             found.append(model(ids, use_cache=False).logits)
+            if place == directory:
+                decoding = check_decoding(model, ids[:, : length - length // 3], length // 3, DECODING_TOLERANCE)
         del model
     gc.collect()
-    return relative_difference(*found), measured
+    return relative_difference(*found), measured, decoding
 
 
 __all__ = ["ExportResult", "VerificationError", "export", "verify_export"]

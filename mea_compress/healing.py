@@ -29,6 +29,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea_compress.decoding import check_decoding
+from mea_compress.emitted_code import carried_code, write_code
 from mea_compress.errors import RequestError
 from mea_compress.refinement import hold_groups
 from mea_compress.text import (
@@ -40,12 +42,15 @@ from mea_compress.text import (
     sample_sequences,
     token_sequences,
 )
+from mea_compress.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.workspace import exchange, sync_tree
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _SAMPLED_AT_MOST = 1024
 _HELD_OUT_AT_MOST = 64
 _LOGITS_AT_ONCE = 2**26
+# What is decoded with a cache and without before the healed checkpoint appears.
+_PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
 
 
 @dataclass(frozen=True)
@@ -416,6 +421,8 @@ def heal(
             parameter.copy_(parameter.to(stored[name]))
     after = _measure(model, teacher_model, held_out)
     better = after.kl < before.kl
+    prompt = held_out[:2, : min(_PROMPT_TOKENS, length - 1)].to(model.device)
+    check_decoding(model, prompt, min(_DECODED_TOKENS, length - prompt.shape[1]), DECODING_TOLERANCE)
 
     result = HealingResult(
         out=out,
@@ -503,6 +510,8 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
             ],
         )
         _write_weights(student, work, changed)
+        if carried_code(work).version is not None:  # by an older release, perhaps: what was run is this one's
+            write_code(work)
         record = result.to_json() | {
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
         }

@@ -11,6 +11,7 @@ from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.families import Shapes
 from mea_compress.architectures.source import FLOATS, composition_shape
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
+from mea_compress.emitted_code import carried_code
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
@@ -496,8 +497,10 @@ class Inspection:
     def to_json(self, batch: int = 1) -> dict[str, Any]:
         """`inspect --json`; `batch` sequences are counted where whole caches are shown."""
         source, config = self.source, self.source.config
+        code = {"code": carried_code(source.reader.directory).to_json()} if source.native else {}
         return {
             "model_type": source.raw_config["model_type"],
+            **code,
             "family": source.family.model_type,
             "layers": len(self.layers),
             "hidden_size": config.hidden_size,

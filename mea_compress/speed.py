@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.memory import release
 from mea_compress.text import context_length
@@ -148,15 +149,15 @@ def _run(model: Any, rows: torch.Tensor) -> tuple[float, float, int, int | None]
     release()
     with _peak(device) as peak:
         began = _now(device)
-        output = model(input_ids=rows[:, :-decoded], use_cache=True, logits_to_keep=1)
+        _, cache = run_cached(model, rows[:, :-decoded], logits_to_keep=1)
         prefill = _now(device) - began
         steps = []
         for column in range(rows.shape[1] - decoded, rows.shape[1]):
             began = _now(device)
             token = rows[:, column : column + 1]
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            _, cache = run_cached(model, token, cache)
             steps.append(_now(device) - began)
-    return prefill, statistics.median(steps), cache_bytes(output.past_key_values), peak[0] if peak else None
+    return prefill, statistics.median(steps), cache_bytes(cache), peak[0] if peak else None
 
 
 @contextlib.contextmanager

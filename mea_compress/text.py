@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.modeling import register
 
@@ -386,9 +387,8 @@ def sample_sequences(
             row, cache = [token], None
             bar.update(size)
             for _ in range(length - 1):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                logits = output.logits[:, -1].float()
+                following, cache = run_cached(model, token, cache)
+                logits = following[:, -1].float()
                 logits[:, ends] = -torch.inf
                 token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 row.append(token)

@@ -1,6 +1,8 @@
-"""An emitted checkpoint, reloaded and held against plain attention over its composed heads."""
+"""Reload an emitted checkpoint, compare it with plain attention over its composed heads, and decode with it."""
 
+import copy
 import gc
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint import as_tensor
 from mea_compress.composed import join_heads
+from mea_compress.decoding import check_decoding, run_cached
 from mea_compress.errors import VerificationError
 from mea_compress.heads import read_side
 from mea_compress.modeling import register
@@ -20,6 +23,10 @@ from mea_compress.plan import WHOLE_MODEL_BYTES
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4
 _TOKENS = 24
+# Tokens that are decoded greedily after a prompt, with a cache and without.
+_DECODED_TOKENS = 8
+# Sizes of the model that a layer's attention is decoded in, where the whole is too large.
+_SMALL_HIDDEN, _SMALL_MLP, _SMALL_VOCABULARY = 64, 16, 64
 
 
 def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
@@ -27,7 +34,8 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
 
     Every layer's keys and values, as its attention module reads them from what it gives to a cache, must equal those
     of plain attention whose weights are the composed heads multiplied out in float64; a model that is small enough is
-    also loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached.
+    also loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached. Greedy
+    tokens decoded with a cache must be those of whole sequences (see `verify_decoding`).
 
     Args:
         directory: The emitted checkpoint.
@@ -35,13 +43,14 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         progress: Show a progress bar on stderr.
 
     Returns:
-        ``largest_difference`` (relative), ``kv_bytes_per_token`` (measured) and what was ``compared``.
+        ``largest_difference`` (relative), ``kv_bytes_per_token`` (measured), what was ``compared``, and
+        ``decoding_difference`` (relative).
 
     Raises:
         VerificationError: It does not hold.
     """
     emitted = open_source(directory)
-    measured, worst = 0, 0.0
+    measured, worst, model = 0, 0.0, None
     layers = range(emitted.config.num_hidden_layers)
     for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
         difference, layer_bytes = _check_layer(emitted, layer)
@@ -49,7 +58,7 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         worst = max(worst, difference)
     result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
     if emitted.weight_bytes <= WHOLE_MODEL_BYTES:
-        difference, whole_bytes = _check_model(emitted)
+        difference, whole_bytes, model = _check_model(emitted)
         measured = whole_bytes
         worst = max(worst, difference)
         result = {"compared": "logits of the whole model", "largest_difference": worst}
@@ -59,7 +68,8 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         )
     if measured != promised_bytes:
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
-    return result | {"kv_bytes_per_token": measured}
+    decoding = decode_layers(emitted) if model is None else _decode(model, seed=0)
+    return result | {"kv_bytes_per_token": measured, "decoding_difference": decoding}
 
 
 def cache_bytes(cache: Any) -> int:
@@ -132,8 +142,78 @@ def _plain_keys(
     return torch.cat((real * c - imaginary * s, imaginary * c + real * s, rest), dim=-1)
 
 
-def _check_model(emitted: Source) -> tuple[float, int]:
-    """Largest relative difference of logits, and cache bytes per token of the loaded model."""
+def decode_layers(emitted: Source) -> float:
+    """Decode with every kind of layer of a checkpoint, each in a small model around its own attention.
+
+    The model has one layer and the checkpoint's own heads, compositions, positions and masks; its hidden size is cut
+    down and its MLP is random, so that no more than one layer's attention is in memory.
+
+    Returns:
+        The largest relative difference of logits with a cache from those without.
+
+    Raises:
+        VerificationError: Greedy tokens differ.
+    """
+    kinds: dict[str, int] = {}
+    windows = getattr(emitted.model_config, "layer_types", None)
+    for layer, spec in enumerate(emitted.config.mea["layers"]):
+        kinds.setdefault(json.dumps([spec, windows and windows[layer]], sort_keys=True), layer)
+    return max(_decode(_small_model(emitted, layer), seed=layer) for layer in kinds.values())
+
+
+def _decode(model: Any, seed: int) -> float:
+    """Decode after a random prompt; see `check_decoding`."""
+    length = min(_TOKENS, model.config.max_position_embeddings)
+    steps = min(_DECODED_TOKENS, length // 2)
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, model.config.vocab_size, (2, length - steps), generator=generator)
+    return check_decoding(model, prompt, steps, TOLERANCE)
+
+
+def _small_model(emitted: Source, layer: int) -> Any:
+    """One layer's attention, with the first channels of its hidden state, in a model of its family, float32."""
+    from mea_compress.modeling import modeling_mea
+
+    config = copy.deepcopy(emitted.model_config)
+    hidden = min(config.hidden_size, _SMALL_HIDDEN)
+    small = {
+        "num_hidden_layers": 1,
+        "head_dim": emitted.head_dim,
+        "hidden_size": hidden,
+        "vocab_size": _SMALL_VOCABULARY,
+        "intermediate_size": _SMALL_MLP,
+        "moe_intermediate_size": _SMALL_MLP,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mlp_only_layers": [],
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "layer_types": (getattr(config, "layer_types", None) or [None])[layer : layer + 1],
+    }
+    for name, value in small.items():
+        if name == "head_dim" or getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    config.mea = {**config.mea, "layers": [config.mea["layers"][layer]]}
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = "eager"
+    prefix = emitted.family.attention(layer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layer)
+        model = getattr(modeling_mea, f"Mea{emitted.family.prefix}ForCausalLM")(config).float().eval()
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            tensor = emitted.reader.read(prefix + name)
+            if name.startswith("o_proj."):
+                tensor = tensor[:hidden]
+            elif name.endswith("_proj.weight"):
+                tensor = tensor[:, :hidden]
+            parameter.copy_(tensor)
+    return model
+
+
+def _check_model(emitted: Source) -> tuple[float, int, Any]:
+    """Largest relative difference of logits, cache bytes per token, and the loaded model in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
 
@@ -146,14 +226,14 @@ def _check_model(emitted: Source) -> tuple[float, int]:
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
         filled = DynamicCache()  # without the configuration, so that no token slides out of a window
-        model(ids, past_key_values=filled, use_cache=True)
+        run_cached(model, ids, filled)
         measured = cache_bytes(filled) // ids.numel()
         if model.dtype in (torch.float16, torch.bfloat16):
             model = model.float()
         found = model(ids, use_cache=False).logits
         expected = _composed_model(emitted, model)(ids, use_cache=False).logits
     gc.collect()
-    return relative_difference(found, expected), measured
+    return relative_difference(found, expected), measured, model
 
 
 def _composed_model(emitted: Source, model: Any) -> Any:
@@ -179,4 +259,4 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     return plain.eval()
 
 
-__all__ = ["VerificationError", "cache_bytes", "relative_difference", "verify"]
+__all__ = ["VerificationError", "cache_bytes", "decode_layers", "relative_difference", "verify"]

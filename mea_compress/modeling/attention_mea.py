@@ -33,6 +33,12 @@ from .section_mea import cached_width, rotary_pairs
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+_MISSING_CACHE = (
+    "the new tokens continue a sequence and no cache holds what came before: hand the cache of the earlier tokens "
+    "over, or run the whole sequence; if this came from generate, this release of transformers passes its cache in a "
+    "way that this code does not know"
+)
+
 
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on heads: x (B, T, heads, d); cos, sin (B, T, rotary_dim), the two halves of which are the same."""
@@ -236,6 +242,53 @@ def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch
         skipping = visible[:, :length].flip(-1).cumsum(-1).flip(-1) - 1
         after = torch.where(last >= length - 1, after, skipping)
     return last - after
+
+
+def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None, dict[str, Any]]:
+    """Find the cache among the arguments of an attention block by its type, and return the keywords without it.
+
+    Transformers has renamed this argument (``past_key_value``, ``past_key_values``, ``cache``); a name would miss the
+    next one without a word.
+
+    Raises:
+        ValueError: The cache is of a kind that keeps tokens in another way, such as that of continuous batching.
+    """
+    from transformers.cache_utils import Cache
+
+    found = None
+    rest = {}
+    for name, value in (*((None, value) for value in args), *kwargs.items()):
+        if isinstance(value, Cache):
+            found = value
+        elif type(value).__name__.endswith("Cache"):
+            raise ValueError(
+                f"components cannot be kept in a {type(value).__name__} (continuous batching hands this one over): "
+                "use generate with a Cache of transformers"
+            )
+        elif name is not None:
+            rest[name] = value
+    return found, rest
+
+
+def refuse_missing_cache(sin: torch.Tensor) -> None:
+    """Raise where the positions of new tokens say that others came before them, which no cache holds.
+
+    Whatever a release of transformers calls positions, RoPE has had them: the sine of every pair is 0 at position 0,
+    and a sequence that starts elsewhere is the continuation of one.
+
+    Args:
+        sin: (B, T, rotary_dim), of the new tokens.
+
+    Raises:
+        ValueError: A sequence has no token at position 0.
+    """
+    if sin.is_meta or torch.jit.is_tracing():
+        return
+    continued = sin.ne(0).any(-1).all(-1).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~continued, _MISSING_CACHE)
+    elif continued:
+        raise ValueError(_MISSING_CACHE)
 
 
 class MeaAttention(nn.Module):
@@ -467,32 +520,39 @@ class MeaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends from every new token to all cached ones.
+        """Attend from every new token to all cached ones.
 
         Args:
             hidden_states: (B, T, D), the layer's normed input.
             position_embeddings: cos and sin, each (B, T, rotary_dim).
             attention_mask: As the configured attention implementation wants it.
-            past_key_values: Cache of components, or None.
-            **kwargs: Handed to the attention implementation.
+            *args: May hold the cache of components.
+            **kwargs: May hold the cache of components, under any name; the rest is handed to the attention
+                implementation.
 
         Returns:
             The block's output (B, T, D) and the attention weights where the implementation returns them.
+
+        Raises:
+            ValueError: Tokens came before the new ones and no cache holds them, or the cache is of an unknown kind.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
         cos, sin = position_embeddings
+        cache, kwargs = take_cache(args, kwargs)
+        if cache is None and not self.training:
+            refuse_missing_cache(sin)
         queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
         if self.qk_norm:
             queries = self.q_norm(queries)
         queries = rotate_heads(queries, cos, sin).transpose(1, 2)
         keys, values = self.project(hidden_states, cos, sin)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
 
         position_ids = kwargs.get("position_ids")
         weights = None

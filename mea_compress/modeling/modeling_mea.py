@@ -4,8 +4,11 @@ Every class is a stock one whose attention is that of attention_mea.py: the cach
 components only. This file needs nothing but torch and transformers and is copied into every checkpoint that uses it.
 """
 
+import warnings
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     LlamaForCausalLM,
@@ -38,6 +41,22 @@ from .configuration_mea import (
     MeaQwen3Config,
     MeaQwen3MoeConfig,
 )
+from .section_mea import TESTED_TRANSFORMERS
+
+
+def _warn_if_untested(installed: str) -> None:
+    """Warn where a release of transformers is older or newer than those that this code was tried with."""
+    oldest, newest = map(Version, TESTED_TRANSFORMERS)
+    # Later patches of the newest release are taken to be what it is.
+    if not (oldest <= Version(installed) and Version(installed).release[:2] <= newest.release[:2]):
+        warnings.warn(
+            f"MEA's modeling code was tested with transformers {oldest} to {newest} and this is {installed}: "
+            "compare generate with use_cache=True and False before relying on it",
+            stacklevel=2,
+        )
+
+
+_warn_if_untested(transformers.__version__)
 
 
 class MeaMixin(nn.Module):

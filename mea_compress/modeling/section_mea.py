@@ -24,6 +24,10 @@ number of complex components of each rotary pair.
 
 from typing import Any
 
+CODE_VERSION = "0.2.0"
+"""The release of mea-compress that this code is from."""
+TESTED_TRANSFORMERS = ("5.16.1", "5.24.0")
+"""The oldest and the newest release of transformers under which this code was tried."""
 FORMAT = 1
 KEY_COMPOSITIONS = ("none", "pool", "head", "prune", "share", "frequency", "latent", "joint")
 DECODE = ("auto", "absorb", "expand")

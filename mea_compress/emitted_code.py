@@ -1,0 +1,178 @@
+"""The modeling code that a checkpoint carries: which release it is from, and its replacement by this one's."""
+
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mea_compress import modeling
+from mea_compress.architectures import open_source
+from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
+from mea_compress.workspace import exchange, sync_tree
+
+CODE_FILES = (
+    "attention_mea.py",
+    "configuration_mea.py",
+    "decode_cpu_mea.py",
+    "decode_mea.py",
+    "modeling_mea.py",
+    "section_mea.py",
+)
+# The file in which a release says its number, and what the one release that did not say it was.
+_VERSION_FILE, _VERSION = "section_mea.py", re.compile(r'^CODE_VERSION = "([^"]+)"$', re.MULTILINE)
+_UNNUMBERED = "0.1.0"
+# Faults of code that is out there, by release.
+_KNOWN_FAULTS = {
+    "0.1.0": "under transformers 5.24 and later it misses the cache that generate hands over and writes wrong text",
+}
+# The sentence of the card that tells of a refresh; a later one replaces it.
+_CARD_NOTE = re.compile(r"\n\n> The modeling code of this checkpoint was replaced by [^\n]*\n")
+
+
+@dataclass(frozen=True)
+class CarriedCode:
+    """The code in a checkpoint directory.
+
+    Attributes:
+        version: Release of mea-compress that it is from, or None where the checkpoint carries none.
+        changed: Files that differ from this release's, or are not there.
+        fault: What this code is known to do wrong, or None.
+    """
+
+    version: str | None
+    changed: tuple[str, ...]
+    fault: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return part of `inspect --json` and of `refresh --json`."""
+        return {"version": self.version, "current": not self.changed, "fault": self.fault}
+
+
+def carried_code(directory: Path) -> CarriedCode:
+    """Return which code a checkpoint carries, as its files say; nothing of it is run."""
+    found = [name for name in CODE_FILES if (directory / name).is_file()]
+    changed = tuple(name for name in CODE_FILES if name not in found or not _is_ours(directory / name))
+    if not found:
+        return CarriedCode(None, changed, None)
+    version = _UNNUMBERED
+    with suppress(OSError):
+        match = _VERSION.search((directory / _VERSION_FILE).read_text(encoding="utf-8", errors="replace"))
+        version = match[1] if match else _UNNUMBERED
+    return CarriedCode(version, changed, _KNOWN_FAULTS.get(version))
+
+
+def write_code(directory: Path) -> None:
+    """Write this release's modeling code into a checkpoint directory."""
+    for name in CODE_FILES:
+        shutil.copyfile(_ours(name), directory / name)
+
+
+def _ours(name: str) -> Path:
+    return Path(modeling.__file__).with_name(name)
+
+
+def _is_ours(file: Path) -> bool:
+    return file.read_bytes() == _ours(file.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class RefreshResult:
+    """What `refresh` found and did.
+
+    Attributes:
+        checkpoint: The checkpoint directory.
+        before: The code that it carried.
+        refreshed: Whether that was replaced.
+    """
+
+    checkpoint: Path
+    before: CarriedCode
+    refreshed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `refresh --json`."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "before": self.before.to_json(),
+            "refreshed": self.refreshed,
+            "version": CODE_VERSION,
+            "tested_transformers": list(TESTED_TRANSFORMERS),
+        }
+
+
+def refresh(checkpoint: Path | str, check: bool = False) -> RefreshResult:
+    """Replace the modeling code that a checkpoint carries by this release's; weights and configuration stay.
+
+    The directory is made anew next to its place, with links to the same weights, and changes places with the old one,
+    so that a kill leaves one or the other.
+
+    Args:
+        checkpoint: A checkpoint that this program wrote, by whatever release.
+        check: Only report.
+
+    Raises:
+        RequestError: It is no such checkpoint, or its directory cannot be written to.
+
+    Example:
+        >>> refresh("no-such-directory")
+        Traceback (most recent call last):
+        ...
+        mea_compress.errors.RequestError: no-such-directory: ...
+    """
+    directory = Path(os.path.realpath(checkpoint))
+    source = open_source(Path(checkpoint))
+    if not source.native:
+        raise RequestError(
+            f"{checkpoint} is a {source.raw_config['model_type']} checkpoint and carries no code of this program; "
+            "give a checkpoint that compress or heal wrote"
+        )
+    before = carried_code(directory)
+    if check or not before.changed:
+        return RefreshResult(Path(checkpoint), before, False)
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.refresh-", dir=directory.parent))
+        try:
+            work.chmod(directory.stat().st_mode & 0o777)
+            shutil.copytree(directory, work, symlinks=True, dirs_exist_ok=True, copy_function=_link)
+            for name in (*CODE_FILES, "README.md"):
+                (work / name).unlink(missing_ok=True)  # a link: what it leads to is the old directory's
+            write_code(work)
+            _note(directory / "README.md", work / "README.md")
+            sync_tree(work)
+            exchange(work, directory)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise RequestError(
+            f"{error.filename or directory}: {os.strerror(error.errno or 0)}; make {directory.parent} writable, or "
+            "copy the checkpoint elsewhere and refresh that"
+        ) from None
+    return RefreshResult(Path(checkpoint), before, True)
+
+
+def _link(old: str, new: str) -> str:
+    """Link a file, so that weights are not copied, or copy it where the file system has no links."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+    return new
+
+
+def _note(card: Path, new: Path) -> None:
+    """Write the card with a sentence that says which code the checkpoint carries now."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    oldest, newest = TESTED_TRANSFORMERS
+    note = (
+        f"\n\n> The modeling code of this checkpoint was replaced by that of mea-compress {CODE_VERSION}, tested with "
+        f"transformers {oldest} to {newest}; its weights are as they were.\n"
+    )
+    new.write_text(_CARD_NOTE.sub("\n", text).rstrip("\n") + note, encoding="utf-8")
+
+
+__all__ = ["CODE_FILES", "CarriedCode", "RefreshResult", "carried_code", "refresh", "write_code"]
