@@ -27,14 +27,15 @@ import torch
 
 # As in the source: rows that are multiplied together, rows that read the cache together, tokens that are read together.
 PANEL, PART, CHUNK = 32, 64, 128
-_FLAGS = {  # for what PyTorch finds in the processor
+CPU_FLAGS = {  # For what PyTorch finds in the processor.
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+COMPILER_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 _SECONDS = 120
 
-SOURCE = r"""
-#include <float.h>
+# Embedded from decode_cpu.c by `make kernel`: edit it there.
+SOURCE = r"""#include <float.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -433,6 +434,7 @@ int attend(job *j)
     return j->failed;
 }
 """
+# End of decode_cpu.c.
 
 
 class _Job(ctypes.Structure):
@@ -452,7 +454,7 @@ class _Job(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled source; None, said once where a compiler failed, where there is none for this machine."""
-    flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability())
+    flags = CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability())
     command = (os.environ.get("CC") or "").strip() or "cc"
     if flags is None or platform.system() != "Linux":
         return None
@@ -460,7 +462,7 @@ def library() -> ctypes.CDLL | None:
         compiler = shlex.split(command)
         if shutil.which(compiler[0]) is None:
             return None
-        return _build([*compiler, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", *flags])
+        return _build([*compiler, *COMPILER_FLAGS, *flags])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.strip())

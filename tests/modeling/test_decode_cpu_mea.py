@@ -1,9 +1,11 @@
+import importlib.util
 import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ needs_kernel = pytest.mark.skipif(
 )
 # Largest differences from plain products in float64.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def forget():
@@ -342,3 +347,44 @@ print(len(set(re.findall(r"\\S*lib[gi]?omp[0-9.-]\\S*", open("/proc/self/maps").
 def test_it_shares_the_threads_of_pytorch():
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "1"]  # one OpenMP in the process
+
+
+@pytest.fixture
+def embed_kernel():
+    """The script that embeds the kernel, as a module."""
+    spec = importlib.util.spec_from_file_location("embed_kernel", TOOLS / "embed_kernel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_embedded_kernel_is_the_authored_one(embed_kernel):
+    assert embed_kernel.KERNEL.read_text() == decode_cpu_mea.SOURCE
+    embed_kernel.main(["--check"])
+
+
+def test_a_stale_kernel_is_named_and_embedded(embed_kernel, monkeypatch, tmp_path, capsys):
+    edited = decode_cpu_mea.SOURCE + "/* edited \\n */\n"
+    kernel, module = tmp_path / "decode_cpu.c", tmp_path / "decode_cpu_mea.py"
+    kernel.write_text(edited)
+    before = embed_kernel.MODULE.read_text()
+    module.write_text(before)
+    monkeypatch.setattr(embed_kernel, "KERNEL", kernel)
+    monkeypatch.setattr(embed_kernel, "MODULE", module)
+    with pytest.raises(SystemExit, match=r"decode_cpu_mea\.py does not hold the present decode_cpu\.c"):
+        embed_kernel.main(["--check"])
+    assert module.read_text() == before
+    embed_kernel.main([])
+    embed_kernel.main(["--check"])
+    assert module.read_text() == before.replace(decode_cpu_mea.SOURCE, edited)
+
+
+@pytest.mark.parametrize("kernel", ['char *text = """";\n', "int last;"])
+def test_a_kernel_that_no_raw_string_holds_is_refused(kernel, embed_kernel):
+    with pytest.raises(ValueError, match="must end with a newline"):
+        embed_kernel.embed(embed_kernel.MODULE.read_text(), kernel)
+
+
+def test_a_module_without_markers_is_refused(embed_kernel):
+    with pytest.raises(ValueError, match="lacks the markers"):
+        embed_kernel.embed("SOURCE = None\n", "int last;\n")
