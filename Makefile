@@ -3,6 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+KERNEL := mea_compress/modeling/decode_cpu.c
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
@@ -32,7 +33,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(KERNEL)
 	@$(BIN)/python tools/embed_kernel.py --check
+	@$(BIN)/python tools/compile_kernel.py
 
 # One thread a worker: two workers with two threads each are slower on two cores.
 test: lint
@@ -43,6 +46,7 @@ format: kernel
 	@$(BIN)/ruff format .
 
 kernel: $(READY)
+	@$(BIN)/clang-format -i $(KERNEL)
 	@$(BIN)/python tools/embed_kernel.py
 
 demo: $(READY)

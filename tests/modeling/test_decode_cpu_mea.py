@@ -388,3 +388,35 @@ def test_a_kernel_that_no_raw_string_holds_is_refused(kernel, embed_kernel):
 def test_a_module_without_markers_is_refused(embed_kernel):
     with pytest.raises(ValueError, match="lacks the markers"):
         embed_kernel.embed("SOURCE = None\n", "int last;\n")
+
+
+def compile_kernel(monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PYTHONPATH", str(TOOLS.parent), prepend=os.pathsep)
+    return subprocess.run([sys.executable, TOOLS / "compile_kernel.py"], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel is for x86-64")
+def test_the_kernel_is_linted_with_all_warnings_for_every_processor(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "cc", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *avx512f*) echo warned >&2; exit 1;; esac\n')
+    compiler.chmod(0o755)
+    done = compile_kernel(monkeypatch, str(compiler))
+    assert done.returncode == 1 and done.stderr == "warned\n"
+    commands = log.read_text().splitlines()
+    assert len(commands) == len(decode_cpu_mea.CPU_FLAGS)
+    for command, flags in zip(commands, decode_cpu_mea.CPU_FLAGS.values(), strict=True):
+        assert " ".join((*flags, "-Wall", "-Wextra", "-Werror")) in command
+
+
+@needs_kernel
+def test_the_kernel_compiles_without_a_warning(monkeypatch):
+    done = compile_kernel(monkeypatch, os.environ.get("CC", ""))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_without_a_compiler_the_lint_says_so(monkeypatch):
+    done = compile_kernel(monkeypatch, "a-compiler-that-nobody-has")
+    assert done.returncode == 0
+    assert done.stdout == "decode_cpu.c was not compiled: there is no C compiler (CC, or cc)\n"
