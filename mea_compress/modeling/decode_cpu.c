@@ -33,7 +33,9 @@ typedef int32_t pair __attribute__((aligned(2), may_alias)); /* two adjacent bfl
 
 /* Strides count numbers, not bytes. Cached numbers are float32, or bfloat16 where `bfloat16` is set; where `pairs` is
    set too, the processor multiplies them two at a time, and queries are (panels, key_width / 2, PANEL, 2) bfloat16.
-   Else queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros. */
+   Else queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros.
+
+   decode_cpu_mea.py reads its own declaration of this struct from this text: fields are pointers or int64_t. */
 typedef struct {
     const void *queries, *keys, *values, *norms; /* norms may be NULL */
     const float *mask;                           /* additive, or NULL */

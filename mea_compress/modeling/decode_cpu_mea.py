@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -72,7 +73,9 @@ typedef int32_t pair __attribute__((aligned(2), may_alias)); /* two adjacent bfl
 
 /* Strides count numbers, not bytes. Cached numbers are float32, or bfloat16 where `bfloat16` is set; where `pairs` is
    set too, the processor multiplies them two at a time, and queries are (panels, key_width / 2, PANEL, 2) bfloat16.
-   Else queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros. */
+   Else queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros.
+
+   decode_cpu_mea.py reads its own declaration of this struct from this text: fields are pointers or int64_t. */
 typedef struct {
     const void *queries, *keys, *values, *norms; /* norms may be NULL */
     const float *mask;                           /* additive, or NULL */
@@ -457,18 +460,29 @@ int attend(job *j)
 # End of decode_cpu.c.
 
 
-class _Job(ctypes.Structure):
-    """The struct `job` of the kernel, field by field."""
+def _job_fields(source: str) -> list[tuple[str, type]]:
+    """Return the fields of the kernel's struct `job`, pointers and int64_t, as ctypes wants them.
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "norms", "mask")),
-        *((name, ctypes.c_void_p) for name in ("outputs", "row_max", "row_sum")),
-        *((name, ctypes.c_int64) for name in ("bfloat16", "pairs", "threads", "batch", "splits", "tokens", "rows")),
-        *((name, ctypes.c_int64) for name in ("key_width", "value_width")),
-        *((name, ctypes.c_int64) for name in ("key_batch", "key_row", "value_batch", "value_row")),
-        *((name, ctypes.c_int64) for name in ("norm_batch", "norm_row", "group")),
-        *((name, ctypes.c_int64) for name in ("mask_batch", "mask_row", "mask_rows", "failed")),
-    )
+    The C text is the only list of them, so the two sides cannot disagree.
+    """
+    body = source.partition("} job;")[0].rpartition("typedef struct {")[2]
+    fields: list[tuple[str, type]] = []
+    for declaration in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).split(";")[:-1]:
+        first, *others = declaration.split(",")
+        kind, name = first.rsplit(maxsplit=1)
+        for declarator in (name, *map(str.strip, others)):
+            if declarator.startswith("*"):
+                fields.append((declarator[1:], ctypes.c_void_p))
+            else:
+                fields.append((declarator, {"int64_t": ctypes.c_int64}[kind.strip()]))
+    return fields
+
+
+class _Job(ctypes.Structure):
+    """The struct `job` of the kernel; fields that are not given are NULL or 0."""
+
+    __slots__ = ()  # A name that is no field is an error.
+    _fields_ = _job_fields(SOURCE)
 
 
 @cache

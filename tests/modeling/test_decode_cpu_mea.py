@@ -1,7 +1,9 @@
+import ctypes
 import importlib.util
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -420,3 +422,32 @@ def test_without_a_compiler_the_lint_says_so(monkeypatch):
     done = compile_kernel(monkeypatch, "a-compiler-that-nobody-has")
     assert done.returncode == 0
     assert done.stdout == "decode_cpu.c was not compiled: there is no C compiler (CC, or cc)\n"
+
+
+@needs_kernel
+def test_both_sides_declare_the_same_job(tmp_path):
+    """The compiler refuses the file where a field lies elsewhere, has another size, or is missing in Python."""
+    job = decode_cpu_mea._Job
+    asserts = [f'_Static_assert(sizeof(job) == {ctypes.sizeof(job)}, "job");']
+    for name, _ in job._fields_:
+        field = getattr(job, name)
+        same = f"offsetof(job, {name}) == {field.offset} && sizeof(((job *)0)->{name}) == {field.size}"
+        asserts.append(f'_Static_assert({same}, "{name}");')
+    source = tmp_path / "layout.c"
+    source.write_text("\n".join((decode_cpu_mea.SOURCE, "#include <stddef.h>", *asserts, "")))
+    compiler = [*shlex.split(os.environ.get("CC") or "cc"), *decode_cpu_mea.CPU_FLAGS["AVX2"], "-fsyntax-only"]
+    done = subprocess.run([*compiler, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_job_has_the_fields_of_the_kernel_and_no_others():
+    assert dict(decode_cpu_mea._Job._fields_)["keys"] is ctypes.c_void_p
+    assert dict(decode_cpu_mea._Job._fields_)["mask_rows"] is ctypes.c_int64
+    for misspelt in ({"row_maximum": 0}, {"spans": 1}):
+        with pytest.raises(AttributeError):
+            decode_cpu_mea._Job(**misspelt)
+
+
+def test_a_field_of_another_type_is_refused():
+    with pytest.raises(KeyError, match="float"):
+        decode_cpu_mea._job_fields("typedef struct {\n    float scale; /* by value */\n} job;\n")
