@@ -1,6 +1,7 @@
 import ctypes
 import importlib.util
 import itertools
+import json
 import os
 import platform
 import shlex
@@ -14,7 +15,7 @@ import torch
 from test_decode_mea import FLAT, MASK_KINDS, mask_of, parts, plain_products
 from test_modeling_mea import build, decode, tokens
 
-from mea_compress.modeling import attention_mea, decode_cpu_mea, decode_mea
+from mea_compress.modeling import attention_mea, configuration_mea, decode_cpu_mea, decode_mea
 from mea_compress.modeling.decode_cpu_mea import attend_on_cpu, library, readable
 from mea_compress.modeling.decode_mea import fused, may_fuse
 
@@ -325,7 +326,7 @@ def test_without_memory_products_do_it(monkeypatch):
     model.config.mea["decode"] = "absorb"
     expected, _ = decode(model, tokens(1, 8), 6)
     monkeypatch.setattr(decode_cpu_mea, "library", Exhausted)
-    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors: True)
+    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors, **options: True)
     found, _ = decode(model, tokens(1, 8), 6)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -451,3 +452,49 @@ def test_the_job_has_the_fields_of_the_kernel_and_no_others():
 def test_a_field_of_another_type_is_refused():
     with pytest.raises(KeyError, match="float"):
         decode_cpu_mea._job_fields("typedef struct {\n    float scale; /* by value */\n} job;\n")
+
+
+@pytest.fixture
+def compiler_log(monkeypatch, tmp_path):
+    """A compiler that writes a line to this file when it runs."""
+    compiler, log = tmp_path / "logging-cc", tmp_path / "compiler.log"
+    compiler.write_text(f"#!/bin/sh\necho ran >> {log}\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    return log
+
+
+def test_the_configuration_forbids_the_compiler(fresh, compiler_log):
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea |= {"decode": "absorb", "cpu_kernel": False}
+    decode(model, tokens(1, 8), 6)
+    assert not compiler_log.exists() and not fresh.exists()
+
+
+@needs_kernel
+def test_the_configuration_forbids_the_kernel_and_nothing_else(monkeypatch):
+    """Each model asks its own configuration, and both read the same numbers."""
+    asked = []
+    monkeypatch.setattr(decode_mea, "attend_on_cpu", lambda *found: asked.append(1) or attend_on_cpu(*found))
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea["decode"] = "absorb"
+    found = {}
+    for allowed in (False, True):
+        model.config.mea["cpu_kernel"] = allowed
+        found[allowed], _ = decode(model, tokens(1, 8), 6)
+        assert bool(asked) == allowed
+    torch.testing.assert_close(found[False], found[True], rtol=0, atol=1e-5)
+
+
+def test_the_configuration_keeps_the_key_and_writes_none_of_its_own(tmp_path):
+    for section in ({}, {"cpu_kernel": False}, {"cpu_kernel": True}):
+        configuration_mea.MeaLlamaConfig(mea=dict(section)).save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())["mea"]
+        assert {key: value for key, value in stored.items() if key == "cpu_kernel"} == section
+        assert configuration_mea.MeaLlamaConfig.from_pretrained(tmp_path).mea == stored
+
+
+@pytest.mark.parametrize("value", ["off", 0, None])
+def test_a_key_that_is_neither_true_nor_false_is_refused(value):
+    with pytest.raises(ValueError, match=f"cpu_kernel is true or false, not {value!r}"):
+        configuration_mea.MeaLlamaConfig(mea={"cpu_kernel": value})
