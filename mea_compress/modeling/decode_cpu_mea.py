@@ -1,8 +1,10 @@
 """Attention to flat components on a CPU: a C kernel that the system compiler builds on the user's machine.
 
 **A compiler runs on first use**: ``CC``, or ``cc`` (GCC 10 or newer, or clang), once, and what it builds is kept where
-PyTorch keeps its extensions. Where there is none, or on other processors than those with AVX2 or AVX-512, plain
-products do the work (`read_keys`, `softmax`, `read_values` of decode_mea.py, the readable reference).
+PyTorch keeps its extensions. The environment variable ``MEA_CPU_KERNEL=off`` forbids it, and so does
+``"cpu_kernel": false`` in the section ``mea`` of config.json. Then, without a compiler, and on other processors than
+those with AVX2 or AVX-512, plain products do the work (`read_keys`, `softmax`, `read_values` of decode_mea.py, the
+readable reference).
 
 Plain products write every logit to memory, and their kernels are made for larger matrices. This one is FlashAttention's
 online softmax with Flash-Decoding's split over the cache (split-KV): it takes the cache in KV tiles that stay in L2,
@@ -36,6 +38,7 @@ CPU_FLAGS = {  # For what PyTorch finds in the processor.
 }
 COMPILER_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 _SECONDS = 120
+_SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
 # Embedded from decode_cpu.c by `make kernel`: edit it there.
 SOURCE = r"""/* Attention of absorbed queries to cached components: FlashAttention's online softmax, with
@@ -485,9 +488,26 @@ class _Job(ctypes.Structure):
     _fields_ = _job_fields(SOURCE)
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The compiled source; None, said once where a compiler failed, where there is none for this machine."""
+    """Return the kernel, built on first use; None where it is forbidden or there is none for this machine.
+
+    Raises:
+        ValueError: The environment variable ``MEA_CPU_KERNEL`` says neither on nor off.
+    """
+    return _compiled() if _allowed() else None
+
+
+def _allowed() -> bool:
+    """Return whether the user lets a kernel be built and used; asked at each step, for it may be set late."""
+    switch = os.environ.get("MEA_CPU_KERNEL", "on")
+    if switch not in _SWITCH:
+        raise ValueError(f"MEA_CPU_KERNEL is one of {', '.join(_SWITCH)}, not {switch!r}")
+    return _SWITCH[switch]
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    """Return the compiled kernel; None where there is none for this machine, with one warning if a compiler failed."""
     flags = CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability())
     command = (os.environ.get("CC") or "").strip() or "cc"
     if flags is None or platform.system() != "Linux":
@@ -501,7 +521,7 @@ def library() -> ctypes.CDLL | None:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.strip())
         warnings.warn(
-            f"cached components are read by plain products, {command} built no kernel: {reason}", stacklevel=2
+            f"cached components are read by plain products, {command} built no kernel: {reason}", stacklevel=3
         )
         return None
 

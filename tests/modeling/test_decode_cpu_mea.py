@@ -32,7 +32,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def forget():
-    library.cache_clear()
+    decode_cpu_mea._compiled.cache_clear()
     decode_cpu_mea._multiplies_pairs.cache_clear()
 
 
@@ -47,6 +47,12 @@ def processor(request, monkeypatch):
     yield request.param
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    """Nobody has forbidden the kernel, whatever the environment of the tests says."""
+    monkeypatch.delenv("MEA_CPU_KERNEL", raising=False)
 
 
 @pytest.fixture
@@ -462,6 +468,41 @@ def compiler_log(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     return log
+
+
+@pytest.mark.parametrize("switch", ["off", "0"])
+def test_the_environment_forbids_the_compiler(switch, fresh, compiler_log, monkeypatch, recwarn):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea["decode"] = "absorb"
+    decode(model, tokens(1, 8), 6)
+    assert library() is None and not readable(torch.zeros(1))
+    assert not compiler_log.exists() and not fresh.exists()
+    assert not [warning for warning in recwarn if "plain products" in str(warning.message)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("switch", ["on", "1"])
+def test_the_environment_allows_the_compiler(switch, monkeypatch):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    assert readable(torch.zeros(1))
+
+
+@needs_kernel
+def test_the_environment_is_obeyed_after_the_kernel_was_built(monkeypatch):
+    assert readable(torch.zeros(1))
+    monkeypatch.setenv("MEA_CPU_KERNEL", "off")
+    assert not readable(torch.zeros(1))
+    monkeypatch.delenv("MEA_CPU_KERNEL")
+    assert readable(torch.zeros(1))
+
+
+@pytest.mark.parametrize("switch", ["", "no", "OFF"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(switch, fresh, compiler_log, monkeypatch):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    with pytest.raises(ValueError, match=f"^MEA_CPU_KERNEL is one of on, 1, off, 0, not '{switch}'$"):
+        readable(torch.zeros(1))
+    assert not compiler_log.exists()
 
 
 def test_the_configuration_forbids_the_compiler(fresh, compiler_log):
