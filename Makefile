@@ -3,17 +3,19 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+KERNEL := mea_compress/modeling/decode_cpu.c
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo clean
+.PHONY: help setup test lint format kernel demo clean
 
 help:
 	@echo "make demo    train a small model, compress it, heal it and compare (a few minutes)"
 	@echo "make test    linters, types and tests"
 	@echo "make lint    linters and types only"
 	@echo "make format  rewrite the sources in the project's format"
+	@echo "make kernel  embed decode_cpu.c, once edited, in the Python file of every checkpoint"
 	@echo "make clean   remove .venv, caches and the demo's output"
 
 setup: $(READY)
@@ -31,14 +33,21 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(KERNEL)
+	@$(BIN)/python tools/embed_kernel.py --check
+	@$(BIN)/python tools/compile_kernel.py
 
 # One thread a worker: two workers with two threads each are slower on two cores.
 test: lint
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --nbmake tests notebooks
 
-format: $(READY)
+format: kernel
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+kernel: $(READY)
+	@$(BIN)/clang-format -i $(KERNEL)
+	@$(BIN)/python tools/embed_kernel.py
 
 demo: $(READY)
 	@$(BIN)/mea-compress demo

@@ -199,7 +199,7 @@ def attention_alone(shape, context, batch, arguments):
             return attention._attend_to_components(query, *sides(half, call), None, None)
 
         def absorbed_by_products(call, attention=attention, half=halves[name]):
-            fused, attention_mea.may_fuse = attention_mea.may_fuse, lambda *tensors: False
+            fused, attention_mea.may_fuse = attention_mea.may_fuse, lambda *tensors, **options: False
             try:
                 return attention._attend_to_components(query, *sides(half, call), None, None)
             finally:

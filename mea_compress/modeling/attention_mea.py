@@ -489,7 +489,8 @@ class MeaAttention(nn.Module):
         composition = self.key_composition
         if not isinstance(composition, HeadComposition | FrequencyComposition) or self.value_composition is None:
             return None
-        if not may_fuse(keys, values, queries, composition.weight):
+        cpu_kernel = self.config.mea.get("cpu_kernel", True)
+        if not may_fuse(keys, values, queries, composition.weight, cpu_kernel=cpu_kernel):
             return None
         components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
         return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])

@@ -1,11 +1,15 @@
-"""Attention to flat components on a CPU, in one pass over the cache: C that is compiled where it runs.
+"""Attention to flat components on a CPU: a C kernel that the system compiler builds on the user's machine.
 
-Plain products (`read_keys`, `softmax`, `read_values` of decode_mea.py, the readable reference) write every logit to
-memory, and their kernels are made for larger matrices. This one takes the cache in chunks that stay in the processor,
-fetches the next while it multiplies, and reads each cached number once for 64 query rows. It is built with the C
-compiler of the machine (GCC 10 or newer, or clang) on first use and kept where PyTorch keeps its extensions; without
-one, or on other processors than those with AVX2 or AVX-512, plain products do the work. This file needs nothing but
-torch and is copied into every checkpoint that uses it.
+**A compiler runs on first use**: ``CC``, or ``cc`` (GCC 10 or newer, or clang), once, and what it builds is kept where
+PyTorch keeps its extensions. The environment variable ``MEA_CPU_KERNEL=off`` forbids it, and so does
+``"cpu_kernel": false`` in the section ``mea`` of config.json. Then, without a compiler, and on other processors than
+those with AVX2 or AVX-512, plain products do the work (`read_keys`, `softmax`, `read_values` of decode_mea.py, the
+readable reference).
+
+Plain products write every logit to memory, and their kernels are made for larger matrices. This one is FlashAttention's
+online softmax with Flash-Decoding's split over the cache (split-KV): it takes the cache in KV tiles that stay in L2,
+fetches the next rows while it multiplies, and reads each cached number once for 64 query rows. Its source is
+decode_cpu.c, embedded below, for this file needs nothing but torch and is copied into every checkpoint that uses it.
 
 Shapes: B batch, T cached tokens, Q new tokens, R query rows (Hq * Q), H key/value heads, W a cached width.
 """
@@ -14,6 +18,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,30 +30,42 @@ from pathlib import Path
 
 import torch
 
-# As in the source: rows that are multiplied together, rows that read the cache together, tokens that are read together.
-PANEL, PART, CHUNK = 32, 64, 128
-_FLAGS = {  # for what PyTorch finds in the processor
+# As in the kernel: rows that are multiplied together, rows that read a KV tile together, and tokens of that tile.
+PANEL, QUERY_TILE, KV_TILE = 32, 64, 128
+CPU_FLAGS = {  # For what PyTorch finds in the processor.
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+COMPILER_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 _SECONDS = 120
+_SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
-SOURCE = r"""
+# Embedded from decode_cpu.c by `make kernel`: edit it there.
+SOURCE = r"""/* Attention of absorbed queries to cached components: FlashAttention's online softmax, with
+   Flash-Decoding's split over the cache (split-KV).
+
+   A worker takes the rows of one query tile and one split of the tokens, and goes through them by KV tiles. For each
+   row it keeps the largest score so far (row_max), the sum of exp(score - row_max) (row_sum), and the values weighted
+   by the same; when a tile raises the maximum, both sums shrink by exp(old maximum - new maximum). decode_cpu_mea.py
+   combines the splits and divides by row_sum.
+
+   `make kernel` embeds this file in decode_cpu_mea.py, which has the system compiler build it on the user's machine. */
+
 #include <float.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* PANEL rows, or channels, of BLOCK tokens, or rows, have their sums in registers, in vectors of LANES numbers. */
+/* The sums of BLOCK tokens by PANEL rows, or of BLOCK rows by PANEL channels, stay in registers of LANES numbers. */
 #ifdef __AVX512F__
 enum { LANES = 16, BLOCK = 8 };
 #else
 enum { LANES = 8, BLOCK = 2 };
 #endif
-enum { PANEL = 32, VECTORS = PANEL / LANES, CHUNK = 128 };
-/* Rows that read the cache together: with more, their scores and sums would push the cache out of the processor. */
-enum { PART = 2 * PANEL };
+enum { PANEL = 32, VECTORS = PANEL / LANES };
+/* Tokens of a KV tile, and rows that read it together: scores and outputs of more would evict the KV tile from L2. */
+enum { KV_TILE = 128, QUERY_TILE = 2 * PANEL };
 
 #define INLINE static inline __attribute__((always_inline))
 #define PAIRS __attribute__((target("avx512f,avx512bf16")))
@@ -57,27 +74,30 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t pair __attribute__((aligned(2), may_alias)); /* two adjacent bfloat16 numbers */
 
-/* Strides count numbers, not bytes. Cached numbers are float32, or bfloat16 where `half` is set; where `pairs` is set
-   too, the processor multiplies them two at a time, and queries are (panels, key_width / 2, PANEL, 2) bfloat16. Else
-   queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros. */
+/* Strides count numbers, not bytes. Cached numbers are float32, or bfloat16 where `bfloat16` is set; where `pairs` is
+   set too, the processor multiplies them two at a time, and queries are (panels, key_width / 2, PANEL, 2) bfloat16.
+   Else queries are (panels, key_width, PANEL) float32. Rows beyond the last are zeros.
+
+   decode_cpu_mea.py reads its own declaration of this struct from this text: fields are pointers or int64_t. */
 typedef struct {
     const void *queries, *keys, *values, *norms; /* norms may be NULL */
     const float *mask;                           /* additive, or NULL */
-    float *sums, *tops, *totals; /* (batch, spans, padded rows, padded value width), and two without the width */
-    int64_t half, pairs, threads, batch, spans, tokens, rows, key_width, value_width;
+    float *outputs;                              /* (batch, splits, padded rows, padded value width) */
+    float *row_max, *row_sum;                    /* (batch, splits, padded rows) */
+    int64_t bfloat16, pairs, threads, batch, splits, tokens, rows, key_width, value_width;
     int64_t key_batch, key_row, value_batch, value_row;
-    int64_t norm_batch, norm_row, group; /* a norm belongs to `group` rows */
-    int64_t mask_batch, mask_row, masks; /* row r reads row r % masks of the mask */
-    int64_t failed;                      /* set where memory did not suffice */
+    int64_t norm_batch, norm_row, group;     /* a norm belongs to `group` rows */
+    int64_t mask_batch, mask_row, mask_rows; /* row r reads row r % mask_rows of the mask */
+    int64_t failed;                          /* set where memory did not suffice */
 } job;
 
-/* What is read next, while something else is multiplied: BLOCK rows of the keys and of the values. */
+/* BLOCK rows of the keys and of the values, to be fetched while others are multiplied. */
 typedef struct {
     const char *keys, *values;
     int64_t key_row, value_row; /* in bytes */
-} ahead;
+} upcoming;
 
-INLINE void fetch(const ahead *next, int64_t step)
+INLINE void prefetch(const upcoming *next, int64_t step)
 {
     int64_t line = step * BLOCK / 16; /* a step reads up to four bytes of BLOCK rows, a line has 64 */
     if (step % (16 / BLOCK) == 0)
@@ -88,7 +108,7 @@ INLINE void fetch(const ahead *next, int64_t step)
 
 /* scores[t][r] = sum over w of keys[t][w] * queries[w][r], for `count` tokens and the rows of one panel. */
 INLINE void score(int count, int64_t width, const float *keys, int64_t key_row, const float *queries, float *scores,
-                  int64_t score_row, const ahead *next)
+                  int64_t score_row, const upcoming *next)
 {
     lanes sum[BLOCK][VECTORS];
     for (int t = 0; t < count; t++)
@@ -98,7 +118,7 @@ INLINE void score(int count, int64_t width, const float *keys, int64_t key_row, 
         lanes query[VECTORS];
         for (int v = 0; v < VECTORS; v++)
             query[v] = *(const lanes *)(queries + w * PANEL + v * LANES);
-        fetch(next, w);
+        prefetch(next, w);
         for (int t = 0; t < count; t++)
             for (int v = 0; v < VECTORS; v++)
                 sum[t][v] += keys[t * key_row + w] * query[v];
@@ -108,9 +128,9 @@ INLINE void score(int count, int64_t width, const float *keys, int64_t key_row, 
             *(lanes *)(scores + t * score_row + v * LANES) = sum[t][v];
 }
 
-/* The same of pairs of bfloat16 numbers. */
+/* The same for pairs of bfloat16 numbers. */
 PAIRS INLINE void score_pairs(int count, int64_t width, const uint16_t *keys, int64_t key_row, const uint16_t *queries,
-                              float *scores, int64_t score_row, const ahead *next)
+                              float *scores, int64_t score_row, const upcoming *next)
 {
     __m512 sum[BLOCK][2];
     for (int t = 0; t < count; t++)
@@ -118,7 +138,7 @@ PAIRS INLINE void score_pairs(int count, int64_t width, const uint16_t *keys, in
     for (int64_t w = 0; w < width; w += 2) {
         __m512bh low = (__m512bh)_mm512_loadu_si512(queries + w * PANEL);
         __m512bh high = (__m512bh)_mm512_loadu_si512(queries + w * PANEL + PANEL);
-        fetch(next, w / 2);
+        prefetch(next, w / 2);
         for (int t = 0; t < count; t++) {
             __m512bh key = (__m512bh)_mm512_set1_epi32(*(const pair *)(keys + t * key_row + w));
             sum[t][0] = _mm512_dpbf16_ps(sum[t][0], key, low);
@@ -132,25 +152,25 @@ PAIRS INLINE void score_pairs(int count, int64_t width, const uint16_t *keys, in
 }
 
 PAIRS static void score_block(int64_t width, const uint16_t *keys, int64_t key_row, const uint16_t *queries,
-                              float *scores, int64_t score_row, const ahead *next)
+                              float *scores, int64_t score_row, const upcoming *next)
 {
     score_pairs(BLOCK, width, keys, key_row, queries, scores, score_row, next);
 }
 
 PAIRS static void score_token(int64_t width, const uint16_t *keys, int64_t key_row, const uint16_t *queries,
-                              float *scores, int64_t score_row, const ahead *next)
+                              float *scores, int64_t score_row, const upcoming *next)
 {
     score_pairs(1, width, keys, key_row, queries, scores, score_row, next);
 }
 
-/* sums[r][w] += sum over t of weights[t][r] * strip[t][w], for BLOCK rows and the PANEL channels of a strip. */
-INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const float *strip, float *sums,
-                int64_t sum_row)
+/* outputs[r][w] += sum over t of weights[t][r] * strip[t][w], for BLOCK rows and the PANEL channels of a strip. */
+INLINE void accumulate(int64_t tokens, const float *weights, int64_t weight_row, const float *strip, float *outputs,
+                       int64_t output_row)
 {
     lanes sum[BLOCK][VECTORS];
     for (int r = 0; r < BLOCK; r++)
         for (int v = 0; v < VECTORS; v++)
-            sum[r][v] = *(lanes *)(sums + r * sum_row + v * LANES);
+            sum[r][v] = *(lanes *)(outputs + r * output_row + v * LANES);
     for (int64_t t = 0; t < tokens; t++) {
         lanes value[VECTORS];
         for (int v = 0; v < VECTORS; v++)
@@ -161,17 +181,17 @@ INLINE void add(int64_t tokens, const float *weights, int64_t weight_row, const 
     }
     for (int r = 0; r < BLOCK; r++)
         for (int v = 0; v < VECTORS; v++)
-            *(lanes *)(sums + r * sum_row + v * LANES) = sum[r][v];
+            *(lanes *)(outputs + r * output_row + v * LANES) = sum[r][v];
 }
 
-/* The same of pairs of tokens: weights[t / 2][r][t % 2] and strip[t / 2][w][t % 2]. */
-PAIRS static void add_pairs(int64_t tokens, const uint16_t *weights, int64_t weight_row, const uint16_t *strip,
-                            float *sums, int64_t sum_row)
+/* The same for pairs of tokens: weights[t / 2][r][t % 2] and strip[t / 2][w][t % 2]. */
+PAIRS static void accumulate_pairs(int64_t tokens, const uint16_t *weights, int64_t weight_row, const uint16_t *strip,
+                                   float *outputs, int64_t output_row)
 {
     __m512 sum[BLOCK][2];
     for (int r = 0; r < BLOCK; r++) {
-        sum[r][0] = _mm512_loadu_ps(sums + r * sum_row);
-        sum[r][1] = _mm512_loadu_ps(sums + r * sum_row + 16);
+        sum[r][0] = _mm512_loadu_ps(outputs + r * output_row);
+        sum[r][1] = _mm512_loadu_ps(outputs + r * output_row + 16);
     }
     for (int64_t t = 0; t < tokens; t += 2) {
         __m512bh low = (__m512bh)_mm512_loadu_si512(strip + t * PANEL);
@@ -183,13 +203,13 @@ PAIRS static void add_pairs(int64_t tokens, const uint16_t *weights, int64_t wei
         }
     }
     for (int r = 0; r < BLOCK; r++) {
-        _mm512_storeu_ps(sums + r * sum_row, sum[r][0]);
-        _mm512_storeu_ps(sums + r * sum_row + 16, sum[r][1]);
+        _mm512_storeu_ps(outputs + r * output_row, sum[r][0]);
+        _mm512_storeu_ps(outputs + r * output_row + 16, sum[r][1]);
     }
 }
 
 /* The larger of two, and the first where it is not a number. */
-INLINE lanes larger(lanes x, lanes y)
+INLINE lanes maximum(lanes x, lanes y)
 {
     ints less = x < y;
     return (lanes)((less & (ints)y) | (~less & (ints)x));
@@ -199,7 +219,7 @@ INLINE lanes larger(lanes x, lanes y)
 INLINE lanes exponential(lanes x)
 {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number, kept in the lowest bits */
-    x = larger(x, (lanes){0} - 87.0f);
+    x = maximum(x, (lanes){0} - 87.0f);
     lanes shifted = x * 1.44269504088896341f + shift, whole = shifted - shift;
     ints power = (ints)shifted - 0x4B400000;
     x = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -211,7 +231,7 @@ INLINE lanes exponential(lanes x)
     return (series * x * x + x + 1.0f) * (lanes)((power + 127) << 23);
 }
 
-INLINE float widened(uint16_t number)
+INLINE float to_float(uint16_t number)
 {
     uint32_t bits = (uint32_t)number << 16;
     float wide;
@@ -220,71 +240,73 @@ INLINE float widened(uint16_t number)
 }
 
 /* One row of cached numbers as float32. */
-INLINE void widen(const uint16_t *cached, int64_t width, float *wide)
+INLINE void to_floats(const uint16_t *cached, int64_t width, float *wide)
 {
     for (int64_t w = 0; w < width; w++)
-        wide[w] = widened(cached[w]);
+        wide[w] = to_float(cached[w]);
 }
 
-/* Values of up to PANEL channels next to each other, as `add` or `add_pairs` reads them, zeros behind the last one: in
-   the cache they lie a row apart, where they would push each other out of the nearest memory. */
-INLINE void take(const job *j, const char *values, int64_t tokens, int channels, float *strip)
+/* Copy up to PANEL channels of the values into a strip, as `accumulate` or `accumulate_pairs` reads it, with zeros
+   behind the last one: in the cache they lie a whole row apart, and would evict each other from L1. */
+INLINE void pack_values(const job *j, const char *values, int64_t tokens, int channels, float *strip)
 {
     static const uint16_t zeros[PANEL];
-    const uint16_t *half = (const uint16_t *)values;
+    const uint16_t *narrow_values = (const uint16_t *)values;
     int64_t row = j->value_row;
     if (channels < PANEL)
-        memset(strip, 0, sizeof(float) * CHUNK * PANEL);
+        memset(strip, 0, sizeof(float) * KV_TILE * PANEL);
     for (int64_t t = 0; t < tokens; t += j->pairs ? 2 : 1)
         if (j->pairs) {
-            const uint16_t *even = half + t * row, *odd = t + 1 < tokens ? even + row : zeros;
+            const uint16_t *even = narrow_values + t * row, *odd = t + 1 < tokens ? even + row : zeros;
             for (int w = 0; w < channels; w++)
                 ((uint32_t *)strip)[t / 2 * PANEL + w] = even[w] | (uint32_t)odd[w] << 16;
-        } else if (j->half) {
-            widen(half + t * row, channels, strip + t * PANEL);
+        } else if (j->bfloat16) {
+            to_floats(narrow_values + t * row, channels, strip + t * PANEL);
         } else {
             memcpy(strip + t * PANEL, (const float *)values + t * row, sizeof(float) * channels);
         }
 }
 
-/* Norms and mask on the scores (tokens, padded) of `tokens` tokens from `start` on and `rows` rows from `first` on. */
-static void adjust(const job *j, int64_t b, int64_t first, int64_t rows, int64_t start, int64_t tokens, float *scores,
-                   int64_t padded)
+/* Apply norms and mask to the scores (tokens, padded) of `tokens` tokens from `start` on and `rows` rows from `first`
+ * on. */
+static void apply_norms_and_mask(const job *j, int64_t b, int64_t first, int64_t rows, int64_t start, int64_t tokens,
+                                 float *scores, int64_t padded)
 {
-    const uint16_t *half_norms = j->norms;
+    const uint16_t *narrow_norms = j->norms;
     const float *norms = j->norms;
     for (int64_t t = 0; t < tokens && norms; t++) {
-        int64_t at = b * j->norm_batch + (start + t) * j->norm_row;
+        int64_t offset = b * j->norm_batch + (start + t) * j->norm_row;
         for (int64_t r = 0; r < rows; r++) {
-            int64_t norm = at + (first + r) / j->group;
-            scores[t * padded + r] *= j->half ? widened(half_norms[norm]) : norms[norm];
+            int64_t norm = offset + (first + r) / j->group;
+            scores[t * padded + r] *= j->bfloat16 ? to_float(narrow_norms[norm]) : norms[norm];
         }
     }
     for (int64_t r = 0; r < rows && j->mask; r++) {
-        const float *mask = j->mask + b * j->mask_batch + (first + r) % j->masks * j->mask_row + start;
+        const float *mask = j->mask + b * j->mask_batch + (first + r) % j->mask_rows * j->mask_row + start;
         for (int64_t t = 0; t < tokens; t++)
             scores[t * padded + r] += mask[t];
     }
 }
 
-/* exp(score - top) of LANES rows, with `top` and `total` brought up to date; returns what earlier sums shrink to. */
-INLINE lanes weigh(int64_t tokens, float *scores, int64_t padded, float *top, float *total)
+/* Online softmax of LANES rows: scores become exp(score - maximum), with the maximum and the sum brought up to date.
+   Returns what earlier sums shrink by, exp(old maximum - new maximum). */
+INLINE lanes online_softmax_lanes(int64_t tokens, float *scores, int64_t padded, float *row_max, float *row_sum)
 {
-    lanes before = *(lanes *)top, most = before, sum = {0};
+    lanes old_max = *(lanes *)row_max, new_max = old_max, sum = {0};
     for (int64_t t = 0; t < tokens; t++)
-        most = larger(*(lanes *)(scores + t * padded), most);
+        new_max = maximum(*(lanes *)(scores + t * padded), new_max);
     for (int64_t t = 0; t < tokens; t++) {
-        lanes weight = exponential(*(lanes *)(scores + t * padded) - most);
+        lanes weight = exponential(*(lanes *)(scores + t * padded) - new_max);
         sum += weight;
         *(lanes *)(scores + t * padded) = weight;
     }
-    lanes kept = exponential(before - most);
-    *(lanes *)top = most;
-    *(lanes *)total = *(lanes *)total * kept + sum;
-    return kept;
+    lanes rescale = exponential(old_max - new_max);
+    *(lanes *)row_max = new_max;
+    *(lanes *)row_sum = *(lanes *)row_sum * rescale + sum;
+    return rescale;
 }
 
-/* Weights of LANES rows as `add_pairs` reads them, rounded to the nearest bfloat16. */
+/* Weights of LANES rows as `accumulate_pairs` reads them, rounded to the nearest bfloat16. */
 INLINE void narrow(int64_t tokens, const float *weights, int64_t padded, uint16_t *narrowed)
 {
     for (int64_t t = 0; t < tokens; t += 2) {
@@ -297,116 +319,121 @@ INLINE void narrow(int64_t tokens, const float *weights, int64_t padded, uint16_
     }
 }
 
-/* What the part of the rows of one sequence that starts at row `first` works with, for one span of its tokens. */
+/* The rows of one sequence from `first` on, what they have got from one split of its tokens, and scratch memory. */
 typedef struct {
     int64_t b, first, rows, padded, channels; /* channels: the value width, padded like the rows */
     const char *queries;
-    float *sums, *tops, *totals;
-    float *scores, *strip, *wide; /* (CHUNK, padded), (CHUNK, PANEL), (BLOCK, key width) */
-    uint16_t *narrowed;           /* (CHUNK / 2, padded, 2) */
-} part;
+    float *outputs, *row_max, *row_sum;
+    float *scores, *strip, *wide; /* (KV_TILE, padded), (KV_TILE, PANEL), (BLOCK, key width) */
+    uint16_t *narrowed;           /* (KV_TILE / 2, padded, 2) */
+} query_tile;
 
 /* Scores of `count` tokens from `start` on. */
-static void score_chunk(const job *j, const part *p, const char *key, const char *value, int64_t start, int64_t count)
+static void score_tile(const job *j, const query_tile *q, const char *key, const char *value, int64_t start,
+                       int64_t count)
 {
-    int64_t width = j->key_width, size = j->half ? 2 : 4, row = j->key_row * size, panel = width * PANEL;
-    for (int64_t r = 0; r < p->padded; r += PANEL)
+    int64_t width = j->key_width, size = j->bfloat16 ? 2 : 4, row = j->key_row * size, panel = width * PANEL;
+    for (int64_t r = 0; r < q->padded; r += PANEL)
         for (int64_t t = 0, block; t < count; t += block) {
-            const char *own = key + t * row;
-            float *scores = p->scores + t * p->padded + r;
-            const float *queries = (const float *)p->queries + r / PANEL * panel;
-            const uint16_t *half_queries = (const uint16_t *)p->queries + r / PANEL * panel;
-            ahead next = {own + BLOCK * row, value + t * j->value_row * size, row, j->value_row * size};
+            const char *key_block = key + t * row;
+            float *scores = q->scores + t * q->padded + r;
+            const float *queries = (const float *)q->queries + r / PANEL * panel;
+            const uint16_t *narrow_queries = (const uint16_t *)q->queries + r / PANEL * panel;
+            upcoming next = {key_block + BLOCK * row, value + t * j->value_row * size, row, j->value_row * size};
             block = count - t < BLOCK ? 1 : BLOCK;
             if (j->pairs) {
                 if (block > 1)
-                    score_block(width, (const uint16_t *)own, j->key_row, half_queries, scores, p->padded, &next);
+                    score_block(width, (const uint16_t *)key_block, j->key_row, narrow_queries, scores, q->padded,
+                                &next);
                 else
-                    score_token(width, (const uint16_t *)own, j->key_row, half_queries, scores, p->padded, &next);
+                    score_token(width, (const uint16_t *)key_block, j->key_row, narrow_queries, scores, q->padded,
+                                &next);
                 continue;
             }
-            const float *keys = (const float *)own;
+            const float *keys = (const float *)key_block;
             int64_t key_row = j->key_row;
-            if (j->half) {
+            if (j->bfloat16) {
                 for (int64_t i = 0; i < block; i++)
-                    widen((const uint16_t *)own + i * j->key_row, width, p->wide + i * width);
-                keys = p->wide;
+                    to_floats((const uint16_t *)key_block + i * j->key_row, width, q->wide + i * width);
+                keys = q->wide;
                 key_row = width;
             }
             if (block > 1)
-                score(BLOCK, width, keys, key_row, queries, scores, p->padded, &next);
+                score(BLOCK, width, keys, key_row, queries, scores, q->padded, &next);
             else
-                score(1, width, keys, key_row, queries, scores, p->padded, &next);
+                score(1, width, keys, key_row, queries, scores, q->padded, &next);
         }
-    adjust(j, p->b, p->first, p->rows, start, count, p->scores, p->padded);
+    apply_norms_and_mask(j, q->b, q->first, q->rows, start, count, q->scores, q->padded);
 }
 
-/* Scores become weights, and the sums so far shrink to the new maximum. */
-static void weigh_chunk(const job *j, const part *p, int64_t count)
+/* Scores of a KV tile become weights, and the outputs so far shrink to the new maximum. */
+static void online_softmax(const job *j, const query_tile *q, int64_t count)
 {
-    for (int64_t r = 0; r < p->padded; r += LANES) {
-        lanes kept = weigh(count, p->scores + r, p->padded, p->tops + r, p->totals + r);
+    for (int64_t r = 0; r < q->padded; r += LANES) {
+        lanes rescale = online_softmax_lanes(count, q->scores + r, q->padded, q->row_max + r, q->row_sum + r);
         for (int i = 0; i < LANES; i++)
-            if (kept[i] != 1.0f)
-                for (int64_t w = 0; w < p->channels; w += LANES)
-                    *(lanes *)(p->sums + (r + i) * p->channels + w) *= kept[i];
+            if (rescale[i] != 1.0f)
+                for (int64_t w = 0; w < q->channels; w += LANES)
+                    *(lanes *)(q->outputs + (r + i) * q->channels + w) *= rescale[i];
         if (j->pairs)
-            narrow(count, p->scores + r, p->padded, p->narrowed + 2 * r);
+            narrow(count, q->scores + r, q->padded, q->narrowed + 2 * r);
     }
 }
 
-/* Adds the weighted values of `count` tokens. */
-static void add_chunk(const job *j, const part *p, const char *value, int64_t count)
+/* Add the weighted values of `count` tokens to the outputs. */
+static void accumulate_tile(const job *j, const query_tile *q, const char *value, int64_t count)
 {
     for (int64_t w = 0; w < j->value_width; w += PANEL) {
-        const char *column = value + w * (j->half ? 2 : 4);
+        const char *column = value + w * (j->bfloat16 ? 2 : 4);
         if (j->value_width - w < PANEL)
-            take(j, column, count, j->value_width - w, p->strip);
+            pack_values(j, column, count, j->value_width - w, q->strip);
         else
-            take(j, column, count, PANEL, p->strip);
-        for (int64_t r = 0; r < p->padded; r += BLOCK) {
-            float *sums = p->sums + r * p->channels + w;
+            pack_values(j, column, count, PANEL, q->strip);
+        for (int64_t r = 0; r < q->padded; r += BLOCK) {
+            float *outputs = q->outputs + r * q->channels + w;
             if (j->pairs)
-                add_pairs(count, p->narrowed + 2 * r, p->padded, (const uint16_t *)p->strip, sums, p->channels);
+                accumulate_pairs(count, q->narrowed + 2 * r, q->padded, (const uint16_t *)q->strip, outputs,
+                                 q->channels);
             else
-                add(count, p->scores + r, p->padded, p->strip, sums, p->channels);
+                accumulate(count, q->scores + r, q->padded, q->strip, outputs, q->channels);
         }
     }
 }
 
 static int64_t in_panels(int64_t number) { return (number + PANEL - 1) / PANEL * PANEL; }
 
-static int attend_span(const job *j, int64_t b, int64_t first, int64_t span)
+static int attend_split(const job *j, int64_t b, int64_t first, int64_t split)
 {
-    int64_t rows = j->rows - first < PART ? j->rows - first : PART, size = j->half ? 2 : 4;
-    int64_t at = (b * j->spans + span) * in_panels(j->rows) + first;
-    part p = {.b = b, .first = first, .rows = rows, .padded = in_panels(rows), .channels = in_panels(j->value_width)};
-    p.queries = (const char *)j->queries + (b * in_panels(j->rows) + first) * j->key_width * (j->pairs ? 2 : 4);
-    p.sums = j->sums + at * p.channels;
-    p.tops = j->tops + at;
-    p.totals = j->totals + at;
-    int64_t numbers = CHUNK * (p.padded + p.padded / 2 + PANEL) + BLOCK * in_panels(j->key_width);
-    p.scores = aligned_alloc(64, sizeof(float) * numbers);
-    if (!p.scores)
+    int64_t rows = j->rows - first < QUERY_TILE ? j->rows - first : QUERY_TILE, size = j->bfloat16 ? 2 : 4;
+    int64_t offset = (b * j->splits + split) * in_panels(j->rows) + first;
+    query_tile q = {
+        .b = b, .first = first, .rows = rows, .padded = in_panels(rows), .channels = in_panels(j->value_width)};
+    q.queries = (const char *)j->queries + (b * in_panels(j->rows) + first) * j->key_width * (j->pairs ? 2 : 4);
+    q.outputs = j->outputs + offset * q.channels;
+    q.row_max = j->row_max + offset;
+    q.row_sum = j->row_sum + offset;
+    int64_t numbers = KV_TILE * (q.padded + q.padded / 2 + PANEL) + BLOCK * in_panels(j->key_width);
+    q.scores = aligned_alloc(64, sizeof(float) * numbers);
+    if (!q.scores)
         return 1;
-    p.narrowed = (uint16_t *)(p.scores + CHUNK * p.padded);
-    p.strip = p.scores + CHUNK * (p.padded + p.padded / 2);
-    p.wide = p.strip + CHUNK * PANEL;
-    memset(p.sums, 0, sizeof(float) * p.padded * p.channels);
-    memset(p.totals, 0, sizeof(float) * p.padded);
-    for (int64_t r = 0; r < p.padded; r++)
-        p.tops[r] = -FLT_MAX;
+    q.narrowed = (uint16_t *)(q.scores + KV_TILE * q.padded);
+    q.strip = q.scores + KV_TILE * (q.padded + q.padded / 2);
+    q.wide = q.strip + KV_TILE * PANEL;
+    memset(q.outputs, 0, sizeof(float) * q.padded * q.channels);
+    memset(q.row_sum, 0, sizeof(float) * q.padded);
+    for (int64_t r = 0; r < q.padded; r++)
+        q.row_max[r] = -FLT_MAX;
 
-    int64_t chunks = (j->tokens + CHUNK - 1) / CHUNK, end = chunks * (span + 1) / j->spans * CHUNK;
-    for (int64_t start = chunks * span / j->spans * CHUNK; start < end && start < j->tokens; start += CHUNK) {
-        int64_t count = j->tokens - start < CHUNK ? j->tokens - start : CHUNK;
+    int64_t tiles = (j->tokens + KV_TILE - 1) / KV_TILE, end = tiles * (split + 1) / j->splits * KV_TILE;
+    for (int64_t start = tiles * split / j->splits * KV_TILE; start < end && start < j->tokens; start += KV_TILE) {
+        int64_t count = j->tokens - start < KV_TILE ? j->tokens - start : KV_TILE;
         const char *key = (const char *)j->keys + (b * j->key_batch + start * j->key_row) * size;
         const char *value = (const char *)j->values + (b * j->value_batch + start * j->value_row) * size;
-        score_chunk(j, &p, key, value, start, count);
-        weigh_chunk(j, &p, count);
-        add_chunk(j, &p, value, count);
+        score_tile(j, &q, key, value, start, count);
+        online_softmax(j, &q, count);
+        accumulate_tile(j, &q, value, count);
     }
-    free(p.scores);
+    free(q.scores);
     return 0;
 }
 
@@ -417,42 +444,71 @@ void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-static void take_turns(void *data)
+static void worker(void *data)
 {
     job *j = data;
-    int64_t parts = (j->rows + PART - 1) / PART, spans = j->spans;
-    for (int64_t unit = omp_get_thread_num(); unit < j->batch * parts * spans; unit += omp_get_num_threads())
-        if (attend_span(j, unit / spans / parts, unit / spans % parts * PART, unit % spans))
+    int64_t query_tiles = (j->rows + QUERY_TILE - 1) / QUERY_TILE, splits = j->splits;
+    for (int64_t unit = omp_get_thread_num(); unit < j->batch * query_tiles * splits; unit += omp_get_num_threads())
+        if (attend_split(j, unit / splits / query_tiles, unit / splits % query_tiles * QUERY_TILE, unit % splits))
             j->failed = 1;
 }
 
-/* Sums of values weighed by exp(logit - top), and what to divide them by, of every span of every sequence. */
+/* Fill the job's outputs, row_max and row_sum for every split of every sequence; return whether memory was short. */
 int attend(job *j)
 {
-    GOMP_parallel(take_turns, j, j->threads, 0);
+    GOMP_parallel(worker, j, j->threads, 0);
     return j->failed;
 }
 """
+# End of decode_cpu.c.
+
+
+def _job_fields(source: str) -> list[tuple[str, type]]:
+    """Return the fields of the kernel's struct `job`, pointers and int64_t, as ctypes wants them.
+
+    The C text is the only list of them, so the two sides cannot disagree.
+    """
+    body = source.partition("} job;")[0].rpartition("typedef struct {")[2]
+    fields: list[tuple[str, type]] = []
+    for declaration in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).split(";")[:-1]:
+        first, *others = declaration.split(",")
+        kind, name = first.rsplit(maxsplit=1)
+        for declarator in (name, *map(str.strip, others)):
+            if declarator.startswith("*"):
+                fields.append((declarator[1:], ctypes.c_void_p))
+            else:
+                fields.append((declarator, {"int64_t": ctypes.c_int64}[kind.strip()]))
+    return fields
 
 
 class _Job(ctypes.Structure):
-    """The struct `job` of the source, field by field."""
+    """The struct `job` of the kernel; fields that are not given are NULL or 0."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "norms", "mask")),
-        *((name, ctypes.c_void_p) for name in ("sums", "tops", "totals")),
-        *((name, ctypes.c_int64) for name in ("half", "pairs", "threads", "batch", "spans", "tokens", "rows")),
-        *((name, ctypes.c_int64) for name in ("key_width", "value_width")),
-        *((name, ctypes.c_int64) for name in ("key_batch", "key_row", "value_batch", "value_row")),
-        *((name, ctypes.c_int64) for name in ("norm_batch", "norm_row", "group")),
-        *((name, ctypes.c_int64) for name in ("mask_batch", "mask_row", "masks", "failed")),
-    )
+    __slots__ = ()  # A name that is no field is an error.
+    _fields_ = _job_fields(SOURCE)
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the kernel, built on first use; None where it is forbidden or there is none for this machine.
+
+    Raises:
+        ValueError: The environment variable ``MEA_CPU_KERNEL`` says neither on nor off.
+    """
+    return _compiled() if _allowed() else None
+
+
+def _allowed() -> bool:
+    """Return whether the user lets a kernel be built and used; asked at each step, for it may be set late."""
+    switch = os.environ.get("MEA_CPU_KERNEL", "on")
+    if switch not in _SWITCH:
+        raise ValueError(f"MEA_CPU_KERNEL is one of {', '.join(_SWITCH)}, not {switch!r}")
+    return _SWITCH[switch]
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled source; None, said once where a compiler failed, where there is none for this machine."""
-    flags = _FLAGS.get(torch.backends.cpu.get_cpu_capability())
+def _compiled() -> ctypes.CDLL | None:
+    """Return the compiled kernel; None where there is none for this machine, with one warning if a compiler failed."""
+    flags = CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability())
     command = (os.environ.get("CC") or "").strip() or "cc"
     if flags is None or platform.system() != "Linux":
         return None
@@ -460,25 +516,25 @@ def library() -> ctypes.CDLL | None:
         compiler = shlex.split(command)
         if shutil.which(compiler[0]) is None:
             return None
-        return _build([*compiler, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", *flags])
+        return _build([*compiler, *COMPILER_FLAGS, *flags])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.strip())
         warnings.warn(
-            f"cached components are read by plain products, {command} built no kernel: {reason}", stacklevel=2
+            f"cached components are read by plain products, {command} built no kernel: {reason}", stacklevel=3
         )
         return None
 
 
 @cache
 def _multiplies_pairs() -> bool:
-    """Whether the processor multiplies pairs of bfloat16 numbers."""
+    """Return whether the processor multiplies pairs of bfloat16 numbers."""
     code = library()
     return code is not None and bool(code.multiplies_pairs())
 
 
 def _build(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles the source, or loads what has been compiled; it is kept where it can be."""
+    """Compile the kernel and keep it if the directory can be written to, or load what was compiled before."""
     key = hashlib.sha256("\0".join((SOURCE, *compiler)).encode()).hexdigest()[:16]
     file = _extensions() / f"mea_decode_{key}" / "decode.so"
     with suppress(OSError):  # not there, not whole, or of another system that shares the directory
@@ -495,13 +551,13 @@ def _build(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _extensions() -> Path:
-    """Where PyTorch keeps extensions that it builds; beneath ``~`` itself where nobody has a home."""
+    """Return where PyTorch keeps extensions that it builds; beneath ``~`` itself where nobody has a home."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{home}/torch_extensions")
 
 
 def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
-    """A directory in another one, or where that cannot be written to, wherever temporary files go."""
+    """Make a directory in another one, or where that cannot be written to, wherever temporary files go."""
     if directory.parts[0] == "~":
         return tempfile.TemporaryDirectory()
     try:
@@ -512,7 +568,7 @@ def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
 
 
 def readable(*cached: torch.Tensor) -> bool:
-    """Whether `attend_on_cpu` reads a cache of such tensors on this machine."""
+    """Return whether `attend_on_cpu` reads a cache of such tensors on this machine."""
     dtypes = {tensor.dtype for tensor in cached}
     return dtypes in ({torch.float32}, {torch.bfloat16}) and library() is not None
 
@@ -524,7 +580,7 @@ def attend_on_cpu(
     norms: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """What absorbed queries get from flat components, softmax(queries keysᵀ · norms + mask) values.
+    """Return what absorbed queries get from flat components, softmax(queries keysᵀ · norms + mask) values.
 
     Products of bfloat16 numbers are summed in float32; where the processor multiplies them in pairs, weights are
     rounded to bfloat16 first. A row that sees nothing gets the average of all, and a mask does not hide a score that is
@@ -542,25 +598,40 @@ def attend_on_cpu(
     """
     code = library()
     assert code is not None
-    batch, _, rows, width = queries.shape
-    tokens, channels = values.shape[2:]
-    half = keys.dtype == torch.bfloat16
-    pairs = half and width % 2 == 0 and _multiplies_pairs()
+    batch, _, rows, key_width = queries.shape
+    tokens, value_width = values.shape[2:]
+    bfloat16 = keys.dtype == torch.bfloat16
+    pairs = bfloat16 and key_width % 2 == 0 and _multiplies_pairs()
     keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
     packed = _packed(queries, pairs)
     threads = torch.get_num_threads()
-    units = max(1, batch * -(-rows // PART))  # for the threads; fewer than there are threads are divided by tokens
-    spans = min(-(-threads // units), -(-tokens // CHUNK))
-    padded, padded_channels = (-(-number // PANEL) * PANEL for number in (rows, channels))
+    units = max(1, batch * -(-rows // QUERY_TILE))  # fewer than there are threads are divided by tokens
+    splits = min(-(-threads // units), -(-tokens // KV_TILE))
+    padded_rows, padded_width = (-(-number // PANEL) * PANEL for number in (rows, value_width))
     new = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever a caller has made the defaults
-    sums = new(batch, spans, padded, padded_channels)
-    tops, totals = new(2, batch, spans, padded)
+    outputs = new(batch, splits, padded_rows, padded_width)
+    row_max, row_sum = new(2, batch, splits, padded_rows)
     job = _Job(
-        packed.data_ptr(), keys.data_ptr(), values.data_ptr(), None, None,
-        sums.data_ptr(), tops.data_ptr(), totals.data_ptr(),
-        half, pairs, threads, batch, spans, tokens, rows, width, channels,
-        keys.stride(0), keys.stride(2), values.stride(0), values.stride(2),
-    )  # fmt: skip
+        queries=packed.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        outputs=outputs.data_ptr(),
+        row_max=row_max.data_ptr(),
+        row_sum=row_sum.data_ptr(),
+        bfloat16=bfloat16,
+        pairs=pairs,
+        threads=threads,
+        batch=batch,
+        splits=splits,
+        tokens=tokens,
+        rows=rows,
+        key_width=key_width,
+        value_width=value_width,
+        key_batch=keys.stride(0),
+        key_row=keys.stride(2),
+        value_batch=values.stride(0),
+        value_row=values.stride(2),
+    )
     if norms is not None:
         norms = norms if norms.stride(-1) == 1 else norms.contiguous()
         job.norms, job.norm_batch, job.norm_row = norms.data_ptr(), norms.stride(0), norms.stride(1)
@@ -569,19 +640,35 @@ def attend_on_cpu(
         if not mask.is_floating_point():
             mask = new(mask.shape).zero_().masked_fill_(~mask, torch.finfo(torch.float32).min)
         mask = mask.float().flatten(1, 2).contiguous()  # (B or 1, rows that differ, T or more)
-        job.mask, job.mask_row, job.masks = mask.data_ptr(), mask.stride(1), mask.shape[1]
+        job.mask, job.mask_row, job.mask_rows = mask.data_ptr(), mask.stride(1), mask.shape[1]
         job.mask_batch = mask.stride(0) if mask.shape[0] > 1 else 0
     if code.attend(ctypes.byref(job)):
         return None
-    if spans > 1:
-        shares = (tops - tops.amax(1, keepdim=True)).exp()  # (B, spans, padded rows)
-        sums, totals = (shares[..., None] * sums).sum(1, keepdim=True), (shares * totals).sum(1, keepdim=True)
-    output = sums[:, :, :rows, :channels] / totals[:, :, :rows, None]  # (B, 1, R, value width)
+    if splits > 1:
+        outputs, row_sum = _combine_splits(outputs, row_max, row_sum)
+    output = outputs[:, :, :rows, :value_width] / row_sum[:, :, :rows, None]  # (B, 1, R, value width)
     return output.to(queries.dtype)
 
 
+def _combine_splits(
+    outputs: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up splits (dimension 1), each rescaled to the largest maximum, as Flash-Decoding does.
+
+    Args:
+        outputs: (B, splits, rows, width), not yet divided by the sums.
+        row_max: (B, splits, rows).
+        row_sum: (B, splits, rows).
+
+    Returns:
+        Outputs (B, 1, rows, width) and sums (B, 1, rows).
+    """
+    rescale = (row_max - row_max.amax(1, keepdim=True)).exp()
+    return (rescale[..., None] * outputs).sum(1, keepdim=True), (rescale * row_sum).sum(1, keepdim=True)
+
+
 def _packed(queries: torch.Tensor, pairs: bool) -> torch.Tensor:
-    """Rows in panels, filled up with zeros, as the source wants them."""
+    """Return the rows in panels, filled up with zeros, as the kernel reads them."""
     rows, missing = queries[:, 0], -queries.shape[2] % PANEL
     padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
     panels = padded.unflatten(1, (-1, PANEL))  # (B, panels, PANEL, key width)

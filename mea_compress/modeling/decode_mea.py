@@ -240,19 +240,20 @@ def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, s
     return None
 
 
-def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor) -> bool:
+def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor, cpu_kernel: bool = True) -> bool:
     """Whether `fused` may read this cache: where a device has a kernel, and nothing looks at what is computed.
 
     Args:
         keys: What is cached.
         values: What is cached.
         others: What queries are made of.
+        cpu_kernel: Whether the configuration lets a compiler build the kernel of a CPU.
     """
     tensors = (keys, values, *others)
     if not _merely_computed(*tensors):
         return False
     devices = {tensor.device.type for tensor in tensors}
-    return devices == {"cuda"} or (devices == {"cpu"} and readable(keys, values))
+    return devices == {"cuda"} or (devices == {"cpu"} and cpu_kernel and readable(keys, values))
 
 
 _NOT_FUSED: set[tuple] = set()

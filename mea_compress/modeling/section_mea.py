@@ -10,6 +10,7 @@ The section::
      "qk_norm": false,             RMSNorm over head_dim on queries and on composed keys, before RoPE
      "bias": {"query": false, "key": false, "value": false, "output": false},
      "decode": "auto",             optional: absorb or expand decides how new tokens read a cache of components
+     "cpu_kernel": true,           optional: false forbids that a compiler builds the kernel that reads it on a CPU
      "layers": [{"key_composition": "head", "key_components": 2,
                  "value_composition": "head", "value_components": 2}, ...]}
 
@@ -71,6 +72,8 @@ def complete_section(
     section["bias"] = {**bias, **section.get("bias", {})}
     if section.get("decode", "auto") not in DECODE:
         raise ValueError(f"mea section: decode is one of {', '.join(DECODE)}, not {section['decode']!r}")
+    if not isinstance(section.get("cpu_kernel", True), bool):
+        raise ValueError(f"mea section: cpu_kernel is true or false, not {section['cpu_kernel']!r}")
     heads, depth = config.num_key_value_heads, config.num_hidden_layers
     whole = {"key_composition": "head", "key_components": heads, "value_composition": "head", "value_components": heads}
     layers = section.setdefault("layers", [dict(whole) for _ in range(depth)])

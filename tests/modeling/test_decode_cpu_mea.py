@@ -1,16 +1,21 @@
+import ctypes
+import importlib.util
 import itertools
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_decode_mea import FLAT, MASK_KINDS, mask_of, parts, plain_products
 from test_modeling_mea import build, decode, tokens
 
-from mea_compress.modeling import attention_mea, decode_cpu_mea, decode_mea
+from mea_compress.modeling import attention_mea, configuration_mea, decode_cpu_mea, decode_mea
 from mea_compress.modeling.decode_cpu_mea import attend_on_cpu, library, readable
 from mea_compress.modeling.decode_mea import fused, may_fuse
 
@@ -23,8 +28,11 @@ needs_kernel = pytest.mark.skipif(
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
 def forget():
-    library.cache_clear()
+    decode_cpu_mea._compiled.cache_clear()
     decode_cpu_mea._multiplies_pairs.cache_clear()
 
 
@@ -39,6 +47,12 @@ def processor(request, monkeypatch):
     yield request.param
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    """Nobody has forbidden the kernel, whatever the environment of the tests says."""
+    monkeypatch.delenv("MEA_CPU_KERNEL", raising=False)
 
 
 @pytest.fixture
@@ -318,7 +332,7 @@ def test_without_memory_products_do_it(monkeypatch):
     model.config.mea["decode"] = "absorb"
     expected, _ = decode(model, tokens(1, 8), 6)
     monkeypatch.setattr(decode_cpu_mea, "library", Exhausted)
-    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors: True)
+    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors, **options: True)
     found, _ = decode(model, tokens(1, 8), 6)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -342,3 +356,186 @@ print(len(set(re.findall(r"\\S*lib[gi]?omp[0-9.-]\\S*", open("/proc/self/maps").
 def test_it_shares_the_threads_of_pytorch():
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "1"]  # one OpenMP in the process
+
+
+@pytest.fixture
+def embed_kernel():
+    """The script that embeds the kernel, as a module."""
+    spec = importlib.util.spec_from_file_location("embed_kernel", TOOLS / "embed_kernel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_embedded_kernel_is_the_authored_one(embed_kernel):
+    assert embed_kernel.KERNEL.read_text() == decode_cpu_mea.SOURCE
+    embed_kernel.main(["--check"])
+
+
+def test_a_stale_kernel_is_named_and_embedded(embed_kernel, monkeypatch, tmp_path, capsys):
+    edited = decode_cpu_mea.SOURCE + "/* edited \\n */\n"
+    kernel, module = tmp_path / "decode_cpu.c", tmp_path / "decode_cpu_mea.py"
+    kernel.write_text(edited)
+    before = embed_kernel.MODULE.read_text()
+    module.write_text(before)
+    monkeypatch.setattr(embed_kernel, "KERNEL", kernel)
+    monkeypatch.setattr(embed_kernel, "MODULE", module)
+    with pytest.raises(SystemExit, match=r"decode_cpu_mea\.py does not hold the present decode_cpu\.c"):
+        embed_kernel.main(["--check"])
+    assert module.read_text() == before
+    embed_kernel.main([])
+    embed_kernel.main(["--check"])
+    assert module.read_text() == before.replace(decode_cpu_mea.SOURCE, edited)
+
+
+@pytest.mark.parametrize("kernel", ['char *text = """";\n', "int last;"])
+def test_a_kernel_that_no_raw_string_holds_is_refused(kernel, embed_kernel):
+    with pytest.raises(ValueError, match="must end with a newline"):
+        embed_kernel.embed(embed_kernel.MODULE.read_text(), kernel)
+
+
+def test_a_module_without_markers_is_refused(embed_kernel):
+    with pytest.raises(ValueError, match="lacks the markers"):
+        embed_kernel.embed("SOURCE = None\n", "int last;\n")
+
+
+def compile_kernel(monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PYTHONPATH", str(TOOLS.parent), prepend=os.pathsep)
+    return subprocess.run([sys.executable, TOOLS / "compile_kernel.py"], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel is for x86-64")
+def test_the_kernel_is_linted_with_all_warnings_for_every_processor(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "cc", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *avx512f*) echo warned >&2; exit 1;; esac\n')
+    compiler.chmod(0o755)
+    done = compile_kernel(monkeypatch, str(compiler))
+    assert done.returncode == 1 and done.stderr == "warned\n"
+    commands = log.read_text().splitlines()
+    assert len(commands) == len(decode_cpu_mea.CPU_FLAGS)
+    for command, flags in zip(commands, decode_cpu_mea.CPU_FLAGS.values(), strict=True):
+        assert " ".join((*flags, "-Wall", "-Wextra", "-Werror")) in command
+
+
+@needs_kernel
+def test_the_kernel_compiles_without_a_warning(monkeypatch):
+    done = compile_kernel(monkeypatch, os.environ.get("CC", ""))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_without_a_compiler_the_lint_says_so(monkeypatch):
+    done = compile_kernel(monkeypatch, "a-compiler-that-nobody-has")
+    assert done.returncode == 0
+    assert done.stdout == "decode_cpu.c was not compiled: there is no C compiler (CC, or cc)\n"
+
+
+@needs_kernel
+def test_both_sides_declare_the_same_job(tmp_path):
+    """The compiler refuses the file where a field lies elsewhere, has another size, or is missing in Python."""
+    job = decode_cpu_mea._Job
+    asserts = [f'_Static_assert(sizeof(job) == {ctypes.sizeof(job)}, "job");']
+    for name, _ in job._fields_:
+        field = getattr(job, name)
+        same = f"offsetof(job, {name}) == {field.offset} && sizeof(((job *)0)->{name}) == {field.size}"
+        asserts.append(f'_Static_assert({same}, "{name}");')
+    source = tmp_path / "layout.c"
+    source.write_text("\n".join((decode_cpu_mea.SOURCE, "#include <stddef.h>", *asserts, "")))
+    compiler = [*shlex.split(os.environ.get("CC") or "cc"), *decode_cpu_mea.CPU_FLAGS["AVX2"], "-fsyntax-only"]
+    done = subprocess.run([*compiler, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_job_has_the_fields_of_the_kernel_and_no_others():
+    assert dict(decode_cpu_mea._Job._fields_)["keys"] is ctypes.c_void_p
+    assert dict(decode_cpu_mea._Job._fields_)["mask_rows"] is ctypes.c_int64
+    for misspelt in ({"row_maximum": 0}, {"spans": 1}):
+        with pytest.raises(AttributeError):
+            decode_cpu_mea._Job(**misspelt)
+
+
+def test_a_field_of_another_type_is_refused():
+    with pytest.raises(KeyError, match="float"):
+        decode_cpu_mea._job_fields("typedef struct {\n    float scale; /* by value */\n} job;\n")
+
+
+@pytest.fixture
+def compiler_log(monkeypatch, tmp_path):
+    """A compiler that writes a line to this file when it runs."""
+    compiler, log = tmp_path / "logging-cc", tmp_path / "compiler.log"
+    compiler.write_text(f"#!/bin/sh\necho ran >> {log}\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    return log
+
+
+@pytest.mark.parametrize("switch", ["off", "0"])
+def test_the_environment_forbids_the_compiler(switch, fresh, compiler_log, monkeypatch, recwarn):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea["decode"] = "absorb"
+    decode(model, tokens(1, 8), 6)
+    assert library() is None and not readable(torch.zeros(1))
+    assert not compiler_log.exists() and not fresh.exists()
+    assert not [warning for warning in recwarn if "plain products" in str(warning.message)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("switch", ["on", "1"])
+def test_the_environment_allows_the_compiler(switch, monkeypatch):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    assert readable(torch.zeros(1))
+
+
+@needs_kernel
+def test_the_environment_is_obeyed_after_the_kernel_was_built(monkeypatch):
+    assert readable(torch.zeros(1))
+    monkeypatch.setenv("MEA_CPU_KERNEL", "off")
+    assert not readable(torch.zeros(1))
+    monkeypatch.delenv("MEA_CPU_KERNEL")
+    assert readable(torch.zeros(1))
+
+
+@pytest.mark.parametrize("switch", ["", "no", "OFF"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(switch, fresh, compiler_log, monkeypatch):
+    monkeypatch.setenv("MEA_CPU_KERNEL", switch)
+    with pytest.raises(ValueError, match=f"^MEA_CPU_KERNEL is one of on, 1, off, 0, not '{switch}'$"):
+        readable(torch.zeros(1))
+    assert not compiler_log.exists()
+
+
+def test_the_configuration_forbids_the_compiler(fresh, compiler_log):
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea |= {"decode": "absorb", "cpu_kernel": False}
+    decode(model, tokens(1, 8), 6)
+    assert not compiler_log.exists() and not fresh.exists()
+
+
+@needs_kernel
+def test_the_configuration_forbids_the_kernel_and_nothing_else(monkeypatch):
+    """Each model asks its own configuration, and both read the same numbers."""
+    asked = []
+    monkeypatch.setattr(decode_mea, "attend_on_cpu", lambda *found: asked.append(1) or attend_on_cpu(*found))
+    model = build("Llama", "head", "head", dtype=torch.float32)
+    model.config.mea["decode"] = "absorb"
+    found = {}
+    for allowed in (False, True):
+        model.config.mea["cpu_kernel"] = allowed
+        found[allowed], _ = decode(model, tokens(1, 8), 6)
+        assert bool(asked) == allowed
+    torch.testing.assert_close(found[False], found[True], rtol=0, atol=1e-5)
+
+
+def test_the_configuration_keeps_the_key_and_writes_none_of_its_own(tmp_path):
+    for section in ({}, {"cpu_kernel": False}, {"cpu_kernel": True}):
+        configuration_mea.MeaLlamaConfig(mea=dict(section)).save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())["mea"]
+        assert {key: value for key, value in stored.items() if key == "cpu_kernel"} == section
+        assert configuration_mea.MeaLlamaConfig.from_pretrained(tmp_path).mea == stored
+
+
+@pytest.mark.parametrize("value", ["off", 0, None])
+def test_a_key_that_is_neither_true_nor_false_is_refused(value):
+    with pytest.raises(ValueError, match=f"cpu_kernel is true or false, not {value!r}"):
+        configuration_mea.MeaLlamaConfig(mea={"cpu_kernel": value})
