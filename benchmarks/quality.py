@@ -1,6 +1,6 @@
 """Loss at equal cached bytes: every composition and fit on a list of checkpoints, beside a peer.
 
-Each row compresses a checkpoint into a temporary directory with `mea_compress.compress` and measures it with
+Each row compresses a checkpoint into a temporary directory with `mea_compress.compression` and measures it with
 `mea_compress.evaluate`, on text that nothing was fitted to. Rows that the result file already has are not run again,
 so an interrupted benchmark goes on where it stopped. The peer runs in an environment of its own, named by its Python.
 
@@ -19,11 +19,11 @@ import click
 import torch
 import transformers
 
-from mea_compress.compress import compress, versions
+from mea_compress.compression import compress, versions
 from mea_compress.errors import RequestError
-from mea_compress.evaluation import evaluate
+from mea_compress.measure.evaluation import evaluate
 from mea_compress.recipe import load_recipe
-from mea_compress.report import table, write_json
+from mea_compress.report.tables import table, write_json
 
 CLOSED = {"refine": 0}
 METHODS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import click
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mea_compress.demo import (
+from mea_compress.demo.run import (
     Size,
     build_model,
     library_documents,

@@ -36,7 +36,7 @@ SHAPES = {
 BASELINE = """
 import sys
 sys.argv = ["mea-compress"]
-import mea_compress.cli, mea_compress.compress, mea_compress.fitting
+import mea_compress.cli, mea_compress.compression, mea_compress.fit.layers
 """
 RESULTS = Path(__file__).parent / "results" / "surgery.json"
 

@@ -18,9 +18,9 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
-from mea_compress import report
 from mea_compress.errors import RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, from_flags, load_recipe, value_type
+from mea_compress.report import tables as report
 
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -196,7 +196,7 @@ def cli() -> None:
 @_json_option
 def inspect(source: Path, batch: int, json_file: Path | None) -> None:
     """Say what a checkpoint is: family, heads, cache bytes per token, parameters. Reads headers only."""
-    from mea_compress.plan import inspect_checkpoint
+    from mea_compress.plan.planning import inspect_checkpoint
 
     found = inspect_checkpoint(source).to_json(batch)
     _print(report.inspection_report(found), found, json_file)
@@ -215,7 +215,7 @@ def inspect(source: Path, batch: int, json_file: Path | None) -> None:
 @_json_option
 def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
     """Replace the code that a compressed checkpoint carries by this version's; weights stay untouched."""
-    from mea_compress.emitted_code import refresh as refresh_checkpoint
+    from mea_compress.emit.code import refresh as refresh_checkpoint
 
     result = refresh_checkpoint(checkpoint, check=check).to_json()
     _print(report.facts(result), result, json_file)
@@ -229,7 +229,7 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
 @_json_option
 def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, **flags: Any) -> None:
     """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
-    from mea_compress.plan import make_plan
+    from mea_compress.plan.planning import make_plan
 
     planned = make_plan(source, load_recipe(recipe, flags))
     data = planned.to_json(batch)
@@ -251,7 +251,7 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
     \b
       --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
     """
-    from mea_compress.compress import compress as compress_checkpoint
+    from mea_compress.compression import compress as compress_checkpoint
 
     result = compress_checkpoint(source, out, load_recipe(recipe, flags), resume=resume)
     _print(_compressed(result))
@@ -292,7 +292,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
 @_json_option
 def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, **flags: Any) -> None:
     """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
-    from mea_compress.evaluation import evaluate as evaluate_checkpoint
+    from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 
     settings = _given(from_flags(EvaluateRecipe, flags))
     measured = evaluate_checkpoint(checkpoint, reference=reference, **settings).to_json()
@@ -314,7 +314,7 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
 @_json_option
 def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
-    from mea_compress.export import export as export_checkpoint
+    from mea_compress.export.stock import export as export_checkpoint
 
     result = export_checkpoint(checkpoint, out, form, resume=resume)
     data = result.to_json()
@@ -339,7 +339,7 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
         if text and not text.is_file():
             raise RequestError(f"{recipe} names the text {text}, which is not there: correct the path.")
 
-    from mea_compress.compress import compress as compress_checkpoint
+    from mea_compress.compression import compress as compress_checkpoint
 
     result = compress_checkpoint(wanted.source, wanted.out, wanted, resume=resume)
     texts, data = [_compressed(result)], {"plan": result.plan.to_json(), "fidelity": result.fidelity}
@@ -351,7 +351,7 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
         data["healing"] = heal_checkpoint(wanted.out, wanted.source, **settings).to_json()
         texts.append(report.facts(data["healing"]))
     if wanted.evaluate:
-        from mea_compress.evaluation import evaluate as evaluate_checkpoint
+        from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 
         settings = shared | _given(wanted.evaluate)
         data["evaluation"] = evaluate_checkpoint(wanted.out, reference=wanted.source, **settings).to_json()
@@ -419,7 +419,7 @@ def _builtin(name: str) -> Path:
 )
 def demo(out: Path, steps: int | None, device: str, seed: int) -> None:
     """Train a small model on text every machine has, compress it to half its cache, heal it, and compare the three."""
-    from mea_compress.demo import run_demo
+    from mea_compress.demo.run import run_demo
 
     _print(run_demo(out, steps=steps, device=device, seed=seed))
 

@@ -29,10 +29,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea_compress.checkpoint.workspace import exchange, sync_tree
 from mea_compress.decoding import check_decoding
-from mea_compress.emitted_code import carried_code, write_code
+from mea_compress.emit.code import carried_code, write_code
+from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
-from mea_compress.refinement import hold_groups
+from mea_compress.fit.refinement import hold_groups
 from mea_compress.text import (
     choose_sequence_length,
     load_model,
@@ -42,8 +44,6 @@ from mea_compress.text import (
     sample_sequences,
     token_sequences,
 )
-from mea_compress.verification import TOLERANCE as DECODING_TOLERANCE
-from mea_compress.workspace import exchange, sync_tree
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _SAMPLED_AT_MOST = 1024

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mea_compress.heads import AttentionHeads
+from mea_compress.heads.types import AttentionHeads
 from mea_compress.modeling.section_mea import rotary_pairs
 
 D, HEADS, GROUP, HEAD_DIM, TOKENS = 24, 4, 2, 8, 9

@@ -124,9 +124,7 @@ def main(source, work, recipe_json, seed, kills, failures):
 
 if __name__ == "__main__":
     # Whatever is imported before the forks need not be imported in each of them.
-    import mea_compress.fitting
-    import mea_compress.verification  # noqa: F401
-    from mea_compress.compress import compress
+    from mea_compress.compression import compress
     from mea_compress.errors import RequestError
     from mea_compress.recipe import Recipe
 

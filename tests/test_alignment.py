@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from blocks import HEAD_DIM, HEADS, make_heads, run
 
-from mea_compress.alignment import (
+from mea_compress.heads.alignment import (
     align_phases,
     align_rotations,
     change_key_basis,

@@ -6,12 +6,12 @@ from tiny import SIZES, save, scatter, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mea_compress.architectures import open_source
-from mea_compress.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.errors import RequestError
+from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
+from mea_compress.layers.runner import LayerRunner, batches, embed
 from mea_compress.modeling.attention_mea import rotary_pairs, rotate_heads
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
 from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
-from mea_compress.streaming import LayerRunner, batches, embed
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "phi3-partial", "qwen3_moe"])

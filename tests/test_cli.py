@@ -61,13 +61,13 @@ def calls(monkeypatch):
     plan = result(PLAN, choice="head, for the norms allow no other")
     compressed = SimpleNamespace(out=Path("OUT"), plan=plan, fidelity={"logit_difference": 1e-6})
     calls.stand_in(
-        monkeypatch, "plan", "inspect_checkpoint", result({"family": "llama", "cache_bytes": 2048, "attention": []})
+        monkeypatch, "plan.planning", "inspect_checkpoint", result({"family": "llama", "cache_bytes": 2048, "attention": []})
     )
-    calls.stand_in(monkeypatch, "plan", "make_plan", plan)
-    calls.stand_in(monkeypatch, "compress", "compress", compressed)
-    calls.stand_in(monkeypatch, "evaluation", "evaluate", result(EVALUATION))
+    calls.stand_in(monkeypatch, "plan.planning", "make_plan", plan)
+    calls.stand_in(monkeypatch, "compression", "compress", compressed)
+    calls.stand_in(monkeypatch, "measure.evaluation", "evaluate", result(EVALUATION))
     calls.stand_in(monkeypatch, "healing", "heal", result({"steps": 3}))
-    calls.stand_in(monkeypatch, "demo", "run_demo", "the table")
+    calls.stand_in(monkeypatch, "demo.run", "run_demo", "the table")
     return calls
 
 
@@ -197,7 +197,7 @@ class TestFailures:
         ],
     )
     def test_errors_of_the_work(self, calls, monkeypatch, error, status, said):
-        calls.stand_in(monkeypatch, "plan", "inspect_checkpoint", error)
+        calls.stand_in(monkeypatch, "plan.planning", "inspect_checkpoint", error)
         assert said in refused("inspect", "SRC", status=status)
         for arguments in (["--debug", "inspect", "SRC"], ["inspect", "SRC", "--debug"]):
             outcome = invoke(*arguments)
@@ -205,10 +205,10 @@ class TestFailures:
             assert "Traceback" in outcome.stderr and outcome.stdout == ""
 
     def test_interrupting(self, calls, monkeypatch):
-        calls.stand_in(monkeypatch, "compress", "compress", KeyboardInterrupt())
+        calls.stand_in(monkeypatch, "compression", "compress", KeyboardInterrupt())
         outcome = invoke("compress", "A", "B", "--kv-ratio", "1")
         assert outcome.exit_code == 130 and "interrupted" in outcome.stderr
-        calls.stand_in(monkeypatch, "compress", "compress", KeyboardInterrupt("go on with --resume"))
+        calls.stand_in(monkeypatch, "compression", "compress", KeyboardInterrupt("go on with --resume"))
         outcome = invoke("compress", "A", "B", "--kv-ratio", "1")
         assert outcome.exit_code == 130 and "--resume" in outcome.stderr and "Traceback" not in outcome.stderr
 

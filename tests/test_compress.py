@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, contents, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
-from mea_compress import fitting
 from mea_compress.architectures import open_source
 from mea_compress.checkpoint import writer
-from mea_compress.compress import compress
+from mea_compress.checkpoint.workspace import MANIFEST, partial_path
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.plan import known_beforehand, make_plan, plan_source
+from mea_compress.fit import layers as fitting
+from mea_compress.plan.planning import known_beforehand, make_plan, plan_source
 from mea_compress.recipe import Recipe, load_recipe
-from mea_compress.workspace import MANIFEST, partial_path
 
 HEAD = {"kv_ratio": 0.5, "key_composition": "head", "value_composition": "head"}
 HALF = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head")
@@ -380,7 +380,7 @@ def audit(event, args):
             touched.append((event, args))
     elif event == "pickle.find_class":
         touched.append((event, args))
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head")
 sys.addaudithook(audit)
@@ -448,7 +448,7 @@ def test_resuming_refuses_what_has_changed(change, said, source, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mea_compress.compress.check_written", stop)
+        patch.setattr("mea_compress.compression.check_written", stop)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(source, out)
     recipe = HALF
@@ -459,7 +459,7 @@ def test_resuming_refuses_what_has_changed(change, said, source, tmp_path, monke
     elif change == "recipe":
         recipe = with_recipe(kv_ratio=0.25)
     elif change == "version":
-        monkeypatch.setattr("mea_compress.compress.versions", lambda: {"torch": "1.0"})
+        monkeypatch.setattr("mea_compress.compression.versions", lambda: {"torch": "1.0"})
     if said is None:
         run(source, out, recipe, resume=True)
         assert out.is_dir()
@@ -548,7 +548,7 @@ def test_files_written_beside_the_fit_are_those_written_after_it(case, kinds, tm
     opened = open_source(source)
     assert known_beforehand(opened, recipe, plan_source(opened, recipe))
     run(source, tmp_path / "beside", recipe)
-    monkeypatch.setattr("mea_compress.compress.known_beforehand", lambda *_: False)
+    monkeypatch.setattr("mea_compress.compression.known_beforehand", lambda *_: False)
     run(source, tmp_path / "after", recipe)
     assert contents(tmp_path / "beside") == contents(tmp_path / "after")
 
@@ -570,10 +570,10 @@ def test_memory_does_not_grow_with_layers_or_shards(tmp_path):
     script = """
 import resource, sys
 from pathlib import Path
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
-import mea_compress.verification
-mea_compress.verification.WHOLE_MODEL_BYTES = 0
+import mea_compress.emit.verification
+mea_compress.emit.verification.WHOLE_MODEL_BYTES = 0
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head", shard_size="4MB")
 compress(Path(sys.argv[1]), Path(sys.argv[1] + "-out"), recipe, progress=False)
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])

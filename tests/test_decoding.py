@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mea_compress import decoding
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.decoding import cache_argument, cache_of, check_decoding, decode_greedily, run_cached
 from mea_compress.errors import VerificationError
 from mea_compress.modeling.attention_mea import MeaAttention, take_cache

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mea_compress import demo
 from mea_compress.cli import cli
+from mea_compress.demo import run as demo
 from mea_compress.errors import RequestError
 
 TINY = demo.Size(

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from tiny import contents, stock_checkpoint
 
-from mea_compress import emitted_code
 from mea_compress.cli import cli
-from mea_compress.compress import compress
-from mea_compress.emitted_code import CODE_FILES, carried_code, refresh
+from mea_compress.compression import compress
+from mea_compress.emit import code as emitted_code
+from mea_compress.emit.code import CODE_FILES, carried_code, refresh
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION
 from mea_compress.recipe import Recipe

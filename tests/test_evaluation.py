@@ -7,8 +7,8 @@ import torch
 from test_text import character_tokenizer, tiny_llama
 
 from mea_compress.errors import RequestError
-from mea_compress.evaluation import cache_bytes, evaluate, measure_cache_bytes
 from mea_compress.healing import compare_logits
+from mea_compress.measure.evaluation import cache_bytes, evaluate, measure_cache_bytes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "a b c", "hello world again and again", "x"]

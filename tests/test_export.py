@@ -15,12 +15,12 @@ from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import open_source
 from mea_compress.cli import cli
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.export import export
-from mea_compress.plan import make_plan
+from mea_compress.export.form import _first_saving, rotary
+from mea_compress.export.stock import export
+from mea_compress.plan.planning import make_plan
 from mea_compress.recipe import Recipe, load_recipe
-from mea_compress.stock import _first_saving, rotary
 
 BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama105"
 QUICK = {"sequence_length": 32, "sequences": 16}

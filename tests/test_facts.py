@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tiny import CASES, LLAMA3_ROPE, SIZES
 from transformers.activations import ACT2FN
 
-from mea_compress.architectures import facts
-from mea_compress.architectures.facts import Facts, plain_facts
+from mea_compress.architectures import common_config as facts
+from mea_compress.architectures.checkpoint import _fields, model_configuration
+from mea_compress.architectures.common_config import Facts, plain_facts
 from mea_compress.architectures.families import FAMILIES
-from mea_compress.architectures.source import _fields, model_configuration
 from mea_compress.errors import RequestError
 
 BY_TYPE = {family.model_type: family for family in FAMILIES}

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import FAMILIES
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.plan import make_plan
+from mea_compress.plan.planning import make_plan
 from mea_compress.recipe import Recipe
 
 COMPOSITIONS = {"head": ("head", "head"), "frequency": ("frequency", "latent")}

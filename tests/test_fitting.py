@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny import contents, stock_checkpoint, stock_model
 from transformers import AutoModelForCausalLM
 
-from mea_compress import fitting
 from mea_compress.architectures import open_source
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.heads import read_side
-from mea_compress.plan import refinement_steps
+from mea_compress.fit import layers as fitting
+from mea_compress.layers.read import read_side
+from mea_compress.plan.planning import refinement_steps
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}

@@ -5,10 +5,12 @@ from safetensors.torch import load_file, save_file
 from tiny import stock_checkpoint, stock_model
 
 from mea_compress.architectures import open_source
-from mea_compress.composed import Composed
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.heads import ComposedLayer, read_composed, read_heads, read_projection, read_side, store_layer
+from mea_compress.heads.composed import Composed
+from mea_compress.heads.types import ComposedLayer
+from mea_compress.layers.read import read_composed, read_heads, read_projection, read_side
+from mea_compress.layers.store import store_layer
 from mea_compress.recipe import Recipe
 
 PREFIX = "model.layers.1.self_attn."

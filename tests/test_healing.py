@@ -8,8 +8,8 @@ from test_text import character_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from mea_compress.errors import RequestError
-from mea_compress.evaluation import evaluate
 from mea_compress.healing import default_learning_rate, heal
+from mea_compress.measure.evaluation import evaluate
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from tiny import CASES, stock_checkpoint
 
 from mea_compress.errors import RequestError
-from mea_compress.plan import CONTEXTS, cache_sizes, inspect_checkpoint, make_plan
+from mea_compress.plan.planning import CONTEXTS, cache_sizes, inspect_checkpoint, make_plan
 from mea_compress.recipe import Recipe
 
 HEAD = {"fit": "weights", "key_composition": "head", "value_composition": "head"}

@@ -5,10 +5,10 @@ import os
 import pytest
 from tiny import stock_checkpoint
 
-from mea_compress.compress import compress
+from mea_compress.checkpoint.workspace import exchange
+from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe
-from mea_compress.workspace import exchange
 
 WEIGHTS = {"fit": "weights", "key_composition": "head", "value_composition": "head"}
 
@@ -29,7 +29,7 @@ def test_resuming_what_is_finished_says_what_was_made(tmp_path):
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_directories_change_places(tmp_path, monkeypatch, in_one_step):
     if not in_one_step:
-        monkeypatch.setattr("mea_compress.workspace.ctypes.CDLL", lambda *_, **__: None)
+        monkeypatch.setattr("mea_compress.checkpoint.workspace.ctypes.CDLL", lambda *_, **__: None)
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "what").write_text(name)

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_compress import report
+from mea_compress.report import tables as report
 
 
 def layer(index, keys=2, composition="head", after=64):

@@ -5,9 +5,9 @@ import torch
 from test_text import tiny_llama
 
 from mea_compress.errors import RequestError
+from mea_compress.measure.speed import measure_speed
 from mea_compress.modeling.configuration_mea import MeaLlamaConfig
 from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
-from mea_compress.speed import measure_speed
 
 HALF = {"key_composition": "head", "key_components": 1, "value_composition": "head", "value_components": 1}
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny import stock_checkpoint
 
-from mea_compress.compress import compress
+from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
 
 HALF = {"kv_ratio": 0.5, "fit": "weights", "key_composition": "head", "value_composition": "head"}

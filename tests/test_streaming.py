@@ -5,10 +5,10 @@ import torch
 from tiny import CASES, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
-from mea_compress import streaming
 from mea_compress.architectures import open_source
-from mea_compress.heads import read_heads
-from mea_compress.streaming import Activations, LayerRunner, batches, embed
+from mea_compress.layers import runner as streaming
+from mea_compress.layers.read import read_heads
+from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 
 
 @pytest.mark.parametrize("case", CASES)

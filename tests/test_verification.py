@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CASES, stock_checkpoint
 
-from mea_compress import compress as compress_module
-from mea_compress import verification
-from mea_compress.compress import compress
+from mea_compress import compression as compress_module
+from mea_compress.compression import compress
+from mea_compress.emit import verification
+from mea_compress.emit.verification import verify
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.recipe import Recipe
-from mea_compress.report import write_json
-from mea_compress.verification import verify
+from mea_compress.report.tables import write_json
 
 KINDS = {
     "head": ("head", "head"),
@@ -73,7 +73,7 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case, kind, tmp_path, monkeypatch):
     """No module is loaded for it; what is said of it is what they measure afterwards."""
-    monkeypatch.setattr("mea_compress.compress.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("mea_compress.compression.WHOLE_MODEL_BYTES", 0)
     out, result = emitted(tmp_path, case, kind)
     told = result.fidelity["verification"]
     assert told["compared"] == "tensors of every layer, bit for bit"
@@ -82,7 +82,7 @@ def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case,
 
 @pytest.mark.parametrize("damage", ["tensor", "configuration"])
 def test_a_large_model_that_was_not_written_as_planned_is_noticed(damage, tmp_path, monkeypatch):
-    monkeypatch.setattr("mea_compress.compress.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("mea_compress.compression.WHOLE_MODEL_BYTES", 0)
     write_config = compress_module._write_config
 
     def spoil(source, plan, recipe, workspace):

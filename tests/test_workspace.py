@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mea_compress import workspace as workspace_module
-from mea_compress.errors import DiskFullError, RequestError
-from mea_compress.workspace import (
+from mea_compress.checkpoint import workspace as workspace_module
+from mea_compress.checkpoint.workspace import (
     MANIFEST,
     already_published,
     check_free,
@@ -19,6 +18,7 @@ from mea_compress.workspace import (
     open_workspace,
     partial_path,
 )
+from mea_compress.errors import DiskFullError, RequestError
 
 INPUT = {"the source": "a", "the recipe": "b", "a library version": {"torch": "1", "numpy": "2"}}
 
@@ -147,7 +147,7 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mea_compress.workspace import open_workspace
+from mea_compress.checkpoint.workspace import open_workspace
 with open_workspace(Path(sys.argv[1]), {"the source": "a"}, resume=False) as workspace:
     print("held", flush=True)
     time.sleep(60)

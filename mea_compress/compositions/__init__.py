@@ -13,7 +13,6 @@ instance in ``COMPOSITIONS`` makes it reachable.
 
 from typing import Any
 
-from mea_compress.composed import Composed
 from mea_compress.compositions.frequency import Frequency
 from mea_compress.compositions.head import Head
 from mea_compress.compositions.latent import Joint, Latent
@@ -21,6 +20,7 @@ from mea_compress.compositions.pool import Pool
 from mea_compress.compositions.prune import Prune
 from mea_compress.compositions.request import Request
 from mea_compress.compositions.share import Share
+from mea_compress.heads.composed import Composed
 
 COMPOSITIONS: dict[str, Any] = {
     composition.name: composition for composition in (Head(), Frequency(), Latent(), Joint(), Pool(), Prune(), Share())

@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 
-from mea_compress.alignment import key_pairs
-from mea_compress.composed import Array, Composed
-from mea_compress.compositions.measure import key_cross, key_weights, largest_entries, moment, pair_cross
+from mea_compress.compositions.moments import key_cross, key_weights, largest_entries, moment, pair_cross
 from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.alignment import key_pairs
+from mea_compress.heads.composed import Array, Composed
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 
 def allot(energies: Array, total: int) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mea_compress.composed import Array, Composed
 from mea_compress.compositions.pool import group_heads, head_distance, reorder
 from mea_compress.compositions.request import Request
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.composed import Array, Composed
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 
 def cluster(

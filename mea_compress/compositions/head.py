@@ -9,15 +9,7 @@ import math
 
 import numpy as np
 
-from mea_compress.alignment import (
-    align_phases,
-    align_rotations,
-    change_key_basis,
-    change_value_basis,
-    fold_head_norm,
-)
-from mea_compress.composed import Array, Composed, join_heads, split_heads
-from mea_compress.compositions.measure import (
+from mea_compress.compositions.moments import (
     head_gram,
     key_cross,
     key_weights,
@@ -27,8 +19,16 @@ from mea_compress.compositions.measure import (
     value_root,
 )
 from mea_compress.compositions.request import Request
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.alignment import (
+    align_phases,
+    align_rotations,
+    change_key_basis,
+    change_value_basis,
+    fold_head_norm,
+)
+from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 
 def combine(heads: Array, components: int, second: Array | None, gram: Array | None = None) -> Composed:

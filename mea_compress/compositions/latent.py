@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 
-from mea_compress.composed import Array, Composed, join_heads, split_heads
-from mea_compress.compositions.measure import key_weights, largest_entries, moment, through, value_root
+from mea_compress.compositions.moments import key_weights, largest_entries, moment, through, value_root
 from mea_compress.compositions.request import Request
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 
 def low_rank(rows: Array, second: Array | None, rank: int) -> tuple[Array, Array]:

@@ -12,15 +12,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from mea_compress.alignment import align_rotations, change_value_basis, fold_head_norm, from_pairs, key_pairs, query_for
-from mea_compress.composed import Array, Composed, join_heads, split_heads
 from mea_compress.compositions.head import combine
 from mea_compress.compositions.latent import low_rank
-from mea_compress.compositions.measure import key_cross, key_weights, moment, value_cross, value_root
+from mea_compress.compositions.moments import key_cross, key_weights, moment, value_cross, value_root
 from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.alignment import (
+    align_rotations,
+    change_value_basis,
+    fold_head_norm,
+    from_pairs,
+    key_pairs,
+    query_for,
+)
+from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 _EXACT_HEADS = 12
 

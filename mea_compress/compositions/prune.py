@@ -9,7 +9,9 @@ import math
 
 import numpy as np
 
-from mea_compress.alignment import (
+from mea_compress.compositions.moments import head_gram, key_cross, key_weights, moment, through, value_cross
+from mea_compress.compositions.request import Request
+from mea_compress.heads.alignment import (
     change_key_basis,
     change_value_basis,
     fold_head_norm,
@@ -18,11 +20,9 @@ from mea_compress.alignment import (
     phase,
     turned_gram,
 )
-from mea_compress.composed import Array, Composed, join_heads
-from mea_compress.compositions.measure import head_gram, key_cross, key_weights, moment, through, value_cross
-from mea_compress.compositions.request import Request
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 _ROUNDS = 200
 

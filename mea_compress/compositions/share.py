@@ -8,12 +8,12 @@ import math
 
 import numpy as np
 
-from mea_compress.alignment import change_key_basis, change_value_basis, fold_head_norm, nearest_rotation
-from mea_compress.composed import Array, Composed, join_heads
-from mea_compress.compositions.measure import head_gram, key_cross, key_weights, moment, value_cross
+from mea_compress.compositions.moments import head_gram, key_cross, key_weights, moment, value_cross
 from mea_compress.compositions.request import Request
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.alignment import change_key_basis, change_value_basis, fold_head_norm, nearest_rotation
+from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 
 def choose_shared(likeness: Array, components: int) -> tuple[list[int], list[int]]:

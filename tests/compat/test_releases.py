@@ -12,8 +12,8 @@ import transformers
 from compat.releases import NEWEST, OLDEST, RELEASES, release_directory
 from tiny import stock_checkpoint
 
-from mea_compress.compress import compress
-from mea_compress.emitted_code import carried_code, refresh
+from mea_compress.compression import compress
+from mea_compress.emit.code import carried_code, refresh
 from mea_compress.recipe import Recipe
 
 TESTS = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.pool import group_heads
 from mea_compress.compositions.prune import choose_kept, least_squares
 from mea_compress.errors import RequestError
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.statistics import LayerStatistics
 
 KEYS = ("head", "frequency", "latent", "joint", "pool", "prune", "share")
 VALUES = ("head", "latent", "joint", "pool", "prune", "share")

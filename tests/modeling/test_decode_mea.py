@@ -547,7 +547,7 @@ print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=Fals
 
 
 def test_the_three_code_files_stand_on_their_own(tmp_path):
-    from mea_compress.compress import CODE_FILES
+    from mea_compress.compression import CODE_FILES
 
     model = build("Llama", "frequency", "latent", dtype=torch.float32)
     model.config.auto_map = {

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from mea_compress.architectures import Source
-from mea_compress.composed import Array, Composed, join_heads
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
-from mea_compress.heads import AttentionHeads, ComposedLayer, read_composed, read_heads, rounded
-from mea_compress.layer_statistics import LayerStatistics
-from mea_compress.plan import LayerPlan, needs_whole_layer, stored_dtype
+from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads, ComposedLayer
+from mea_compress.layers.read import read_composed, read_heads
+from mea_compress.layers.store import rounded
+from mea_compress.plan.planning import LayerPlan, needs_whole_layer, stored_dtype
 from mea_compress.recipe import Recipe
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from mea_compress.checkpoint import as_array
-from mea_compress.composed import Array, Composed, split_heads
-from mea_compress.heads import ComposedLayer
+from mea_compress.heads.composed import Array, Composed, split_heads
+from mea_compress.heads.types import ComposedLayer
+from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import LatentComposition, MeaAttention
-from mea_compress.streaming import Activations, LayerRunner, batches
 
 # Composed sides whose components are kept heads, bit-identical to the original's, and stay so.
 _FROZEN = {"prune": ("proj",), "share": ("proj", "composition")}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mea_compress.composed import Array
+from mea_compress.heads.composed import Array
 
 
 @dataclass(frozen=True)

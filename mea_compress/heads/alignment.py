@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mea_compress.composed import Array
-from mea_compress.heads import AttentionHeads
+from mea_compress.heads.composed import Array
+from mea_compress.heads.types import AttentionHeads
 
 _TOLERANCE = 1e-9
 _ROUNDS = 500

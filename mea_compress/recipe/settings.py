@@ -81,7 +81,7 @@ class HealRecipe(_Settings):
 
 
 class EvaluateRecipe(_Settings):
-    """How a checkpoint is measured; see `mea_compress.evaluation`."""
+    """How a checkpoint is measured; see `mea_compress.measure.evaluation`."""
 
     text: LaxPath = Field(description="Text to measure on, .txt or .jsonl.", json_schema_extra=_group("Data", "FILE"))
     sequence_length: int | None = Field(
@@ -341,7 +341,7 @@ def builtin_recipes() -> dict[str, Path]:
 
     They lie in `recipes` inside an installed package, and beside the package in a source checkout.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "recipes"
     directory = inside if inside.is_dir() else package.parent / "recipes"
     return {path.stem: path for path in sorted(directory.glob("*.yaml"))}

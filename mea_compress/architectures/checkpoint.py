@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures.facts import plain_facts
+from mea_compress.architectures.common_config import plain_facts
 from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mea_compress.architectures import Source
-from mea_compress.architectures.source import FLOATS, SIDES, projection_info
+from mea_compress.architectures.checkpoint import FLOATS, SIDES, projection_info
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -32,10 +32,10 @@ from mea_compress.checkpoint import (
     write_shard,
 )
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
+from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.plan import LayerPlan, Plan, stored_shapes
+from mea_compress.plan.planning import LayerPlan, Plan, stored_shapes
 from mea_compress.recipe import Recipe
-from mea_compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

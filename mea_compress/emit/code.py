@@ -11,9 +11,9 @@ from typing import Any
 
 from mea_compress import modeling
 from mea_compress.architectures import open_source
+from mea_compress.checkpoint.workspace import exchange, sync_tree
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
-from mea_compress.workspace import exchange, sync_tree
 
 CODE_FILES = (
     "attention_mea.py",

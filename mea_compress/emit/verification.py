@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint import as_tensor
-from mea_compress.composed import join_heads
 from mea_compress.decoding import check_decoding, run_cached
 from mea_compress.errors import VerificationError
-from mea_compress.heads import read_side
+from mea_compress.heads.composed import join_heads
+from mea_compress.layers.read import read_side
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
-from mea_compress.plan import WHOLE_MODEL_BYTES
+from mea_compress.plan.planning import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4

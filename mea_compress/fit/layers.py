@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, write_checkpoint
-from mea_compress.closed_form import compose
-from mea_compress.composed import Array
-from mea_compress.heads import StoredLayer, store_layer
-from mea_compress.memory import release
-from mea_compress.plan import Plan, needs_text, stored_dtype
+from mea_compress.checkpoint.system import release
+from mea_compress.checkpoint.workspace import Workspace
+from mea_compress.emit.weights import layer_directory
+from mea_compress.fit.closed_form import compose
+from mea_compress.heads.composed import Array
+from mea_compress.layers.store import StoredLayer, store_layer
+from mea_compress.plan.planning import Plan, needs_text, stored_dtype
 from mea_compress.recipe import Recipe
-from mea_compress.weights import layer_directory
-from mea_compress.workspace import Workspace
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def fit_layers(
         if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
     ]
     if unfinished and needs_text(source, recipe):
-        from mea_compress.fitter import Fitter  # PyTorch, which weights alone do not need
+        from mea_compress.fit.fitter import Fitter  # PyTorch, which weights alone do not need
 
         fitter = Fitter(source, recipe, _tokens(source, recipe, workspace, progress), progress)
     for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=not progress):
@@ -83,7 +83,7 @@ def fit_layers(
 
 def _tokens(source: Source, recipe: Recipe, workspace: Workspace, progress: bool) -> Any:
     """Calibration sequences, a tensor (N, T), kept in the workspace so that a resumed run has the same."""
-    from mea_compress.fitter import calibration_tokens
+    from mea_compress.fit.fitter import calibration_tokens
 
     directory = workspace.work / "calibration"
     if not workspace.finished("calibration", "tokens"):

@@ -8,16 +8,17 @@ import torch
 from tqdm import tqdm
 
 from mea_compress.architectures import Source
-from mea_compress.calibration import StatisticsAccumulator, check_tokens
-from mea_compress.closed_form import compose
 from mea_compress.errors import RequestError
-from mea_compress.heads import ComposedLayer, StoredLayer, store_layer
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
+from mea_compress.fit.closed_form import compose
+from mea_compress.fit.refinement import Refiner, Settings
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import ComposedLayer
+from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
+from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.modeling.section_mea import FRACTIONAL
-from mea_compress.plan import LayerPlan, calibration_shape, refinement_steps, splits_itself
+from mea_compress.plan.planning import LayerPlan, calibration_shape, refinement_steps, splits_itself
 from mea_compress.recipe import Recipe
-from mea_compress.refinement import Refiner, Settings
-from mea_compress.streaming import Activations, LayerRunner, batches, embed
 from mea_compress.text import (
     load_model,
     load_tokenizer,

@@ -7,10 +7,10 @@ much as o_proj amplifies them, and values are looked at after attention has aver
 
 import numpy as np
 
-from mea_compress.alignment import fold_head_norm, key_pairs, output_metric, root
-from mea_compress.composed import Array, join_heads
-from mea_compress.heads import AttentionHeads
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.alignment import fold_head_norm, key_pairs, output_metric, root
+from mea_compress.heads.composed import Array, join_heads
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.heads.types import AttentionHeads
 
 _FLOOR = 1e-4
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from mea_compress.errors import RequestError
 from mea_compress.recipe import load_recipe
-from mea_compress.report import format_bytes, table, write_json
+from mea_compress.report.tables import format_bytes, table, write_json
 
 # What is done to the cache: everything else is the default of `compress`.
 COMPRESSION: dict[str, Any] = {"kv_ratio": 0.5}
@@ -118,9 +118,9 @@ def run_demo(
     """
     # Imported here: a directory that cannot be used is refused before transformers is loaded.
     check_directory(directory)
-    from mea_compress.compress import compress
-    from mea_compress.evaluation import evaluate
+    from mea_compress.compression import compress
     from mea_compress.healing import heal
+    from mea_compress.measure.evaluation import evaluate
     from mea_compress.text import resolve_device
 
     size = size or Size()
@@ -326,7 +326,7 @@ def train_original(
 def _save(model: Any, directory: Path) -> None:
     """Weights, configuration, and the code that loads them where this package is not installed."""
     from mea_compress import modeling
-    from mea_compress.compress import CODE_FILES
+    from mea_compress.compression import CODE_FILES
 
     model.config._attn_implementation = None
     model.config.auto_map = {

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
+from mea_compress.architectures.checkpoint import FLOATS, composition_shape
 from mea_compress.architectures.families import Shapes
-from mea_compress.architectures.source import FLOATS, composition_shape
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
-from mea_compress.emitted_code import carried_code
+from mea_compress.emit.code import carried_code
 from mea_compress.errors import RequestError
+from mea_compress.export.form import growth, stock_form
 from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
-from mea_compress.stock import growth, stock_form
 
 SCALAR_NORM_KINDS = ("head", "prune", "share", "frequency")
 CONTEXTS = (8_192, 32_768, 131_072)

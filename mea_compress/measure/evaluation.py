@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.healing import NOTHING, check_same_vocabulary, compare_models, rows_at_once
-from mea_compress.speed import Timing, cache_bytes, check_contexts, measure_speed
+from mea_compress.measure.speed import Timing, cache_bytes, check_contexts, measure_speed
 from mea_compress.text import (
     choose_sequence_length,
     load_model,

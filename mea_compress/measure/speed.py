@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mea_compress.checkpoint.system import release
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
-from mea_compress.memory import release
 from mea_compress.text import context_length
 
 _ROUNDS = 3

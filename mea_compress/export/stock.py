@@ -3,7 +3,7 @@
 With E the map from components to heads, query head i of group g becomes q̃_i = s · E_gᵀ q_i and its columns of o_proj
 W̃_i = W_i E_g. s keeps the softmax scale: √(new head_dim / old head_dim), times the square of the factor that the
 source's RoPE puts on cos and sin. Rows of k_proj are put in the order of RoPE's halves; values stay as they are. See
-`mea_compress.stock` for what can be exported.
+`mea_compress.export.form` for what can be exported.
 """
 
 import gc
@@ -33,23 +33,23 @@ from mea_compress.checkpoint import (
     read_array,
 )
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
 from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
-from mea_compress.composed import Array, Composed, join_heads, split_heads
-from mea_compress.compress import SPARE_BYTES, versions
+from mea_compress.compression import SPARE_BYTES, versions
 from mea_compress.decoding import cache_argument, check_decoding, run_cached
-from mea_compress.emitted_code import CODE_FILES
+from mea_compress.emit.code import CODE_FILES
+from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
+from mea_compress.emit.verification import cache_bytes, relative_difference
+from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.heads import read_composed, read_projection
+from mea_compress.export.form import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
+from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import rotary_pairs
-from mea_compress.plan import WHOLE_MODEL_BYTES, layer_window
-from mea_compress.report import export_card, write_json
-from mea_compress.stock import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
-from mea_compress.verification import TOLERANCE as DECODING_TOLERANCE
-from mea_compress.verification import cache_bytes, relative_difference
-from mea_compress.weights import write_shards
-from mea_compress.workspace import already_published, check_free, check_space, open_workspace
+from mea_compress.plan.planning import WHOLE_MODEL_BYTES, layer_window
+from mea_compress.report.tables import export_card, write_json
 
 REPORT = "export.json"
 # Largest difference allowed, relative to the largest number, between what is exported and what it was made from, both

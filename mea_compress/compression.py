@@ -11,10 +11,12 @@ from typing import Any
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
-from mea_compress.emitted_code import CODE_FILES, write_code
+from mea_compress.checkpoint.system import keep_freed
+from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
+from mea_compress.emit.code import CODE_FILES, write_code
+from mea_compress.emit.weights import check_written, write_weights, writing_beside
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.memory import keep_freed
-from mea_compress.plan import (
+from mea_compress.plan.planning import (
     WHOLE_MODEL_BYTES,
     Plan,
     inspect_checkpoint,
@@ -24,9 +26,7 @@ from mea_compress.plan import (
     realised_plan,
 )
 from mea_compress.recipe import Recipe, to_yaml
-from mea_compress.report import model_card, write_json
-from mea_compress.weights import check_written, write_weights, writing_beside
-from mea_compress.workspace import Workspace, already_published, check_free, check_space, open_workspace
+from mea_compress.report.tables import model_card, write_json
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
@@ -127,14 +127,14 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
     """Fits the layers and writes all weights; the plan as it was carried out."""
     if known_beforehand(source, recipe, plan):
         with writing_beside(source, plan, recipe, workspace, progress) as stored:
-            from mea_compress.fitting import fit_layers, one_thread_less  # copying goes on while NumPy is loaded
+            from mea_compress.fit.layers import fit_layers, one_thread_less  # copying goes on while NumPy is loaded
 
             keep_freed()
             with one_thread_less():
                 fit_layers(source, plan, recipe, workspace, False, stored)
-            import mea_compress.verification  # noqa: F401 - loaded while files are still being written
+            import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written
     else:
-        from mea_compress.fitting import fit_layers
+        from mea_compress.fit.layers import fit_layers
 
         fit_layers(source, plan, recipe, workspace, progress)
         plan = realised_plan(source, recipe, plan, _sections(plan, workspace))
@@ -155,13 +155,13 @@ def _verified(source: Source, plan: Plan, recipe: Recipe, directory: Path, progr
     decodes with a cache as it does without, whatever release of transformers is installed.
     """
     if needs_text(source, recipe) or source.weight_bytes <= WHOLE_MODEL_BYTES:
-        from mea_compress.verification import verify
+        from mea_compress.emit.verification import verify
 
         return verify(directory, plan.bytes_after, progress)
     found = inspect_checkpoint(directory).bytes_per_token
     if found != plan.bytes_after:
         raise VerificationError(f"the cache holds {found} bytes per token where the plan says {plan.bytes_after}")
-    from mea_compress.verification import decode_layers
+    from mea_compress.emit.verification import decode_layers
 
     return {
         "compared": "tensors of every layer, bit for bit",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.errors import DiskFullError, RequestError
-from mea_compress.report import write_json
+from mea_compress.report.tables import write_json
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from mea_compress.errors import RequestError
-from mea_compress.layer_statistics import LayerStatistics
+from mea_compress.heads.statistics import LayerStatistics
+from mea_compress.layers.runner import Trace
 from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import rotary_pairs
-from mea_compress.streaming import Trace
 
 # Queries per sequence at which attention is looked at: each costs as much as a head as wide as the model.
 _ATTENDED_QUERIES = 64

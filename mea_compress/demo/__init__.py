@@ -1,0 +1,1 @@
+"""A small model, trained, compressed, healed and compared."""

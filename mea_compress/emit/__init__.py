@@ -1,0 +1,1 @@
+"""Write what was fitted as a checkpoint, and check it."""

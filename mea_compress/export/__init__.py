@@ -1,0 +1,1 @@
+"""Compressed checkpoints in formats that engines serve without code of this package."""

@@ -1,0 +1,1 @@
+"""Fit the layers of a checkpoint, one after the other."""

@@ -1,0 +1,64 @@
+"""One layer's attention as heads, before and after its keys and values were composed from fewer."""
+
+from dataclasses import dataclass
+
+from mea_compress.heads.composed import Array, Composed
+from mea_compress.modeling.section_mea import rotary_pairs
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """One layer's attention. All arrays are float64; a bias is the last column of the weight (zeros without one).
+
+    Attributes:
+        query: (Hq, d, D + 1).
+        key: (H, d, D + 1), before the key norm.
+        value: (H, d, D + 1).
+        output: (Hq, D, d).
+        output_bias: (D,) or None.
+        query_norm: (d,) or None.
+        key_norm: (d,) or None.
+        head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
+        rotary_dim: Channels of a head that RoPE turns.
+        norm_eps: Epsilon of the norms.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    output: Array
+    output_bias: Array | None
+    query_norm: Array | None
+    key_norm: Array | None
+    head_norm: Array | None
+    rotary_dim: int
+    norm_eps: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.query.shape[0] // self.key.shape[0]
+
+    @property
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """The two channels of every rotary pair."""
+        return rotary_pairs(self.query.shape[1], self.rotary_dim)
+
+
+@dataclass(frozen=True)
+class ComposedLayer:
+    """A layer after surgery: composed keys and values, and what else of its attention changed.
+
+    Attributes:
+        key: Components and composition of the keys.
+        value: Components and composition of the values.
+        query: (Hq, d, D + 1), or None where q_proj stays as it is.
+        output: (Hq, D, d), or None where o_proj stays as it is.
+        head_norm: (d,), or None where the head norm stays as it is.
+    """
+
+    key: Composed
+    value: Composed
+    query: Array | None = None
+    output: Array | None = None
+    head_norm: Array | None = None

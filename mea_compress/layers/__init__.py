@@ -1,0 +1,1 @@
+"""Between files, heads and modules: read a layer, store it, run it."""

@@ -1,0 +1,1 @@
+"""Measure checkpoints: loss, divergence, cache, speed."""

@@ -1,0 +1,1 @@
+"""What will happen to every layer, from headers alone."""

@@ -1,0 +1,27 @@
+"""What is asked for: settings that are flags, recipe keys and documentation at once, and recipes read from YAML."""
+
+from mea_compress.recipe.settings import (
+    EvaluateRecipe,
+    HealRecipe,
+    Recipe,
+    builtin_recipes,
+    from_flags,
+    load_recipe,
+    parse_size,
+    select_layers,
+    to_yaml,
+    value_type,
+)
+
+__all__ = [
+    "EvaluateRecipe",
+    "HealRecipe",
+    "Recipe",
+    "builtin_recipes",
+    "from_flags",
+    "load_recipe",
+    "parse_size",
+    "select_layers",
+    "to_yaml",
+    "value_type",
+]
