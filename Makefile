@@ -4,16 +4,18 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo clean
+.PHONY: help setup test lint format docs demo clean
 
 help:
 	@echo "make demo    train a small model, compress it, heal it and compare (a few minutes)"
 	@echo "make test    linters, types and tests"
 	@echo "make lint    linters and types only"
 	@echo "make format  rewrite the sources in the project's format"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make clean   remove .venv, caches and the demo's output"
 
 setup: $(READY)
@@ -27,6 +29,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) -e ".[dev,plots]"
 	@touch $@
 
+$(DOCS_READY): $(READY)
+	@$(PIP) -e ".[docs]"
+	@touch $@
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -36,6 +42,10 @@ lint: $(READY)
 test: lint
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --nbmake tests notebooks
 
+docs: $(DOCS_READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 format: $(READY)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -44,5 +54,5 @@ demo: $(READY)
 	@$(BIN)/mea-compress demo
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
