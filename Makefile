@@ -1,11 +1,13 @@
 # `make test` and `make demo` do all the set-up they need, in .venv; the second time they start at once.
 PYTHON ?= python3
 WORKERS ?= 2
+# make CONSTRAINTS=/dev/null test takes the newest releases in place of the pinned ones.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format docs demo clean
@@ -25,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up $(VENV), once (PyTorch is large: this takes some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) "torch==2.13.0"
+	@$(PIP) torch
 	@$(PIP) -e ".[dev,plots]"
 	@touch $@
 
