@@ -10,11 +10,12 @@ DOCS_READY := $(VENV)/.ready-docs
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format docs demo clean
+.PHONY: help setup test quick lint format docs demo clean
 
 help:
 	@echo "make demo    train a small model, compress it, heal it and compare (a few minutes)"
 	@echo "make test    linters, types and tests"
+	@echo "make quick   the tests that take a minute"
 	@echo "make lint    linters and types only"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make docs    the documentation as a site, in site/"
@@ -43,6 +44,9 @@ lint: $(READY)
 # One thread a worker: two workers with two threads each are slower on two cores.
 test: lint
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --nbmake tests notebooks
+
+quick: $(READY)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not process" tests
 
 docs: $(DOCS_READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
