@@ -1,21 +1,28 @@
 # `make test` and `make demo` do all the set-up they need, in .venv; the second time they start at once.
 PYTHON ?= python3
 WORKERS ?= 2
+# make CONSTRAINTS=/dev/null test takes the newest releases in place of the pinned ones.
+CONSTRAINTS ?= constraints.txt
+# First and by its exact name: as a dependency of others, pip could choose a build for another machine.
+TORCH := $(shell sed -n '/^torch==/p' $(CONSTRAINTS))
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL := mea_compress/modeling/decode_cpu.c
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+DOCS_READY := $(VENV)/.ready-docs
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format kernel demo clean
+.PHONY: help setup test quick lint format kernel docs demo clean
 
 help:
 	@echo "make demo    train a small model, compress it, heal it and compare (a few minutes)"
 	@echo "make test    linters, types and tests"
+	@echo "make quick   the tests that take a minute"
 	@echo "make lint    linters and types only"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make kernel  embed decode_cpu.c, once edited, in the Python file of every checkpoint"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make clean   remove .venv, caches and the demo's output"
 
 setup: $(READY)
@@ -25,8 +32,12 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up $(VENV), once (PyTorch is large: this takes some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) "torch==2.13.0"
+	@$(PIP) "$(or $(TORCH),torch)"
 	@$(PIP) -e ".[dev,plots]"
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	@$(PIP) -e ".[docs]"
 	@touch $@
 
 lint: $(READY)
@@ -41,6 +52,13 @@ lint: $(READY)
 test: lint
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --nbmake tests notebooks
 
+quick: $(READY)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not process" tests
+
+docs: $(DOCS_READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 format: kernel
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -53,5 +71,5 @@ demo: $(READY)
 	@$(BIN)/mea-compress demo
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

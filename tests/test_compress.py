@@ -122,6 +122,7 @@ def test_the_plan_comes_true_on_disk_and_in_memory(source, tmp_path):
     assert plan.parameters_before == sum(t.numel() for t in load_file(source / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(source, tmp_path):
     run(source, tmp_path / "one" / "out", with_recipe(shard_size="20KB"))
     run(source, tmp_path / "two" / "out", with_recipe(shard_size="20KB"))
@@ -364,6 +365,7 @@ def test_a_config_that_lies_is_refused_or_harmless(original, tmp_path_factory, l
         assert plan.bytes_after * 2 == plan.bytes_before or "mea_llama" in str(lies) or plan.bytes_after > 0
 
 
+@pytest.mark.process
 def test_the_source_is_never_opened_for_writing(source, tmp_path):
     """An audit hook cannot be taken away, so this runs in a process of its own."""
     script = """
@@ -405,6 +407,7 @@ INTERRUPTED = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_a_run_that_was_killed_or_out_of_space_resumes_to_the_same_bytes(case, tmp_path):
     recipe, layers, kills, failures = INTERRUPTED[case]
@@ -476,6 +479,7 @@ def no_writer_is_left():
     return not any(thread.name.startswith(WRITERS) for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 2])
 def test_an_interruption_of_the_fit_ends_the_thread_that_writes(at, source, tmp_path, monkeypatch):
     out, compose = tmp_path / "out", fitting.compose
@@ -539,6 +543,7 @@ def test_a_writer_that_cannot_be_started_leaves_none_waiting(error, source, tmp_
     assert len(submitted) == 2 and no_writer_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kinds", [("head", "head"), ("frequency", "latent"), ("pool", "share"), ("joint", "joint")])
 def test_files_written_beside_the_fit_are_those_written_after_it(case, kinds, tmp_path, monkeypatch):
@@ -565,6 +570,7 @@ def test_no_room_is_said_before_any_work(source, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_layers_or_shards(tmp_path):
     """Peak memory beyond the imports, of 3 and of 24 layers of 4 MB of attention each."""
     script = """

@@ -41,6 +41,7 @@ def done(tmp_path_factory):
     return directory, printed
 
 
+@pytest.mark.slow
 def test_table_compares_the_three(done):
     directory, printed = done
     figures = json.loads((directory / "demo.json").read_text())["figures"]
@@ -58,12 +59,14 @@ def test_table_compares_the_three(done):
         assert figures[name]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_original_is_a_native_model_with_head_norm(done):
     model = AutoModelForCausalLM.from_pretrained(done[0] / "original")
     assert model.config.model_type == "mea_llama" and model.config.mea["head_norm"]
     assert all(layer["key_components"] == 4 for layer in model.config.mea["layers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["original", "compressed", "healed"])
 def test_checkpoints_carry_the_code_that_loads_them(done, name):
     directory = done[0] / name
@@ -87,6 +90,7 @@ def test_the_default_model_has_one_to_three_million_parameters():
     assert model.config.num_key_value_heads == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["original", "compressed", "healed"])
 def test_checkpoints_load_and_generate(done, name):
     model = AutoModelForCausalLM.from_pretrained(done[0] / name)
@@ -98,6 +102,7 @@ def test_checkpoints_load_and_generate(done, name):
     assert ids.shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_what_it_says_to_type_next_works(done):
     commands = [line.strip() for line in done[1].splitlines() if "mea-compress " in line]
     assert len(commands) == 3
@@ -107,6 +112,7 @@ def test_what_it_says_to_type_next_works(done):
         assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_original_is_used_again_while_settings_stay(done):
     directory, printed = done
     trained = (directory / "original" / "model.safetensors").stat().st_mtime_ns
@@ -115,6 +121,7 @@ def test_original_is_used_again_while_settings_stay(done):
     assert again == printed
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_other_settings_train_anew(done, tmp_path):
     demo.run_demo(tmp_path / "out", device="cpu", size=TINY, progress=False)
     for name in ("original", "compressed", "healed"):
@@ -124,6 +131,7 @@ def test_same_seed_same_bytes_and_other_settings_train_anew(done, tmp_path):
     assert weights(tmp_path / "out" / "original") != before
 
 
+@pytest.mark.slow
 def test_interrupted_training_leaves_nothing_half_written(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -145,6 +153,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_documents_are_held_out_whole():
     documents = demo.library_documents(2_000_000)
     assert documents == demo.library_documents(2_000_000)

@@ -152,6 +152,7 @@ def test_wrong_requests(tmp_path, text):
         evaluate(save(tmp_path / "c", vocab_size=10), text, sequence_length=8, device="cpu", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models/babyllama105").is_dir(), reason="shared/models/babyllama105 is not there")
 def test_loss_of_a_real_checkpoint():
     measured = evaluate(

@@ -120,6 +120,7 @@ def compressed(directory, case="llama", way="head", ratio=0.5, **more):
     return out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", WIDE)
 def test_stock_classes_compute_the_same_from_half_the_cache(case, tmp_path):
     made = {way: compressed(tmp_path, case, way) for way in WAYS}
@@ -139,6 +140,7 @@ def test_stock_classes_compute_the_same_from_half_the_cache(case, tmp_path):
         assert heads == (2 if way == "pool" or "2 groups" in way else 1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ["qwen3", "qwen3_moe", "phi3", "phi3-partial"])
 def test_pooled_heads_are_plain_grouped_query_attention_in_every_family(case, tmp_path):
     out = compressed(tmp_path, case, "pool")
@@ -151,6 +153,7 @@ def test_pooled_heads_are_plain_grouped_query_attention_in_every_family(case, tm
     assert result.growth.weight_bytes < 0 and result.growth.tokens == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ["mistral-full", "qwen2", "phi3", "phi3-partial"])
 def test_other_families_written_as_llama(case, tmp_path):
     out = compressed(tmp_path, case, "frequency")
@@ -176,6 +179,7 @@ ROPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ROPES)
 def test_rope_scaling_is_folded_in_also_beyond_the_trained_length(rope, tmp_path):
     stock_checkpoint(tmp_path / "source", "llama", rope_parameters={"rope_theta": 10000.0, **ROPES[rope]})
@@ -189,6 +193,7 @@ def test_rope_scaling_is_folded_in_also_beyond_the_trained_length(rope, tmp_path
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_compressed_by_activations_and_refined_groups_stay_apart(tmp_path):
     for way, key, value in (("1", "head", "latent"), ("2", "frequency", "latent"), ("3", "prune", "share")):
         kinds = {"key_composition": key, "value_composition": value, "rotary_budget": "uniform"}
@@ -197,6 +202,7 @@ def test_compressed_by_activations_and_refined_groups_stay_apart(tmp_path):
         assert export(out, tmp_path / f"{way} export", progress=False).form.groups == 2
 
 
+@pytest.mark.slow
 def test_groups_of_fewer_heads_lose_more_and_grow_less(tmp_path):
     lost, grown = [], []
     for groups in (1, 2):
@@ -219,6 +225,7 @@ def test_keys_pooled_alone_keep_values_with_their_heads(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_close(dtype, tmp_path):
     stock_checkpoint(tmp_path / "source", dtype=getattr(torch, dtype))
@@ -242,6 +249,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_exact_is_refused_with_the_nearest_that_works(what, tmp_path):
     settings, source, message = REFUSED[what]
@@ -354,6 +362,7 @@ def test_the_command_prints_what_it_costs(tmp_path, capsys):
     assert stopped.value.code == 2 and "already exists" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not BABYLLAMA.is_dir(), reason="../shared/models/babyllama105 is not here")
 def test_a_trained_model_says_the_same_two_hundred_tokens(tmp_path):
     recipe = load_recipe("serve-anywhere", {"refine": 0, "sequences": 32, "sequence_length": 128})

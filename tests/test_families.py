@@ -58,6 +58,7 @@ def test_every_family_has_a_case():
     assert {kind.model_type for kind, _ in CASES.values()} == {family.model_type for family in FAMILIES}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("case", CASES)
@@ -75,6 +76,7 @@ def test_at_ratio_one_logits_are_the_original_s(case, dtype, tolerance, tmp_path
         torch.testing.assert_close(logits(compressed, ids), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("compositions", COMPOSITIONS)
 @pytest.mark.parametrize("case", CASES)
@@ -162,6 +164,7 @@ save_file(found, sys.argv[2])
 """
 
 
+@pytest.mark.process
 def test_every_family_loads_as_remote_code_where_the_package_is_absent(halves, tmp_path):
     outs = [halves(case, compositions) for case in CASES for compositions in COMPOSITIONS]
     ids = tokens(2, 9)
@@ -178,6 +181,7 @@ def test_every_family_loads_as_remote_code_where_the_package_is_absent(halves, t
         torch.testing.assert_close(found[str(out)], logits(load(out), ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "qwen3", "phi3"])
 def test_a_compressed_checkpoint_is_a_source_again(case, halves, tmp_path):
     half = halves(case)

@@ -42,6 +42,7 @@ def kl(source, out):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
 def test_refined_is_no_worse_on_held_out_text_and_loads(case, keys, values, tmp_path):
@@ -57,6 +58,7 @@ def test_refined_is_no_worse_on_held_out_text_and_loads(case, keys, values, tmp_
     assert -1e-6 < kl(source, tmp_path / "out") < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "phi3-partial"])
 def test_default_fit_is_closer_than_the_papers_start(case, tmp_path):
     source = stock_checkpoint(tmp_path / "src", case)
@@ -66,6 +68,7 @@ def test_default_fit_is_closer_than_the_papers_start(case, tmp_path):
     assert kl(source, tmp_path / "ours") < kl(source, tmp_path / "paper")
 
 
+@pytest.mark.slow
 def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
     source = stock_checkpoint(tmp_path / "src")
     compress(
@@ -82,6 +85,7 @@ def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
         assert sum(any(np.array_equal(head, component) for head in heads) for component in components) == 2
 
 
+@pytest.mark.slow
 def test_same_bytes_twice_and_after_an_interruption(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
     wanted = recipe(refine=3)
@@ -120,6 +124,7 @@ def test_text_that_is_too_short_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
+@pytest.mark.slow
 def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
     source = stock_checkpoint(tmp_path / "src")
     few = {"sequence_length": 64, "sequences": 3, "refine": 4}
@@ -131,6 +136,7 @@ def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["k_proj", "v_proj", "o_proj"])
 @pytest.mark.parametrize("fit", ["weights", "aligned"])
 def test_projections_that_are_all_zero_stay_finite(name, fit, tmp_path):
@@ -153,6 +159,7 @@ def test_refinement_is_on_with_the_aligned_fit_alone(tmp_path):
     assert refinement_steps(source, Recipe(fit="weights", refine=7)) == 7
 
 
+@pytest.mark.slow
 def test_native_mea_with_head_norm_goes_the_same_way(tmp_path):
     from mea_compress.modeling.configuration_mea import MeaLlamaConfig
     from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM

@@ -9,6 +9,8 @@ from tiny import stock_checkpoint
 from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
 
+pytestmark = pytest.mark.process
+
 HALF = {"kv_ratio": 0.5, "fit": "weights", "key_composition": "head", "value_composition": "head"}
 FLAGS = [word for name, value in HALF.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 

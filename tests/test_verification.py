@@ -30,6 +30,7 @@ def emitted(tmp_path, case="llama", kind="head"):
     return tmp_path / "out", result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama", "qwen3", "phi3-partial"])
@@ -69,6 +70,7 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
         verify(out, result.plan.bytes_after, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case, kind, tmp_path, monkeypatch):

@@ -154,6 +154,7 @@ with open_workspace(Path(sys.argv[1]), {"the source": "a"}, resume=False) as wor
 """
 
 
+@pytest.mark.process
 def test_only_one_process_at_a_time_and_a_kill_lets_go(tmp_path):
     out = tmp_path / "out"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)

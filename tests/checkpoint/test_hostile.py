@@ -401,6 +401,7 @@ EDIT = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=5000)
 @given(edits=st.lists(EDIT, max_size=4), fix_length=st.booleans())
 @example(edits=[], fix_length=False)
@@ -451,6 +452,7 @@ SOUND = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=5000)
 @given(
     sound=st.lists(SOUND, max_size=4),
@@ -483,6 +485,7 @@ TENSORS = st.one_of(st.sampled_from(["a", "b", "c", "d"]), st.text(max_size=4))
 FILES = st.one_of(st.sampled_from([FIRST, SECOND, SINGLE, *ESCAPES]), st.text(max_size=8), JSON)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=5000)
 @given(
     weight_map=st.one_of(st.dictionaries(TENSORS, FILES, max_size=4), JSON),

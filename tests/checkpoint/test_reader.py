@@ -162,6 +162,7 @@ def test_the_source_is_only_opened_for_reading(tmp_path, opens):
     assert all(flags & os.O_ACCMODE == os.O_RDONLY and not flags & (os.O_CREAT | os.O_TRUNC) for _, flags in ours)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_tensors_open_quickly(tmp_path):
     save_file({f"model.layers.{i}.weight": torch.zeros(1) for i in range(20_000)}, tmp_path / "model.safetensors")
     start = time.perf_counter()

@@ -103,6 +103,7 @@ def test_shards_are_what_transformers_loads(tmp_path):
 DTYPES = ["BOOL", "U8", "F8_E4M3", "F8_E5M2", "BF16", "F16", "I32", "F32", "F64", "C64"]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     specs=st.lists(
@@ -481,6 +482,7 @@ def test_a_finished_shard_is_told_from_another(tmp_path):
     assert not shard_finished(tmp_path, shard)
 
 
+@pytest.mark.slow
 def test_requests_that_cannot_be_planned():
     one = new("a", torch.zeros(2))
     with pytest.raises(RequestError, match="at least 1 byte"):
@@ -518,6 +520,7 @@ def test_dtypes_that_torch_cannot_compute_with_are_copied(tmp_path):
         assert raw[theirs.offset : theirs.offset + theirs.nbytes] == bytes(range(1, 21))[begin : begin + info.nbytes]
 
 
+@pytest.mark.slow
 def test_twenty_thousand_tensors_are_written_quickly(tmp_path):
     reader = source(tmp_path / "src", {f"model.layers.{i}.weight": torch.zeros(1) for i in range(20_000)})
     start = time.perf_counter()
@@ -541,6 +544,7 @@ print(peak() - base)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """256 MiB made and 256 MiB copied, tensors of 32 MiB: at most one, the contiguous form of it, and change."""

@@ -267,6 +267,7 @@ def test_where_nobody_has_a_home(fresh, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_what_was_built_and_is_broken_is_built_again(fresh):
     assert library() is not None
@@ -295,6 +296,7 @@ def test_a_compiler_command_that_makes_no_sense(fresh, monkeypatch):
         assert not readable(torch.zeros(1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAPABLE, reason="needs Linux on a processor with AVX2")
 @pytest.mark.parametrize(
     ("script", "reason"),
@@ -352,6 +354,7 @@ print(len(set(re.findall(r"\\S*lib[gi]?omp[0-9.-]\\S*", open("/proc/self/maps").
 """
 
 
+@pytest.mark.process
 @needs_kernel
 def test_it_shares_the_threads_of_pytorch():
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)

@@ -268,6 +268,7 @@ def at_once(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -285,6 +286,7 @@ def test_one_kernel_does_what_plain_products_do(kind, norms, tokens, dtype):
     torch.testing.assert_close(output, expected, rtol=0, atol={torch.float64: 1e-12, torch.float32: 2e-6}[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
 @pytest.mark.parametrize(("keys", "values"), FLAT)
@@ -373,6 +375,7 @@ def test_a_compiler_that_fails_leaves_the_cache_to_products(pretended_gpu, monke
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_once_for_all_lengths(pretended_gpu, monkeypatch):
     torch._dynamo.reset()
     graphs, compile_ = [], torch.compile
@@ -448,6 +451,7 @@ def test_gradients_flow_through_a_decoded_step(dtype, trained):
         assert (one - other).abs().max() < {torch.float32: 1e-4, torch.float64: 1e-8}[dtype] * scale
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None and shutil.which("g++") is None, reason="torch.compile needs a compiler"
 )
@@ -466,6 +470,7 @@ def test_a_decoded_step_compiles_without_a_graph_break(keys, values):
     torch.testing.assert_close(torch.cat(steps, 1), forward(model, ids), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_runs_in_generated_code():
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
@@ -546,6 +551,7 @@ print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=Fals
 """
 
 
+@pytest.mark.process
 def test_the_three_code_files_stand_on_their_own(tmp_path):
     from mea_compress.compression import CODE_FILES
 
