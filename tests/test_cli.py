@@ -61,7 +61,10 @@ def calls(monkeypatch):
     plan = result(PLAN, choice="head, for the norms allow no other")
     compressed = SimpleNamespace(out=Path("OUT"), plan=plan, fidelity={"logit_difference": 1e-6})
     calls.stand_in(
-        monkeypatch, "plan.planning", "inspect_checkpoint", result({"family": "llama", "cache_bytes": 2048, "attention": []})
+        monkeypatch,
+        "plan.planning",
+        "inspect_checkpoint",
+        result({"family": "llama", "cache_bytes": 2048, "attention": []}),
     )
     calls.stand_in(monkeypatch, "plan.planning", "make_plan", plan)
     calls.stand_in(monkeypatch, "compression", "compress", compressed)
