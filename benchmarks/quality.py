@@ -75,7 +75,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
     }
     with tempfile.TemporaryDirectory(prefix="mea-quality-") as scratch:
         out, start = Path(scratch) / "out", time.perf_counter()
-        result = compress(checkpoint, out, load_recipe(overrides=overrides), progress=options["progress"])
+        result = compress(checkpoint, out, recipe=load_recipe(overrides=overrides), progress=options["progress"])
         seconds = time.perf_counter() - start
         found = evaluate(
             out,
@@ -90,7 +90,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
         **{key: found[key] for key in ("kl", "cross_entropy", "top1_agreement", "kv_bytes_per_token", "tokens")},
         "reference": found["reference"],
         "seconds": round(seconds, 1),
-        "components": [[layer.key_components, layer.value_components] for layer in result.plan.layers],
+        "components": [[layer.spec.key.components, layer.spec.value.components] for layer in result.plan.layers],
     }
 
 

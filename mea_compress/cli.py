@@ -19,7 +19,16 @@ from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
 from mea_compress.errors import RequestError
-from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, from_flags, load_recipe, value_type
+from mea_compress.recipe import (
+    EvaluateRecipe,
+    HealRecipe,
+    Recipe,
+    builtin_recipes,
+    from_flags,
+    given_settings,
+    load_recipe,
+    value_type,
+)
 from mea_compress.report import tables as report
 
 NAME = "mea-compress"
@@ -169,11 +178,6 @@ def _batch_option(function: Function) -> Function:
     )(function)
 
 
-def _given(settings: BaseModel) -> dict[str, Any]:
-    """The settings that say something, by name; the defaults of the others stay where the work is done."""
-    return {name: value for name, value in settings if value is not None}
-
-
 def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
     """A result as text on stdout, or as JSON there, or as both text there and JSON in a file."""
     if json_file is not None and str(json_file) == "-":
@@ -196,14 +200,13 @@ def cli() -> None:
 @_json_option
 def inspect(source: Path, batch: int, json_file: Path | None) -> None:
     """Say what a checkpoint is: family, heads, cache bytes per token, parameters. Reads headers only."""
-    from mea_compress.plan.planning import inspect_checkpoint
+    from mea_compress.planning.plans import inspect_checkpoint
 
-    found = inspect_checkpoint(source).to_json(batch)
-    _print(report.inspection_report(found), found, json_file)
-    fault = found.get("code", {}).get("fault")
-    if fault:
+    inspection = inspect_checkpoint(source)
+    _print(inspection.report(batch), inspection.to_json(batch), json_file)
+    if inspection.code and inspection.code.fault:
         click.echo(
-            f"{NAME}: {source} carries the code of {NAME} {found['code']['version']}: {fault}; "
+            f"{NAME}: {source} carries the code of {NAME} {inspection.code.version}: {inspection.code.fault}; "
             f"replace it by {NAME} refresh {source}",
             err=True,
         )
@@ -229,12 +232,10 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
 @_json_option
 def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, **flags: Any) -> None:
     """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
-    from mea_compress.plan.planning import make_plan
+    from mea_compress.planning.plans import make_plan
 
     planned = make_plan(source, load_recipe(recipe, flags))
-    data = planned.to_json(batch)
-    outlook = report.stock_outlook(data["stock_export"])
-    _print("\n\n".join([report.plan_report(data), *_choice(planned), outlook]), data, json_file)
+    _print(planned.report(batch), planned.to_json(batch), json_file)
 
 
 @cli.command()
@@ -253,20 +254,7 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
     """
     from mea_compress.compression import compress as compress_checkpoint
 
-    result = compress_checkpoint(source, out, load_recipe(recipe, flags), resume=resume)
-    _print(_compressed(result))
-
-
-def _choice(plan: Any) -> list[str]:
-    """Which compositions were chosen and why, where the request left it open."""
-    return [f"Composition: {plan.choice}"] if plan.choice else []
-
-
-def _compressed(result: Any) -> str:
-    parts = [report.before_after(result.plan.to_json()), *_choice(result.plan)]
-    if result.fidelity:
-        parts.append(report.facts(result.fidelity))
-    return "\n\n".join([*parts, f"Written to {result.out}"])
+    _print(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume).report())
 
 
 @cli.command()
@@ -279,7 +267,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
     from mea_compress.healing import heal as heal_checkpoint
 
     settings = from_flags(HealRecipe, flags)
-    result = heal_checkpoint(checkpoint, teacher, out=out, **_given(settings))
+    result = heal_checkpoint(checkpoint, teacher, out=out, **given_settings(settings))
     _print(report.facts(result.to_json()))
 
 
@@ -294,7 +282,7 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
     """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
     from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 
-    settings = _given(from_flags(EvaluateRecipe, flags))
+    settings = given_settings(from_flags(EvaluateRecipe, flags))
     measured = evaluate_checkpoint(checkpoint, reference=reference, **settings).to_json()
     _print(report.evaluation_report(measured), measured, json_file)
 
@@ -314,7 +302,7 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
 @_json_option
 def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
-    from mea_compress.export.stock import export as export_checkpoint
+    from mea_compress.exporting.stock import export as export_checkpoint
 
     result = export_checkpoint(checkpoint, out, form, resume=resume)
     data = result.to_json()
@@ -330,33 +318,10 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
 @_json_option
 def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_file: Path | None) -> None:
     """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
-    wanted = load_recipe(recipe, {"source": source, "out": out})
-    if wanted.source is None or wanted.out is None:
-        raise RequestError(
-            f"{recipe} does not say where from and where to: add source and out, or give --source and --out."
-        )
-    for text in (wanted.text, wanted.heal and wanted.heal.text, wanted.evaluate and wanted.evaluate.text):
-        if text and not text.is_file():
-            raise RequestError(f"{recipe} names the text {text}, which is not there: correct the path.")
+    from mea_compress.pipeline import run as run_recipe
 
-    from mea_compress.compression import compress as compress_checkpoint
-
-    result = compress_checkpoint(wanted.source, wanted.out, wanted, resume=resume)
-    texts, data = [_compressed(result)], {"plan": result.plan.to_json(), "fidelity": result.fidelity}
-    shared = {"device": wanted.device}
-    if wanted.heal and not (resume and (wanted.out / "healing.json").is_file()):
-        from mea_compress.healing import heal as heal_checkpoint
-
-        settings = {"seed": wanted.seed} | shared | _given(wanted.heal)
-        data["healing"] = heal_checkpoint(wanted.out, wanted.source, **settings).to_json()
-        texts.append(report.facts(data["healing"]))
-    if wanted.evaluate:
-        from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
-
-        settings = shared | _given(wanted.evaluate)
-        data["evaluation"] = evaluate_checkpoint(wanted.out, reference=wanted.source, **settings).to_json()
-        texts.append(report.evaluation_report(data["evaluation"]))
-    _print("\n\n".join(texts), data, json_file)
+    result = run_recipe(recipe, source=source, out=out, resume=resume)
+    _print(result.report(), result.to_json(), json_file)
 
 
 @cli.group(invoke_without_command=True)

@@ -22,7 +22,7 @@ def model(request, tmp_path):
     keys, values = request.param
     source = stock_checkpoint(tmp_path / "source", head_dim=8)
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=keys, value_composition=values)
-    return load_model(compress(source, tmp_path / "out", recipe, progress=False).out)
+    return load_model(compress(source, tmp_path / "out", recipe=recipe, progress=False).out)
 
 
 def ids(*shape):

@@ -28,7 +28,7 @@ def old(tmp_path):
 def test_what_is_written_now_carries_the_code_of_now(tmp_path):
     source = stock_checkpoint(tmp_path / "source")
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head")
-    out = compress(source, tmp_path / "out", recipe, progress=False).out
+    out = compress(source, tmp_path / "out", recipe=recipe, progress=False).out
     assert carried_code(out).to_json() == {"version": CODE_VERSION, "current": True, "fault": None}
     assert carried_code(source).version is None
     before = contents(out)

@@ -17,9 +17,9 @@ from mea_compress.architectures import open_source
 from mea_compress.cli import cli
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.export.form import _first_saving, rotary
-from mea_compress.export.stock import export
-from mea_compress.plan.planning import make_plan
+from mea_compress.exporting.form import _first_saving, rotary
+from mea_compress.exporting.stock import export
+from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe, load_recipe
 
 BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama105"
@@ -116,7 +116,7 @@ def compressed(directory, case="llama", way="head", ratio=0.5, **more):
         stock_checkpoint(directory / "source", case)
     settings = {"kv_ratio": ratio, "fit": "weights", **WAYS.get(way, {}), **more}
     out = directory / f"{way} {more or ''}"
-    compress(directory / "source", out, Recipe(**settings), progress=False)
+    compress(directory / "source", out, recipe=Recipe(**settings), progress=False)
     return out
 
 
@@ -208,7 +208,7 @@ def test_groups_of_fewer_heads_lose_more_and_grow_less(tmp_path):
     for groups in (1, 2):
         stock_checkpoint(tmp_path / "source", "mistral-full") if groups == 1 else None
         recipe = Recipe(kv_ratio=0.5, fit="weights", kv_groups=groups, **HEAD)
-        result = compress(tmp_path / "source", tmp_path / f"{groups}", recipe, progress=False)
+        result = compress(tmp_path / "source", tmp_path / f"{groups}", recipe=recipe, progress=False)
         lost.append(result.fidelity["layers"]["0"]["key_relative_error"])
         grown.append(export(tmp_path / f"{groups}", tmp_path / f"{groups}-stock", progress=False).growth)
     assert lost[0] < lost[1]
@@ -219,7 +219,7 @@ def test_groups_of_fewer_heads_lose_more_and_grow_less(tmp_path):
 def test_keys_pooled_alone_keep_values_with_their_heads(tmp_path):
     stock_checkpoint(tmp_path / "source")
     settings = {"key_composition": "pool", "fit": "aligned", "refine": 0, **QUICK}
-    compress(tmp_path / "source", tmp_path / "whole", Recipe(key_components=4, **settings), progress=False)
+    compress(tmp_path / "source", tmp_path / "whole", recipe=Recipe(key_components=4, **settings), progress=False)
     ids = tokens()
     expected, found = observe(tmp_path / "source", ids, 1)[0], observe(tmp_path / "whole", ids, 1)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
@@ -256,7 +256,7 @@ def test_what_cannot_be_exact_is_refused_with_the_nearest_that_works(what, tmp_p
     stock_checkpoint(tmp_path / "source", **source)
     recipe = Recipe(**{"kv_ratio": 0.5, "fit": "weights", **settings})
     planned = make_plan(tmp_path / "source", recipe).to_json()["stock_export"]
-    compress(tmp_path / "source", tmp_path / "out", recipe, progress=False)
+    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
     before = contents(tmp_path)
     with pytest.raises(RequestError, match=message) as refusal:
         export(tmp_path / "out", tmp_path / "export", progress=False)
@@ -272,8 +272,8 @@ def test_energy_budgets_are_refused_before_and_after(tmp_path):
     save(model, tmp_path / "source")
     kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
     recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
-    assert "uniform" in make_plan(tmp_path / "source", recipe).stock_export["reason"]
-    compress(tmp_path / "source", tmp_path / "out", recipe, progress=False)
+    assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
+    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
     with pytest.raises(RequestError, match="--rotary-budget uniform"):
         export(tmp_path / "out", tmp_path / "export", progress=False)
 
@@ -308,8 +308,8 @@ def test_groups_must_divide(tmp_path):
 def test_plan_and_export_say_the_same_of_weights_and_cache(tmp_path):
     stock_checkpoint(tmp_path / "source", "qwen2")
     recipe = Recipe(kv_ratio=0.5, fit="weights", **WAYS["frequency"])
-    planned = make_plan(tmp_path / "source", recipe).stock_export
-    compress(tmp_path / "source", tmp_path / "out", recipe, progress=False)
+    planned = make_plan(tmp_path / "source", recipe).costs.stock_export
+    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
     result = export(tmp_path / "out", tmp_path / "export", progress=False).to_json()
     assert {name: result[name] for name in planned} == planned
     sizes = [
@@ -366,7 +366,7 @@ def test_the_command_prints_what_it_costs(tmp_path, capsys):
 @pytest.mark.skipif(not BABYLLAMA.is_dir(), reason="../shared/models/babyllama105 is not here")
 def test_a_trained_model_says_the_same_two_hundred_tokens(tmp_path):
     recipe = load_recipe("serve-anywhere", {"refine": 0, "sequences": 32, "sequence_length": 128})
-    compress(BABYLLAMA, tmp_path / "half", recipe, progress=False)
+    compress(BABYLLAMA, tmp_path / "half", recipe=recipe, progress=False)
     export(tmp_path / "half", tmp_path / "export", progress=False)
     ids = tokens(105, (2, 64))
     _, whole, _ = observe(BABYLLAMA, ids, 1)

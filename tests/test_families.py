@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from mea_compress.architectures import FAMILIES
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.plan.planning import make_plan
+from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
 COMPOSITIONS = {"head": ("head", "head"), "frequency": ("frequency", "latent")}
@@ -47,7 +47,7 @@ def halves(tmp_path_factory):
         if (case, compositions) not in made:
             directory = tmp_path_factory.mktemp("half")
             stock_checkpoint(directory / "source", case)
-            compress(directory / "source", directory / "out", recipe(0.5, compositions), progress=False)
+            compress(directory / "source", directory / "out", recipe=recipe(0.5, compositions), progress=False)
             made[case, compositions] = directory / "out"
         return made[case, compositions]
 
@@ -70,7 +70,7 @@ def test_at_ratio_one_logits_are_the_original_s(case, dtype, tolerance, tmp_path
     expected = logits(original, ids)
     for compositions in COMPOSITIONS:
         out = tmp_path / compositions
-        compress(tmp_path / "source", out, recipe(1.0, compositions), progress=False)
+        compress(tmp_path / "source", out, recipe=recipe(1.0, compositions), progress=False)
         compressed = load(out)
         assert compressed.dtype == dtype
         torch.testing.assert_close(logits(compressed, ids), expected, rtol=0, atol=tolerance)
@@ -186,9 +186,9 @@ def test_every_family_loads_as_remote_code_where_the_package_is_absent(halves, t
 def test_a_compressed_checkpoint_is_a_source_again(case, halves, tmp_path):
     half = halves(case)
     ids = tokens(1, 10)
-    compress(half, tmp_path / "same", recipe(1.0), progress=False)
+    compress(half, tmp_path / "same", recipe=recipe(1.0), progress=False)
     assert torch.equal(logits(load(tmp_path / "same"), ids), logits(load(half), ids))
-    result = compress(half, tmp_path / "quarter", recipe(0.5), progress=False)
+    result = compress(half, tmp_path / "quarter", recipe=recipe(0.5), progress=False)
     before, after = result.plan.bytes_before, result.plan.bytes_after
     scalars = 2 * 4 * 4 if case == "qwen3" else 0
     assert after - scalars == (before - scalars) / 2
@@ -198,7 +198,7 @@ def test_a_compressed_checkpoint_is_a_source_again(case, halves, tmp_path):
 @pytest.mark.parametrize("case", ["llama", "phi3", "qwen3_moe"])
 def test_layers_that_are_not_chosen_stay_as_they_are(case, tmp_path):
     stock_checkpoint(tmp_path / "source", case, num_hidden_layers=3)
-    compress(tmp_path / "source", tmp_path / "out", recipe(0.5, layers="1"), progress=False)
+    compress(tmp_path / "source", tmp_path / "out", recipe=recipe(0.5, layers="1"), progress=False)
     before, after = load(tmp_path / "source"), load(tmp_path / "out")
     kinds = [layer["key_composition"] for layer in after.config.mea["layers"]]
     assert kinds == ["none", "head", "none"]
@@ -224,7 +224,7 @@ def test_families_whose_attention_does_not_fit_are_refused(model_type, tmp_path)
     (source / "config.json").write_text(config)
     before = contents(tmp_path)
     with pytest.raises(RequestError, match=REFUSED[model_type]) as refusal:
-        compress(source, tmp_path / "out", recipe(0.5), progress=False)
+        compress(source, tmp_path / "out", recipe=recipe(0.5), progress=False)
     assert "\n" not in str(refusal.value)
     assert contents(tmp_path) == before
 
@@ -248,6 +248,6 @@ def test_a_checkpoint_in_half_precision_stays_in_it(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         save(stock_model("llama", dtype), tmp_path / name)
-        result = compress(tmp_path / name, tmp_path / f"{name}-out", recipe(0.5), progress=False)
+        result = compress(tmp_path / name, tmp_path / f"{name}-out", recipe=recipe(0.5), progress=False)
         assert load(tmp_path / f"{name}-out").dtype == dtype
         assert result.fidelity["verification"]["kv_bytes_per_token"] == result.plan.bytes_before // 2

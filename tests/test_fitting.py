@@ -14,7 +14,7 @@ from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.fit import layers as fitting
 from mea_compress.layers.read import read_side
-from mea_compress.plan.planning import refinement_steps
+from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
@@ -50,7 +50,7 @@ def test_refined_is_no_worse_on_held_out_text_and_loads(case, keys, values, tmp_
     result = compress(
         source,
         tmp_path / "out",
-        recipe(key_composition=keys, value_composition=values, refine=6),
+        recipe=recipe(key_composition=keys, value_composition=values, refine=6),
         progress=False,
     )
     for layer in result.fidelity["layers"].values():
@@ -63,8 +63,8 @@ def test_refined_is_no_worse_on_held_out_text_and_loads(case, keys, values, tmp_
 def test_default_fit_is_closer_than_the_papers_start(case, tmp_path):
     source = stock_checkpoint(tmp_path / "src", case)
     paper = recipe(fit="weights", key_composition="head", value_composition="head")
-    compress(source, tmp_path / "paper", paper, progress=False)
-    compress(source, tmp_path / "ours", recipe(refine=10), progress=False)
+    compress(source, tmp_path / "paper", recipe=paper, progress=False)
+    compress(source, tmp_path / "ours", recipe=recipe(refine=10), progress=False)
     assert kl(source, tmp_path / "ours") < kl(source, tmp_path / "paper")
 
 
@@ -74,7 +74,7 @@ def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
     compress(
         source,
         tmp_path / "out",
-        recipe(key_composition="prune", value_composition="prune", refine=4, split="even"),
+        recipe=recipe(key_composition="prune", value_composition="prune", refine=4, split="even"),
         progress=False,
     )
     emitted, original = open_source(tmp_path / "out"), open_source(source)
@@ -89,7 +89,7 @@ def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
 def test_same_bytes_twice_and_after_an_interruption(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
     wanted = recipe(refine=3)
-    compress(source, tmp_path / "a", wanted, progress=False)
+    compress(source, tmp_path / "a", recipe=wanted, progress=False)
     real, calls = fitting.write_checkpoint, []
 
     def interrupt(*arguments, **options):
@@ -100,16 +100,16 @@ def test_same_bytes_twice_and_after_an_interruption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fitting, "write_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        compress(source, tmp_path / "b", wanted, progress=False)
+        compress(source, tmp_path / "b", recipe=wanted, progress=False)
     monkeypatch.setattr(fitting, "write_checkpoint", real)
     assert not (tmp_path / "b").exists()
-    compress(source, tmp_path / "b", wanted, resume=True, progress=False)
+    compress(source, tmp_path / "b", recipe=wanted, resume=True, progress=False)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_sequential_statistics_and_partial_layers(tmp_path):
     source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
-    result = compress(source, tmp_path / "out", recipe(layers="1-2", statistics="sequential"), progress=False)
+    result = compress(source, tmp_path / "out", recipe=recipe(layers="1-2", statistics="sequential"), progress=False)
     assert [layer.compressed for layer in result.plan.layers] == [False, True, True]
     assert (
         json.loads((tmp_path / "out" / "compression.json").read_text())["plan"]["layers"][0]["key_composition"]
@@ -120,7 +120,7 @@ def test_sequential_statistics_and_partial_layers(tmp_path):
 def test_text_that_is_too_short_leaves_nothing(tmp_path):
     source = stock_checkpoint(tmp_path / "src")
     with pytest.raises(RequestError, match="tokens"):
-        compress(source, tmp_path / "out", recipe(sequences=1), progress=False)
+        compress(source, tmp_path / "out", recipe=recipe(sequences=1), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
@@ -128,11 +128,11 @@ def test_text_that_is_too_short_leaves_nothing(tmp_path):
 def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
     source = stock_checkpoint(tmp_path / "src")
     few = {"sequence_length": 64, "sequences": 3, "refine": 4}
-    layers = compress(source, tmp_path / "out", recipe(**few), progress=False).fidelity["layers"]
+    layers = compress(source, tmp_path / "out", recipe=recipe(**few), progress=False).fidelity["layers"]
     assert all(layer["refinement"]["after"] <= layer["refinement"]["before"] for layer in layers.values())
     one = {"sequence_length": 256, "sequences": 1, "refine": 4}
     with pytest.raises(RequestError, match="--sequences 2"):
-        compress(source, tmp_path / "again", recipe(**one), progress=False)
+        compress(source, tmp_path / "again", recipe=recipe(**one), progress=False)
     assert not (tmp_path / "again").exists()
 
 
@@ -147,16 +147,20 @@ def test_projections_that_are_all_zero_stay_finite(name, fit, tmp_path):
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     for keys, values in PAIRS:
         wanted = recipe(fit=fit, key_composition=keys, value_composition=values)
-        compress(source, tmp_path / f"{keys}-{values}", wanted, progress=False)
+        compress(source, tmp_path / f"{keys}-{values}", recipe=wanted, progress=False)
         for tensor in load_file(tmp_path / f"{keys}-{values}" / "model.safetensors").values():
             assert tensor.isfinite().all()
 
 
 def test_refinement_is_on_with_the_aligned_fit_alone(tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "src"))
-    assert refinement_steps(source, Recipe()) > 0
-    assert refinement_steps(source, Recipe(fit="weights")) == refinement_steps(source, Recipe(fit="activations")) == 0
-    assert refinement_steps(source, Recipe(fit="weights", refine=7)) == 7
+    source = stock_checkpoint(tmp_path / "src")
+
+    def steps(**changes):
+        return make_plan(source, Recipe(kv_ratio=0.5, **changes)).decisions.refinement_steps
+
+    assert steps() > 0
+    assert steps(fit="weights") == steps(fit="activations") == 0
+    assert steps(fit="weights", refine=7) == 7
 
 
 @pytest.mark.slow
@@ -175,6 +179,6 @@ def test_native_mea_with_head_norm_goes_the_same_way(tmp_path):
             parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "composition" in name else 0.2))
     model.save_pretrained(tmp_path / "src")
     paper = recipe(fit="weights", key_composition="head", value_composition="head")
-    compress(tmp_path / "src", tmp_path / "paper", paper, progress=False)
-    compress(tmp_path / "src", tmp_path / "ours", recipe(refine=10), progress=False)
+    compress(tmp_path / "src", tmp_path / "paper", recipe=paper, progress=False)
+    compress(tmp_path / "src", tmp_path / "ours", recipe=recipe(refine=10), progress=False)
     assert kl(tmp_path / "src", tmp_path / "ours") < kl(tmp_path / "src", tmp_path / "paper")

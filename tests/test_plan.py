@@ -4,7 +4,8 @@ import pytest
 from tiny import CASES, stock_checkpoint
 
 from mea_compress.errors import RequestError
-from mea_compress.plan.planning import CONTEXTS, cache_sizes, inspect_checkpoint, make_plan
+from mea_compress.planning.plans import inspect_checkpoint, make_plan
+from mea_compress.planning.types import CONTEXTS, cache_sizes
 from mea_compress.recipe import Recipe
 
 HEAD = {"fit": "weights", "key_composition": "head", "value_composition": "head"}
@@ -82,13 +83,13 @@ def test_a_dtype_changes_what_is_cached_and_written(dtype, tmp_path):
     size = {"float16": 2, "float64": 8}[dtype]
     assert cast.bytes_before == plain.bytes_before
     assert cast.bytes_after * 4 == plain.bytes_after * size
-    assert cast.output_bytes * 4 == plain.output_bytes * size
+    assert cast.costs.output_bytes * 4 == plain.costs.output_bytes * size
 
 
 def test_counts_may_differ_between_sides(tmp_path):
     source = stock_checkpoint(tmp_path / "source")
     plan = make_plan(source, Recipe(**HEAD, key_components=1, value_components=3))
-    assert {(layer.key_components, layer.value_components) for layer in plan.layers} == {(1, 3)}
+    assert {(layer.spec.key.components, layer.spec.value.components) for layer in plan.layers} == {(1, 3)}
     assert plan.bytes_before == 2 * plan.bytes_after
     with pytest.raises(RequestError, match="choose 1 to 4"):
         make_plan(source, Recipe(**HEAD, key_components=1, value_components=9))
@@ -97,5 +98,5 @@ def test_counts_may_differ_between_sides(tmp_path):
 def test_what_is_expected_of_memory_and_disk(tmp_path):
     source = stock_checkpoint(tmp_path / "source")
     weights, aligned = make_plan(source, half()), make_plan(source, half(fit="aligned"))
-    assert 0 < weights.memory_bytes < aligned.memory_bytes
-    assert weights.output_bytes < weights.disk_bytes < aligned.disk_bytes
+    assert 0 < weights.costs.memory_bytes < aligned.costs.memory_bytes
+    assert weights.costs.output_bytes < weights.costs.disk_bytes < aligned.costs.disk_bytes

@@ -16,14 +16,14 @@ WEIGHTS = {"fit": "weights", "key_composition": "head", "value_composition": "he
 def test_resuming_what_is_finished_says_what_was_made(tmp_path):
     source, out = stock_checkpoint(tmp_path / "src"), tmp_path / "out"
     recipe = Recipe(kv_ratio=0.5, **WEIGHTS)
-    first = compress(source, out, recipe, progress=False)
-    again = compress(source, out, recipe, resume=True, progress=False)
+    first = compress(source, out, recipe=recipe, progress=False)
+    again = compress(source, out, recipe=recipe, resume=True, progress=False)
     assert again.plan.to_json() == first.plan.to_json()
     assert again.fidelity == first.fidelity
     with pytest.raises(RequestError, match="another recipe"):
-        compress(source, out, Recipe(kv_ratio=0.25, **WEIGHTS), resume=True, progress=False)
+        compress(source, out, recipe=Recipe(kv_ratio=0.25, **WEIGHTS), resume=True, progress=False)
     with pytest.raises(RequestError, match="already exists"):
-        compress(source, out, recipe, progress=False)
+        compress(source, out, recipe=recipe, progress=False)
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])

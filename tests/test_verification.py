@@ -26,7 +26,7 @@ def emitted(tmp_path, case="llama", kind="head"):
     source = stock_checkpoint(tmp_path / "source", case)
     keys, values = KINDS[kind]
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=keys, value_composition=values)
-    result = compress(source, tmp_path / "out", recipe, progress=False)
+    result = compress(source, tmp_path / "out", recipe=recipe, progress=False)
     return tmp_path / "out", result
 
 
@@ -75,7 +75,7 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case, kind, tmp_path, monkeypatch):
     """No module is loaded for it; what is said of it is what they measure afterwards."""
-    monkeypatch.setattr("mea_compress.compression.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("mea_compress.planning.decisions.WHOLE_MODEL_BYTES", 0)
     out, result = emitted(tmp_path, case, kind)
     told = result.fidelity["verification"]
     assert told["compared"] == "tensors of every layer, bit for bit"
@@ -84,11 +84,11 @@ def test_a_large_model_fitted_from_weights_alone_is_what_modules_say_it_is(case,
 
 @pytest.mark.parametrize("damage", ["tensor", "configuration"])
 def test_a_large_model_that_was_not_written_as_planned_is_noticed(damage, tmp_path, monkeypatch):
-    monkeypatch.setattr("mea_compress.compression.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("mea_compress.planning.decisions.WHOLE_MODEL_BYTES", 0)
     write_config = compress_module._write_config
 
-    def spoil(source, plan, recipe, workspace):
-        config = write_config(source, plan, recipe, workspace)
+    def spoil(plan, workspace):
+        config = write_config(plan, workspace)
         if damage == "tensor":
             file = workspace.path / "model.safetensors"
             tensors = load_file(file)

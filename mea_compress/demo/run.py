@@ -156,7 +156,8 @@ def run_demo(
         shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
     stages.begin("compressing it to half of its KV cache, the paper's way and with alignment and refinement")
-    start = compress(original, paper, load_recipe(None, PAPER | {"seed": seed, "device": device}), progress=progress)
+    paper_recipe = load_recipe(None, PAPER | {"seed": seed, "device": device})
+    start = compress(original, paper, recipe=paper_recipe, progress=progress)
     fitted = {
         "text": train_text,
         "sequences": size.calibration_sequences,
@@ -164,7 +165,7 @@ def run_demo(
         "seed": seed,
         "device": device,
     }
-    result = compress(original, compressed, load_recipe(None, COMPRESSION | fitted), progress=progress)
+    result = compress(original, compressed, recipe=load_recipe(None, COMPRESSION | fitted), progress=progress)
     stages.begin(f"healing: {size.healing_steps} steps of distillation from the original")
     heal(
         compressed,
@@ -179,8 +180,8 @@ def run_demo(
         progress=progress,
     )
     stages.begin("measuring on held-out text")
-    parameters = {"original": result.plan.parameters_before, "paper-start": start.plan.parameters_after}
-    parameters |= dict.fromkeys(("compressed", "healed"), result.plan.parameters_after)
+    parameters = {"original": result.plan.costs.parameters_before, "paper-start": start.plan.costs.parameters_after}
+    parameters |= dict.fromkeys(("compressed", "healed"), result.plan.costs.parameters_after)
     figures = {
         path.name: evaluate(
             path,

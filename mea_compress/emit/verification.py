@@ -18,7 +18,7 @@ from mea_compress.heads.composed import join_heads
 from mea_compress.layers.read import read_side
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
-from mea_compress.plan.planning import WHOLE_MODEL_BYTES
+from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4

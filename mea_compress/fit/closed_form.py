@@ -1,11 +1,10 @@
-"""The closed form of one layer: what its compositions make of its heads, from statistics or from weights alone."""
+"""Closed-form fit of one layer: factor its key and value heads from weights or calibration statistics."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mea_compress.architectures import Source
 from mea_compress.compositions import COMPOSITIONS, Request
 from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.heads.composed import Array, Composed, join_heads
@@ -13,20 +12,16 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads, ComposedLayer
 from mea_compress.layers.read import read_composed, read_heads
 from mea_compress.layers.store import rounded
-from mea_compress.plan.planning import LayerPlan, needs_whole_layer, stored_dtype
-from mea_compress.recipe import Recipe
+from mea_compress.planning.types import LayerPlan, Plan
 
 
-def compose(
-    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, recipe: Recipe
-) -> tuple[ComposedLayer, dict[str, float]]:
-    """The closed form of one layer.
+def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) -> tuple[ComposedLayer, dict[str, float]]:
+    """Fit the closed form of one layer.
 
     Args:
-        source: The checkpoint.
-        layer: What the plan says of the layer.
+        plan: Checkpoint, fit and what else compositions are asked.
+        layer: The layer, as the plan has it or with another split.
         statistics: Of its inputs; None with the ``weights`` fit.
-        recipe: Fit and what else compositions are asked.
 
     Returns:
         The composed layer, and for each side the share of the heads' squared weights that is lost in the dtype that
@@ -35,21 +30,20 @@ def compose(
     Raises:
         RequestError: A weight is not finite, or the composition cannot do what is asked.
     """
-    # Weights alone never change what is not keys or values, so queries and output need not be in memory.
+    # Weight-only fits change k_proj and v_proj alone: q_proj and o_proj are not read.
+    source, recipe = plan.source, plan.recipe
     grouped = recipe.kv_groups > 1
-    heads = original = read_heads(source, layer.layer, whole=needs_whole_layer(recipe, layer))
+    heads = original = read_heads(source, layer.layer, whole=layer.needs_queries)
     if grouped:
         heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
-    spec = source.config.mea["layers"][layer.layer]
-    for side in ("key", "value"):
-        kind = getattr(layer, f"{side}_composition")
-        if (kind, getattr(layer, f"{side}_components")) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
+    for side, opposite in (("key", "value"), ("value", "key")):
+        spec = layer.spec.side(side)
+        if spec == layer.before.side(side):
             continue
-        fitter = getattr(COMPOSITIONS[kind], f"{side}s")
-        other = layer.value_components if side == "key" else layer.key_components
-        own = getattr(layer, f"{side}_components")
-        request = Request(own, recipe.fit, recipe.rotary_budget, recipe.prune_by, other)
+        fitter = getattr(COMPOSITIONS[spec.composition], f"{side}s")
+        other = layer.spec.side(opposite).components
+        request = Request(spec.components, recipe.fit, recipe.rotary_budget, recipe.prune_by, other)
         if grouped:
             sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
         else:
@@ -66,7 +60,7 @@ def compose(
         output=None if heads.output is original.output else heads.output,
         head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
     )
-    dtype = stored_dtype(source, recipe)
+    dtype = plan.decisions.stored_dtype
     lost = {
         f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype, side), side) for side in ("key", "value")
     }

@@ -13,7 +13,7 @@ from mea_compress.architectures import Source
 from mea_compress.checkpoint import as_tensor
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.store import StoredLayer
-from mea_compress.plan.planning import SPILL_BYTES
+from mea_compress.planning.sizes import SPILL_BYTES
 
 
 class Activations:

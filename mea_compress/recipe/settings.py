@@ -379,6 +379,27 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
     return recipe
 
 
+def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any]) -> Recipe:
+    """Return a recipe from what a call in Python names: a recipe, its name or file, and fields that win over it.
+
+    Args:
+        recipe: A `Recipe`, a built-in recipe's name, a YAML file, or None for the defaults.
+        settings: Values by field name; None means "not given".
+
+    Raises:
+        RequestError: As `load_recipe`.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, settings)
+    changed = {name: value for name, value in settings.items() if value is not None}
+    return _validated(Recipe, recipe.model_dump(exclude_unset=True) | changed, "the recipe", changed)
+
+
+def given_settings(settings: BaseModel) -> dict[str, Any]:
+    """Return the settings that say something, by name; the defaults of the others stay where the work is done."""
+    return {name: value for name, value in settings if value is not None}
+
+
 def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:
     """Settings of a kind from flags alone, by field name; None means "not given".
 

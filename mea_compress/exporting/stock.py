@@ -3,7 +3,7 @@
 With E the map from components to heads, query head i of group g becomes q̃_i = s · E_gᵀ q_i and its columns of o_proj
 W̃_i = W_i E_g. s keeps the softmax scale: √(new head_dim / old head_dim), times the square of the factor that the
 source's RoPE puts on cos and sin. Rows of k_proj are put in the order of RoPE's halves; values stay as they are. See
-`mea_compress.export.form` for what can be exported.
+`mea_compress.exporting.form` for what can be exported.
 """
 
 import gc
@@ -42,13 +42,14 @@ from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.emit.verification import cache_bytes, relative_difference
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.export.form import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
+from mea_compress.exporting.form import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
 from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
 from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import rotary_pairs
-from mea_compress.plan.planning import WHOLE_MODEL_BYTES, layer_window
+from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
+from mea_compress.planning.sizes import layer_window
 from mea_compress.report.tables import export_card, write_json
 
 REPORT = "export.json"
