@@ -1,19 +1,23 @@
 """The main job: plan, compose layer by layer, write, verify, publish."""
 
-import hashlib
 import json
-import platform
-import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
-from mea_compress.checkpoint.system import keep_freed
+from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
-from mea_compress.emit.code import CODE_FILES, write_code
+from mea_compress.emit.directory import (
+    auto_map,
+    copy_other_files,
+    fingerprint,
+    other_bytes,
+    versions,
+    write_config,
+)
 from mea_compress.emit.weights import check_written, write_weights, writing_beside
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.plan.planning import (
@@ -26,11 +30,11 @@ from mea_compress.plan.planning import (
     realised_plan,
 )
 from mea_compress.recipe import Recipe, to_yaml
-from mea_compress.report.tables import model_card, write_json
+from mea_compress.report.tables import model_card
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
-# What this program says of a checkpoint; it would not be true of one that is made from it.
+# Our own reports: stale in a derived checkpoint, so not copied.
 _OWN_DOCUMENTS = ("compression.json", "recipe.yaml", "healing.json", "training.json", "export.json")
 
 
@@ -71,11 +75,12 @@ def compress(source: Path, out: Path, recipe: Recipe, resume: bool = False, prog
     if resume and (already_published(out) or (out / "compression.json").is_file()):
         return _published(opened, out, recipe, plan)
     check_free(out, source)
-    check_space(out, plan.disk_bytes + sum(file.stat().st_size for file in _other_files(opened)) + SPARE_BYTES)
+    check_space(out, plan.disk_bytes + other_bytes(opened.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(opened, recipe), resume) as workspace:
         plan = _make_weights(opened, plan, recipe, workspace, progress)
         config = _write_config(opened, plan, recipe, workspace)
-        _copy_other_files(opened, workspace.path)
+        # The card is kept aside: the checkpoint gets one of its own.
+        copy_other_files(opened.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
         check_written(opened, plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
@@ -100,23 +105,11 @@ def _published(source: Source, out: Path, recipe: Recipe, plan: Plan) -> Compres
     return CompressionResult(out, realised_plan(source, recipe, plan, sections), fidelity)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    names = ("mea-compress", "torch", "transformers", "safetensors", "numpy", "ml-dtypes")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
-
-
 def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for info in source.reader.tensors.values():
-        digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
-    files = [*source.reader.files, *_other_files(source)]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest.update(repr((sorted(stats), source.raw_config)).encode())
     text = recipe.text
     calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
     return {
-        "the source": digest.hexdigest(),
+        "the source": fingerprint(source.reader, source.raw_config),
         "the recipe": to_yaml(recipe),
         "the calibration text": calibration,
         "a library version": versions(),
@@ -129,7 +122,7 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
         with writing_beside(source, plan, recipe, workspace, progress) as stored:
             from mea_compress.fit.layers import fit_layers, one_thread_less  # copying goes on while NumPy is loaded
 
-            keep_freed()
+            raise_trim_threshold()
             with one_thread_less():
                 fit_layers(source, plan, recipe, workspace, False, stored)
             import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written
@@ -144,7 +137,7 @@ def _make_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
 
 def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
     """Entries of the ``mea`` section of the layers that were composed."""
-    return {one.layer: workspace.finished("layers", str(one.layer)) for one in plan.layers if one.compressed}
+    return {one.layer: workspace.result_of("layers", str(one.layer)) for one in plan.layers if one.compressed}
 
 
 def _verified(source: Source, plan: Plan, recipe: Recipe, directory: Path, progress: bool) -> dict[str, Any]:
@@ -175,38 +168,18 @@ def _write_config(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
     family = source.family
     layers = []
     for layer, spec in zip(plan.layers, source.config.mea["layers"], strict=True):
-        layers.append(workspace.finished("layers", str(layer.layer)) if layer.compressed else spec)
+        layers.append(workspace.result_of("layers", str(layer.layer)) if layer.compressed else spec)
     config = dict(source.raw_config)
     config["model_type"] = family.emitted_type
     config["architectures"] = [f"Mea{family.prefix}ForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"configuration_mea.Mea{family.prefix}Config",
-        "AutoModel": f"modeling_mea.Mea{family.prefix}Model",
-        "AutoModelForCausalLM": f"modeling_mea.Mea{family.prefix}ForCausalLM",
-    }
+    config["auto_map"] = auto_map(family.prefix)
     config["num_key_value_heads"] = source.config.num_key_value_heads
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = recipe.dtype or TORCH_NAMES[source.dtype]
     config["mea"] = {**source.config.mea, "layers": layers}
-    write_json(workspace.path / "config.json", config)
-    write_code(workspace.path)
+    write_config(workspace.path, config)
     return config
-
-
-def _copy_other_files(source: Source, target: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and whatever else is not weights; the card is kept aside."""
-    for file in _other_files(source):
-        relative = file.relative_to(source.reader.directory)
-        if relative.name in CODE_FILES or str(relative) in _OWN_DOCUMENTS:
-            continue
-        name = Path("README.original.md") if str(relative) == "README.md" else relative
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / name)
-
-
-def _other_files(source: Source) -> list[Path]:
-    return [source.reader.directory / relative for relative in source.reader.other_files()]
 
 
 def _write_documents(

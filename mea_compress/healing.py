@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.checkpoint.workspace import exchange, sync_tree
+from mea_compress.checkpoint.files import exchange, sync_tree
 from mea_compress.decoding import check_decoding
 from mea_compress.emit.code import carried_code, write_code
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, write_checkpoint
-from mea_compress.checkpoint.system import release
+from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.weights import layer_directory
 from mea_compress.fit.closed_form import compose
@@ -54,7 +54,7 @@ def fit_layers(
     unfinished = [
         layer.layer
         for layer in plan.layers
-        if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
+        if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and needs_text(source, recipe):
         from mea_compress.fit.fitter import Fitter  # PyTorch, which weights alone do not need
@@ -68,14 +68,14 @@ def fit_layers(
             composed, fidelity = fitter.fit(layer) if fitter else compose(source, layer, None, recipe)
             made = store_layer(composed, source.config.mea["bias"], dtype)
             write_checkpoint(directory, [_entry(name, array) for name, array in made.tensors.items()], durable=False)
-            workspace.note(str(layer.layer), directory, fidelity=fidelity, layers=made.section)
+            workspace.commit_later(str(layer.layer), directory, fidelity=fidelity, layers=made.section)
             stored(layer.layer)
             del composed
             if fitter:
-                release()
+                trim_heap()
         elif fitter and layer.compressed:
             reader = CheckpointReader(directory)
-            section = workspace.finished("layers", str(layer.layer))
+            section = workspace.result_of("layers", str(layer.layer))
             made = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if fitter and layer.layer < unfinished[-1]:
             fitter.advance(layer.layer, made)
@@ -86,10 +86,10 @@ def _tokens(source: Source, recipe: Recipe, workspace: Workspace, progress: bool
     from mea_compress.fit.fitter import calibration_tokens
 
     directory = workspace.work / "calibration"
-    if not workspace.finished("calibration", "tokens"):
+    if not workspace.result_of("calibration", "tokens"):
         tokens = calibration_tokens(source, recipe, progress)
         write_checkpoint(directory, [_entry("tokens", tokens.numpy())])
-        workspace.record("calibration", "tokens", list(tokens.shape))
+        workspace.commit("calibration", "tokens", list(tokens.shape))
     return CheckpointReader(directory).read("tokens")
 
 
