@@ -321,7 +321,7 @@ def _check_numbering(directory: Path, files: list[str]) -> None:
         if absent is not None:
             name = f"{stem}-{absent:05d}-of-{count:05d}.safetensors"
             raise RequestError(
-                f"{printable_path(directory / name)}: this shard is missing beside its siblings; download it"
+                f"{printable_path(directory / name)}: this shard is missing among its siblings; download it"
             )
 
 
