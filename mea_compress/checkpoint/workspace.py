@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.checkpoint.files import DENIED, FULL, TEMPORARY, refusal, sync, sync_tree, write_json
+from mea_compress.checkpoint.untrusted import printable_path
 from mea_compress.errors import DiskFullError, RequestError
 
 MANIFEST = "manifest.json"
@@ -125,13 +126,15 @@ def check_free(out: Path, source: Path) -> None:
         RequestError: One of these does not hold.
     """
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise RequestError(f"{out} already exists; choose another output directory or remove it")
+        raise RequestError(f"{printable_path(out)} already exists; choose another output directory or remove it")
     resolved, origin = out.resolve(), source.resolve()
     if resolved == origin or origin in resolved.parents or resolved in origin.parents:
-        raise RequestError(f"{out} lies inside the source or around it; choose an output directory elsewhere")
+        raise RequestError(
+            f"{printable_path(out)} lies inside the source or around it; choose an output directory elsewhere"
+        )
     parent = _existing(resolved.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RequestError(f"{parent} cannot be written to; choose another output directory")
+        raise RequestError(f"{printable_path(parent)} cannot be written to; choose another output directory")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -149,7 +152,7 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed - there:
         raise RequestError(
-            f"{place} has {free / 1e9:.2f} GB free and {(needed - there) / 1e9:.2f} GB are needed; "
+            f"{printable_path(place)} has {free / 1e9:.2f} GB free and {(needed - there) / 1e9:.2f} GB are needed; "
             "make room or write elsewhere"
         )
 
@@ -184,7 +187,9 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
     """
     work = partial_path(out)
     if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise RequestError(f"{work} is in the way and was not made by an interrupted run; move it elsewhere")
+        raise RequestError(
+            f"{printable_path(work)} is in the way and was not made by an interrupted run; move it elsewhere"
+        )
     topmost = _first_missing(work)
     with _writing(work), _locked(work):
         manifest, taken_up = _take_up(work, fingerprint, resume)
@@ -198,10 +203,12 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
                 yield workspace
         except KeyboardInterrupt:
             workspace.flush()
-            raise KeyboardInterrupt(f"interrupted; {work} keeps what is finished: add --resume to go on") from None
+            raise KeyboardInterrupt(
+                f"interrupted; {printable_path(work)} keeps what is finished: add --resume to go on"
+            ) from None
         except DiskFullError as error:
             if workspace.flush():
-                raise DiskFullError(f"{error} (add --resume, {work} keeps what is finished)") from None
+                raise DiskFullError(f"{error} (add --resume, {printable_path(work)} keeps what is finished)") from None
             _discard(work, topmost)
             raise
         except RequestError:
@@ -214,11 +221,15 @@ def _take_up(work: Path, fingerprint: dict[str, Any], resume: bool) -> tuple[dic
     """Return the manifest to go on from, and whether it is that of an earlier run."""
     if (work / MANIFEST).is_file():
         if not resume:
-            raise RequestError(f"{work} is left from an interrupted run; add --resume to go on, or delete it")
+            raise RequestError(
+                f"{printable_path(work)} is left from an interrupted run; add --resume to go on, or delete it"
+            )
         return _read_manifest(work / MANIFEST, fingerprint), True
     # A kill before the first manifest leaves nothing but, perhaps, a part of it.
     if not all(child.name == MANIFEST + TEMPORARY for child in work.iterdir()):
-        raise RequestError(f"{work} is in the way and was not made by an interrupted run; move it elsewhere")
+        raise RequestError(
+            f"{printable_path(work)} is in the way and was not made by an interrupted run; move it elsewhere"
+        )
     return {"fingerprint": fingerprint}, False
 
 
@@ -227,7 +238,9 @@ def _read_manifest(file: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         earlier = dict(manifest["fingerprint"])
     except (ValueError, KeyError, TypeError, OSError):
-        raise RequestError(f"{file} cannot be read; delete {file.parent} and start again") from None
+        raise RequestError(
+            f"{printable_path(file)} cannot be read; delete {printable_path(file.parent)} and start again"
+        ) from None
     for what, after in fingerprint.items():
         before = earlier.get(what)
         if before != after:
@@ -236,7 +249,8 @@ def _read_manifest(file: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
                 names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
                 detail = " (" + ", ".join(f"{name}: {before.get(name)} -> {after.get(name)}" for name in names) + ")"
             raise RequestError(
-                f"{what} changed since the interrupted run{detail}; put it back, or delete {file.parent} to start again"
+                f"{what} changed since the interrupted run{detail}; put it back, "
+                f"or delete {printable_path(file.parent)} to start again"
             )
     return manifest
 
@@ -256,9 +270,9 @@ def _writing(work: Path) -> Iterator[None]:
 def _locked(work: Path) -> Iterator[None]:
     """Make the directory where there is none and hold it against other processes; a kill releases it.
 
-    The lock is on the directory itself. A lock file, as the package filelock makes it, would stay in what becomes OUT's
-    neighbour, or have to be put into a directory that may turn out to be somebody else's; and where a file system has
-    no flock, that package falls back to a file that a killed process leaves locked.
+    The lock is on the directory itself. A lock file, as the package filelock makes one, is not removed when the lock is
+    released: it would be left next to OUT, or be put into a directory that turns out to be somebody else's. Where a
+    file system has no flock, that package also falls back to a file that a killed process leaves locked.
     """
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
@@ -267,7 +281,7 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RequestError(
-                f"{work} is being written by another process; wait for it or choose another output"
+                f"{printable_path(work)} is being written by another process; wait for it or choose another output"
             ) from None
         yield
     finally:

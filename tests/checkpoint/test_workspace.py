@@ -288,3 +288,11 @@ def test_threads_may_record_at_once(tmp_path):
     with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace, ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: workspace.commit("layers", str(number), number), range(40)))
         assert on_disk(workspace) == {str(number): number for number in range(40)}
+
+
+def test_messages_stay_on_one_line(tmp_path):
+    out = tmp_path / "two\nlines"
+    leave_behind(out)
+    with pytest.raises(RequestError) as refusal, open_workspace(out, INPUT, resume=False):
+        pass
+    assert "\n" not in str(refusal.value)
