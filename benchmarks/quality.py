@@ -19,11 +19,13 @@ import click
 import torch
 import transformers
 
-from mea_compress.compression import compress, versions
+from mea_compress.checkpoint.files import write_json
+from mea_compress.compression import compress
+from mea_compress.emit.directory import versions
 from mea_compress.errors import RequestError
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.recipe import load_recipe
-from mea_compress.report.tables import table, write_json
+from mea_compress.report.tables import table
 
 CLOSED = {"refine": 0}
 METHODS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
     model, tokenizer = mc.load("OUT")
 
 Every verb takes paths first and keywords behind them: ``recipe=`` or the recipe's own fields. Results print
-themselves, show tables in a notebook and have ``to_json``. Importing this package is quick: it loads neither PyTorch nor
-transformers; `from_pretrained` of transformers loads compressed checkpoints as soon as it is imported, before or after.
+themselves, show tables in a notebook and have ``to_json``. Importing this package is quick and loads neither PyTorch
+nor transformers; whenever transformers is imported, before or after, its `from_pretrained` knows compressed checkpoints.
 """
 
 from importlib import import_module

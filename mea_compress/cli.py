@@ -18,6 +18,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
+from mea_compress.checkpoint.files import to_json, write_json
 from mea_compress.errors import RequestError
 from mea_compress.recipe import (
     EvaluateRecipe,
@@ -181,11 +182,11 @@ def _batch_option(function: Function) -> Function:
 def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
     """A result as text on stdout, or as JSON there, or as both text there and JSON in a file."""
     if json_file is not None and str(json_file) == "-":
-        click.echo(report.to_json(data), nl=False)
+        click.echo(to_json(data), nl=False)
         return
     click.echo(text)
     if json_file is not None:
-        report.write_json(json_file, data)
+        write_json(json_file, data)
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -1,30 +1,27 @@
 """The main job: plan, compose layer by layer, write, verify, publish."""
 
-import hashlib
 import json
-import platform
-import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
-from mea_compress.checkpoint.system import keep_freed
+from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
-from mea_compress.emit.code import CODE_FILES, write_code
+from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint, other_bytes, versions, write_config
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_source
 from mea_compress.planning.types import Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.report.showing import Shown
-from mea_compress.report.tables import before_after, facts, model_card, write_json
+from mea_compress.report.tables import before_after, facts, model_card
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
-# What this program says of a checkpoint; it would not be true of one that is made from it.
+# Our own reports: stale in a derived checkpoint, so not copied.
 _OWN_DOCUMENTS = ("compression.json", "recipe.yaml", "healing.json", "training.json", "export.json")
 
 
@@ -91,12 +88,12 @@ def compress(
     if resume and (already_published(out) or (out / "compression.json").is_file()):
         return _load_finished_result(plan, out)
     check_free(out, source)
-    others = sum(file.stat().st_size for file in _other_files(plan.source))
-    check_space(out, plan.costs.disk_bytes + others + SPARE_BYTES)
+    check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan.source, plan.recipe), resume) as workspace:
         plan = _fit_and_write(plan, workspace, progress)
         config = _write_config(plan, workspace)
-        _copy_other_files(plan.source, workspace.path)
+        # The card is kept aside: the checkpoint gets one of its own.
+        copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
@@ -121,23 +118,11 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
     return CompressionResult(out, plan_after_fit(plan, sections), fidelity)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    names = ("mea-compress", "torch", "transformers", "safetensors", "numpy", "ml-dtypes")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
-
-
 def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for info in source.reader.tensors.values():
-        digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
-    files = [*source.reader.files, *_other_files(source)]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest.update(repr((sorted(stats), source.raw_config)).encode())
     text = recipe.text
     calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
     return {
-        "the source": digest.hexdigest(),
+        "the source": fingerprint(source.reader, source.raw_config),
         "the recipe": to_yaml(recipe),
         "the calibration text": calibration,
         "a library version": versions(),
@@ -150,7 +135,7 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
         with writing_concurrently(plan, workspace, progress) as stored:
             from mea_compress.fit.layers import fit_layers, reserve_one_blas_thread  # while files are being copied
 
-            keep_freed()
+            raise_trim_threshold()
             with reserve_one_blas_thread():
                 fit_layers(plan, workspace, False, stored)
             import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written
@@ -165,7 +150,7 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
 
 def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
     """Return the entries of the ``mea`` section of the layers that were composed."""
-    return {layer.layer: workspace.finished("layers", str(layer.layer)) for layer in plan.layers if layer.compressed}
+    return {layer.layer: workspace.result_of("layers", str(layer.layer)) for layer in plan.layers if layer.compressed}
 
 
 def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
@@ -197,34 +182,14 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     config = dict(source.raw_config)
     config["model_type"] = family.emitted_type
     config["architectures"] = [f"Mea{family.prefix}ForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"configuration_mea.Mea{family.prefix}Config",
-        "AutoModel": f"modeling_mea.Mea{family.prefix}Model",
-        "AutoModelForCausalLM": f"modeling_mea.Mea{family.prefix}ForCausalLM",
-    }
+    config["auto_map"] = auto_map(family.prefix)
     config["num_key_value_heads"] = source.config.num_key_value_heads
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]
     config["mea"] = {**source.config.mea, "layers": layers}
-    write_json(workspace.path / "config.json", config)
-    write_code(workspace.path)
+    write_config(workspace.path, config)
     return config
-
-
-def _copy_other_files(source: Source, target: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and whatever else is not weights; the card is kept aside."""
-    for file in _other_files(source):
-        relative = file.relative_to(source.reader.directory)
-        if relative.name in CODE_FILES or str(relative) in _OWN_DOCUMENTS:
-            continue
-        name = Path("README.original.md") if str(relative) == "README.md" else relative
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / name)
-
-
-def _other_files(source: Source) -> list[Path]:
-    return [source.reader.directory / relative for relative in source.reader.other_files()]
 
 
 def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any], target: Path) -> None:

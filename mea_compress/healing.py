@@ -11,27 +11,33 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.checkpoint.workspace import exchange, sync_tree
+from mea_compress.checkpoint import (
+    CheckpointReader,
+    Entry,
+    NewTensor,
+    TensorInfo,
+    as_array,
+    torch_dtype,
+    write_shard,
+)
+from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
+from mea_compress.checkpoint.layout import lay_out
 from mea_compress.decoding import check_decoding
 from mea_compress.emit.code import carried_code, write_code
+from mea_compress.emit.directory import versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import hold_groups
@@ -245,54 +251,36 @@ def _trainable(model: Any, train: str) -> dict[str, torch.nn.Parameter]:
     return chosen
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that make the checkpoint: the index's when there is one, else every safetensors file."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(directory.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise RequestError(f"{index} names files outside the directory: this is no checkpoint to trust.")
-    return [directory / name for name in names]
+def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
+    """Return the dtype of every stored tensor that torch can compute with, by name."""
+    stored = {}
+    for info in CheckpointReader(student).tensors.values():
+        with suppress(KeyError):
+            stored[info.name] = torch_dtype(info.dtype)
+    return stored
 
 
-def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
-    dtypes = {}
-    for file in _weight_files(directory):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                dtypes[name] = weights.get_slice(name)[:0].dtype
-    return dtypes
+def _write_weights(student: CheckpointReader, directory: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Write the student's weight files again with some tensors replaced: same names, shards, dtypes and metadata.
 
+    Args:
+        student: The checkpoint; its index says the same of the new files and is not written again.
+        directory: Where to.
+        changed: New values by name, on any device, rounded to the dtype in which they are stored.
 
-def _write_weights(student: Path, directory: Path, changed: dict[str, torch.Tensor]) -> None:
-    """The student's weight files again, shard by shard, with some tensors replaced: same names, shards, dtypes."""
-    for file in _weight_files(student):
-        tensors = {}
-        with safe_open(file, framework="pt") as weights:
-            metadata = weights.metadata()
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                old = weights.get_tensor(name)
-                new = changed.get(name)
-                tensors[name] = old if new is None else new.detach().to("cpu", old.dtype).contiguous().clone()
-        save_file(tensors, directory / file.name, metadata=metadata)
+    Raises:
+        RequestError: The disk is full or refuses, or a source cannot be read.
+    """
 
+    def entry(info: TensorInfo) -> Entry:
+        tensor = changed.get(info.name)
+        if tensor is None:
+            return info
+        return NewTensor(info.name, info.dtype, info.shape, lambda: as_array(tensor.to("cpu", torch_dtype(info.dtype))))
 
-@contextmanager
-def _replacing(out: Path, student: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.healing-", dir=out.parent))
-    try:
-        work.chmod(student.stat().st_mode & 0o777)
-        yield work
-        sync_tree(work)
-        if out.exists() and out == student:
-            exchange(work, out)  # the old checkpoint goes with the scratch
-        else:
-            os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    for file in student.files:
+        entries = [entry(info) for info in student.tensors.values() if info.file == file]
+        write_shard(directory, lay_out(file.name, entries, student.metadata[file.name]))
 
 
 def _check_places(student: Path, teacher: Path, out: Path) -> None:
@@ -498,22 +486,17 @@ def _train(
 
 
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
-    """The student's directory with new weights and a ``healing.json``, complete or not at all."""
-    weights = {file.name for file in _weight_files(student)}
-    with _replacing(out, student) as work:
-        shutil.copytree(
-            student,
-            work,
-            dirs_exist_ok=True,
-            ignore=lambda directory, names: [
-                name for name in names if (Path(directory) == student and name in weights) or name == "__pycache__"
-            ],
-        )
-        _write_weights(student, work, changed)
+    """Write the student's directory with new weights and a ``healing.json``, complete or not at all.
+
+    Raises:
+        RequestError: The disk is full or refuses; what was at `out` is as it was.
+    """
+    reader = CheckpointReader(student)
+    with refusals(out), replacing_directory(out, student, "healing") as work:
+        copy_tree(student, work, {file.name for file in reader.files})
+        _write_weights(reader, work, changed)
         if carried_code(work).version is not None:  # by an older release, perhaps: what was run is this one's
             write_code(work)
-        record = result.to_json() | {
-            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
-        }
-        del record["out"]
-        (work / "healing.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {name: value for name, value in result.to_json().items() if name != "out"}
+        # A loss may be infinite here, which `write_json` refuses.
+        write_text(work / "healing.json", json.dumps(record | {"versions": versions()}, indent=2) + "\n")

@@ -31,7 +31,8 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_importing_loads_no_library():
-    script = "import sys, mea_compress\nprint([n for n in ('torch', 'transformers', 'numpy', 'pydantic') if n in sys.modules])"
+    libraries = ("torch", "transformers", "numpy", "pydantic")
+    script = f"import sys, mea_compress\nprint([name for name in {libraries} if name in sys.modules])"
     assert python(script) == "[]"
 
 

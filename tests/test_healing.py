@@ -1,14 +1,21 @@
+import errno
 import json
+import math
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_text import character_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from mea_compress.errors import RequestError
-from mea_compress.healing import default_learning_rate, heal
+from mea_compress.checkpoint import CheckpointReader
+from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.healing import HealingResult, default_learning_rate, heal
+from mea_compress.healing import _publish as publish
 from mea_compress.measure.evaluation import evaluate
 
 
@@ -141,11 +148,71 @@ def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mea_compress.healing.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("mea_compress.healing.write_shard", fail)
+    with pytest.raises(RequestError, match="disk full"):
         heal(student, teacher, **SETTINGS | {"steps": 1})
     assert files(student) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "allocate", "copyfile", "mkdtemp"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_full_disk_is_one_sentence_and_leaves_the_student(call, in_place, tmp_path, teacher, monkeypatch):
+    student = make_student(tmp_path / "student")
+    before = files(student)
+    result = HealingResult(student, 1, 1, 1.0, "attention", "text", 0, 1, 1, 1.0, 1.0, 1.0, 1.0, "healed", 1.0)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    changed = {name: weights(student)[name] + 1}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if call == "allocate":
+        monkeypatch.setattr("mea_compress.checkpoint.writer.allocate", lambda *_: errno.ENOSPC)
+        monkeypatch.setattr("mea_compress.checkpoint.writer.share_page", lambda *_: False)
+    else:
+        module = {"pwrite": os, "copyfile": shutil, "mkdtemp": tempfile}[call]
+        monkeypatch.setattr(module, call, full)
+    out = student if in_place else tmp_path / "out"
+    with pytest.raises(DiskFullError, match="disk or quota is full") as refusal:
+        publish(student, out, changed, result)
+    monkeypatch.undo()
+    assert "\n" not in str(refusal.value) and files(student) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+    publish(student, out, changed, result)
+    assert torch.equal(weights(out)[name], changed[name])
+
+
+def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
+    """No index, names and metadata of their own, a dtype that nothing computes with, and other files of all kinds."""
+    student, out = tmp_path / "student", tmp_path / "out"
+    student.mkdir()
+    tensors = {
+        "b": torch.randn(3, 5, dtype=torch.float64),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.randint(0, 9, (4,), dtype=torch.uint8),
+    }
+    save_file({"b": tensors["b"], "a": tensors["a"]}, student / "first.safetensors", metadata={"made": "by hand"})
+    save_file({"c": tensors["c"]}, student / "second.safetensors")
+    for name in (".git/config", "original/model.bin", "config.json", "code/__pycache__/old.pyc"):
+        (student / name).parent.mkdir(parents=True, exist_ok=True)
+        (student / name).write_text(name)
+    before = files(student)
+    reader = CheckpointReader(student)
+    result = HealingResult(out, 1, 1, 1.0, "all", "text", 0, 1, 1, math.inf, 1.0, 1.0, 1.0, "healed", 1.0)
+    publish(student, out, {"a": torch.arange(7.0).requires_grad_()}, result)
+    assert files(student) == before
+    after = files(out)
+    assert set(after) == set(before) - {"code/__pycache__/old.pyc"} | {"healing.json"}
+    assert all(after[name] == before[name] for name in after if name not in ("first.safetensors", "healing.json"))
+    healed = CheckpointReader(out)
+    assert healed.metadata == reader.metadata
+    for name, info in reader.tensors.items():
+        assert (healed.info(name).dtype, healed.info(name).shape) == (info.dtype, info.shape)
+        assert healed.info(name).file.name == info.file.name
+    assert torch.equal(healed.read("b"), tensors["b"])
+    assert torch.equal(healed.read("a"), torch.arange(7.0).bfloat16())
+    assert json.loads(after["healing.json"])["versions"]["safetensors"]
 
 
 def test_wrong_requests(tmp_path, teacher):

@@ -1,6 +1,4 @@
-import json
 import math
-import os
 
 import pytest
 import yaml
@@ -78,31 +76,6 @@ class TestUnits:
         digits, _, unit = report.format_count(number).partition(" ")
         scale = 1000 ** ("KMBT".index(unit) + 1) if unit else 1
         assert math.isclose(float(digits) * scale, number, rel_tol=0.006)
-
-
-class TestJson:
-    def test_whole_or_not_at_all(self, tmp_path):
-        path = tmp_path / "deep" / "a.json"
-        report.write_json(path, {"é": [1, 2.5, None]})
-        assert json.loads(path.read_text("utf-8")) == {"é": [1, 2.5, None]}
-        before = path.read_bytes()
-        with pytest.raises(ValueError, match=r"NaN|nan|not JSON"):
-            report.write_json(path, {"x": math.nan})
-        with pytest.raises(TypeError):
-            report.write_json(path, {"x": object()})
-        assert path.read_bytes() == before
-        assert os.listdir(path.parent) == ["a.json"]
-
-    def test_a_failed_replace_leaves_nothing_behind(self, tmp_path):
-        (tmp_path / "taken").mkdir()
-        with pytest.raises(OSError):
-            report.write_json(tmp_path / "taken", {})
-        assert os.listdir(tmp_path) == ["taken"]
-
-    def test_permissions_follow_the_umask(self, tmp_path):
-        (tmp_path / "plain").write_text("")
-        report.write_json(tmp_path / "a.json", {})
-        assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_plan_report_joins_layers_that_are_alike():

@@ -6,12 +6,12 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, stock_checkpoint
 
 from mea_compress import compression as compress_module
+from mea_compress.checkpoint.files import write_json
 from mea_compress.compression import compress
 from mea_compress.emit import verification
 from mea_compress.emit.verification import verify
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.recipe import Recipe
-from mea_compress.report.tables import write_json
 
 KINDS = {
     "head": ("head", "head"),

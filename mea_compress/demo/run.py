@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mea_compress.checkpoint.files import write_json
 from mea_compress.errors import RequestError
 from mea_compress.recipe import load_recipe
-from mea_compress.report.tables import format_bytes, table, write_json
+from mea_compress.report.tables import format_bytes, table
 
 # What is done to the cache: everything else is the default of `compress`.
 COMPRESSION: dict[str, Any] = {"kv_ratio": 0.5}
@@ -326,18 +327,13 @@ def train_original(
 
 def _save(model: Any, directory: Path) -> None:
     """Weights, configuration, and the code that loads them where this package is not installed."""
-    from mea_compress import modeling
-    from mea_compress.compression import CODE_FILES
+    from mea_compress.emit.code import write_code
+    from mea_compress.emit.directory import auto_map
 
     model.config._attn_implementation = None
-    model.config.auto_map = {
-        "AutoConfig": "configuration_mea.MeaLlamaConfig",
-        "AutoModel": "modeling_mea.MeaLlamaModel",
-        "AutoModelForCausalLM": "modeling_mea.MeaLlamaForCausalLM",
-    }
+    model.config.auto_map = auto_map("Llama")
     model.cpu().save_pretrained(directory)
-    for name in CODE_FILES:
-        shutil.copyfile(Path(modeling.__file__).with_name(name), directory / name)
+    write_code(directory)
 
 
 def train_tokenizer(documents: list[str], vocabulary: int, context: int) -> Any:

@@ -78,7 +78,7 @@ def writing_concurrently(plan: Plan, workspace: Workspace, progress: bool) -> It
     for layer in plan.layers:
         if layer.compressed:
             fitted[layer.layer] = _deferred_tensors(plan, layer, workspace, fit)
-            if workspace.finished("layers", str(layer.layer)) is not None:
+            if workspace.result_of("layers", str(layer.layer)) is not None:
                 fit.stored[layer.layer].set()
     entries = _entries(plan, fitted)
     with _writing(entries, plan.recipe.shard_bytes, workspace, progress, fit) as files:
@@ -200,11 +200,11 @@ def _writing(
                 bar.update(count)
 
         def write(shard: Shard) -> None:
-            if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
+            if shard_finished(workspace.path, shard) and workspace.result_of("shards", shard.name):
                 tell(shard.nbytes)
                 return
             write_shard(workspace.path, shard, tell)
-            workspace.record("shards", shard.name, True)
+            workspace.commit("shards", shard.name, True)
 
         files: list[Future[None]] = []
         try:

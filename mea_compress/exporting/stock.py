@@ -7,11 +7,9 @@ source's RoPE puts on cos and sin. Rows of k_proj are put in the order of RoPE's
 """
 
 import gc
-import hashlib
 import importlib
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +31,12 @@ from mea_compress.checkpoint import (
     read_array,
 )
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES
 from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
-from mea_compress.checkpoint.writer import DEFAULT_SHARD_BYTES
-from mea_compress.compression import SPARE_BYTES, versions
+from mea_compress.compression import SPARE_BYTES
 from mea_compress.decoding import cache_argument, check_decoding, run_cached
-from mea_compress.emit.code import CODE_FILES
+from mea_compress.emit.directory import copy_other_files, fingerprint, other_bytes, versions, write_config
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.emit.verification import cache_bytes, relative_difference
 from mea_compress.emit.weights import write_shards
@@ -50,7 +49,7 @@ from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import rotary_pairs
 from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 from mea_compress.planning.sizes import layer_window
-from mea_compress.report.tables import export_card, write_json
+from mea_compress.report.tables import export_card
 
 REPORT = "export.json"
 # Largest difference allowed, relative to the largest number, between what is exported and what it was made from, both
@@ -120,12 +119,11 @@ def export(
         return ExportResult(out, form, cost, json.loads((out / REPORT).read_text())["verification"], model_type)
     check_free(out, checkpoint)
     entries = _entries(source, form, format)
-    others = [source.reader.directory / name for name in source.reader.other_files()]
-    check_space(out, sum(entry.nbytes for entry in entries) + sum(f.stat().st_size for f in others) + SPARE_BYTES)
+    check_space(out, sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(source, format), resume) as workspace:
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
-        write_json(workspace.path / "config.json", _config(source, form, format))
-        _copy_other_files(source, workspace.path)
+        write_config(workspace.path, _config(source, form, format))
+        copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
         result = ExportResult(out, form, cost, verify_export(source, workspace.path, progress), model_type)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)
@@ -134,12 +132,11 @@ def export(
 
 
 def _fingerprint(source: Source, target: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for info in source.reader.tensors.values():
-        stat = info.file.stat()
-        digest.update(f"{info.name} {info.dtype} {info.shape} {info.offset} {stat.st_size} {stat.st_mtime_ns}".encode())
-    digest.update(repr(source.raw_config).encode())
-    return {"the checkpoint": digest.hexdigest(), "the format": target, "a library version": versions()}
+    return {
+        "the checkpoint": fingerprint(source.reader, source.raw_config),
+        "the format": target,
+        "a library version": versions(),
+    }
 
 
 def _config(source: Source, form: StockForm, target: str) -> dict[str, Any]:
@@ -317,15 +314,6 @@ def _key_rows(composed: Composed, form: StockForm, rotary_dim: int) -> list[int]
         own = sorted(lane[1:] for lane in lanes if lane[0] == group)
         rows += [lane[1] for lane in own] + [lane[2] for lane in own]
     return rows
-
-
-def _copy_other_files(source: Source, target: Path) -> None:
-    """Tokenizer, chat template, generation config and the rest, but for the code and the card."""
-    for relative in source.reader.other_files():
-        if relative.name in CODE_FILES or str(relative) in ("README.md", REPORT):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.reader.directory / relative, target / relative)
 
 
 def _write_card(source: Source, result: ExportResult, target: Path) -> None:

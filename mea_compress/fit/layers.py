@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
 from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, write_checkpoint
-from mea_compress.checkpoint.system import release
+from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
@@ -70,7 +70,7 @@ def fit_layers(
     unfinished = [
         layer.layer
         for layer in plan.layers
-        if layer.compressed and workspace.finished("layers", str(layer.layer)) is None
+        if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and plan.decisions.needs_calibration:
         calibrated = CalibratedFit(plan, _stored_tokens(plan, workspace, progress), progress)
@@ -83,14 +83,14 @@ def fit_layers(
             stored_layer = store_layer(composed, plan.source.config.mea["bias"], plan.decisions.stored_dtype)
             entries = [_entry(name, array) for name, array in stored_layer.tensors.items()]
             write_checkpoint(directory, entries, durable=False)
-            workspace.note(str(layer.layer), directory, fidelity=fidelity, layers=stored_layer.section)
+            workspace.commit_later(str(layer.layer), directory, fidelity=fidelity, layers=stored_layer.section)
             stored(layer.layer)
             del composed
             if calibrated:
-                release()
+                trim_heap()
         elif calibrated and layer.compressed:
             reader = CheckpointReader(directory)
-            section = workspace.finished("layers", str(layer.layer))
+            section = workspace.result_of("layers", str(layer.layer))
             stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if calibrated and layer.layer < unfinished[-1]:
             calibrated.advance(layer.layer, stored_layer)
@@ -241,10 +241,10 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
 def _stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:
     """Return the calibration sequences, (N, T), kept in the workspace so that a resumed run has the same."""
     directory = workspace.work / "calibration"
-    if not workspace.finished("calibration", "tokens"):
+    if not workspace.result_of("calibration", "tokens"):
         tokens = calibration_tokens(plan, progress)
         write_checkpoint(directory, [_entry("tokens", tokens.numpy())])
-        workspace.record("calibration", "tokens", list(tokens.shape))
+        workspace.commit("calibration", "tokens", list(tokens.shape))
     return CheckpointReader(directory).read("tokens")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mea_compress.checkpoint.system import release
+from mea_compress.checkpoint.system import trim_heap
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.text import context_length
@@ -146,7 +146,7 @@ def _run(model: Any, rows: torch.Tensor) -> tuple[float, float, int, int | None]
     device = next(model.parameters()).device
     rows = rows.to(device)
     decoded = min(_DECODED_TOKENS, rows.shape[1] // 2)
-    release()
+    trim_heap()
     with _peak(device) as peak:
         began = _now(device)
         _, cache = run_cached(model, rows[:, :-decoded], logits_to_keep=1)

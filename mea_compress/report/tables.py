@@ -1,11 +1,9 @@
-"""What people read: tables, units, JSON files and the model card. Plain data in, text out."""
+"""What people read: tables, units and the model card. Plain data in, text out."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,42 +66,6 @@ def format_count(number: float) -> str:
             break
         value /= 1000
     return f"{value:.3g}{unit}" if abs(value) < 999.5 else f"{value:.0f}{unit}"
-
-
-def to_json(data: object) -> str:
-    """JSON with two spaces of indentation and a final newline; not-a-number is refused, for JSON has none.
-
-    Raises:
-        ValueError: A number is NaN or infinite.
-    """
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file appears whole or not at all.
-
-    Args:
-        path: The file; missing directories above it are made. An existing file is replaced.
-        data: Anything that `to_json` takes.
-
-    Raises:
-        OSError: The place cannot be written to.
-    """
-    text = to_json(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def facts(values: Mapping[str, Any]) -> str:

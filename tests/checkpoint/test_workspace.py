@@ -26,7 +26,7 @@ INPUT = {"the source": "a", "the recipe": "b", "a library version": {"torch": "1
 def leave_behind(out):
     """A run that was interrupted after one layer."""
     with pytest.raises(KeyboardInterrupt), open_workspace(out, INPUT, resume=False) as workspace:
-        workspace.record("layers", "0", {"components": 2})
+        workspace.commit("layers", "0", {"components": 2})
         (workspace.path / "half.json").write_text("{")
         raise KeyboardInterrupt
 
@@ -46,11 +46,11 @@ def test_published_at_once_and_nothing_beside_it(tmp_path):
 def test_an_interruption_says_how_to_go_on_and_keeps_what_is_finished(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt, match="--resume"), open_workspace(out, INPUT, resume=False) as workspace:
-        workspace.record("layers", "0", 7)
+        workspace.commit("layers", "0", 7)
         raise KeyboardInterrupt
     with open_workspace(out, INPUT, resume=True) as workspace:
-        assert workspace.finished("layers", "0") == 7
-        assert workspace.finished("layers", "1") is None
+        assert workspace.result_of("layers", "0") == 7
+        assert workspace.result_of("layers", "1") is None
 
 
 def test_parts_of_files_do_not_survive(tmp_path):
@@ -113,7 +113,7 @@ def test_a_wrong_request_leaves_nothing_not_even_directories_above(tmp_path):
         pytest.raises(RequestError, match="no"),
         open_workspace(tmp_path / "a" / "b" / "out", INPUT, resume=False) as workspace,
     ):
-        workspace.record("layers", "0", 1)
+        workspace.commit("layers", "0", 1)
         raise RequestError("no")
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_a_wrong_request_does_not_throw_an_earlier_run_away(tmp_path):
 def test_a_full_disk_keeps_finished_work_only(finished, tmp_path):
     with pytest.raises(DiskFullError) as refusal, open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
         if finished:
-            workspace.record("layers", "0", 1)
+            workspace.commit("layers", "0", 1)
         raise OSError(errno.ENOSPC, "No space left on device", "file")
     assert ("--resume" in str(refusal.value)) == finished
     assert partial_path(tmp_path / "out").exists() == finished
@@ -140,7 +140,10 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(RequestError, match="another output directory"), open_workspace(tmp_path / "out", INPUT, False):
+    with (
+        pytest.raises(RequestError, match="choose an output directory"),
+        open_workspace(tmp_path / "out", INPUT, False),
+    ):
         pass
 
 
@@ -221,7 +224,7 @@ def test_out_must_be_new_and_apart_from_the_source(tmp_path, monkeypatch):
 def test_the_manifest_is_never_half_written(tmp_path):
     with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
         for number in range(5):
-            workspace.record("layers", str(number), {"n": number})
+            workspace.commit("layers", str(number), {"n": number})
             stored = json.loads(Path(workspace.work, MANIFEST).read_text())
             assert stored["layers"][str(number)] == {"n": number}
         assert sorted(p.name for p in workspace.work.iterdir()) == ["checkpoint", MANIFEST]
@@ -231,7 +234,7 @@ def finished_layer(workspace, number):
     folder = workspace.work / f"layer-{number:05d}"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"x")
-    workspace.note(str(number), folder, layers={"n": number}, fidelity=number / 2)
+    workspace.commit_later(str(number), folder, layers={"n": number}, fidelity=number / 2)
     return folder
 
 
@@ -241,23 +244,23 @@ def on_disk(workspace):
 
 def test_noted_work_reaches_the_disk_with_the_next_record_and_never_before_its_files(tmp_path, monkeypatch):
     done = []
-    real_sync, real_write = workspace_module._sync, workspace_module.write_json
-    monkeypatch.setattr(workspace_module, "_sync", lambda path: (done.append(path.name), real_sync(path)))
+    real_sync, real_write = workspace_module.sync, workspace_module.write_json
+    monkeypatch.setattr(workspace_module, "sync", lambda path: (done.append(path.name), real_sync(path)))
     monkeypatch.setattr(
         workspace_module, "write_json", lambda path, data: (done.append(path.name), real_write(path, data))
     )
     with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
         folders = [finished_layer(workspace, number) for number in range(2)]
-        assert workspace.finished("layers", "1") == {"n": 1} and workspace.finished("fidelity", "1") == 0.5
+        assert workspace.result_of("layers", "1") == {"n": 1} and workspace.result_of("fidelity", "1") == 0.5
         assert on_disk(workspace) == {}
         done.clear()
-        workspace.record("shards", "model.safetensors", True)
+        workspace.commit("shards", "model.safetensors", True)
         assert on_disk(workspace) == {"0": {"n": 0}, "1": {"n": 1}}
         for folder in folders:
             assert done.index(folder.name) < done.index(MANIFEST)
         assert done[: done.index(MANIFEST)].count("model.safetensors") == 2
         done.clear()
-        workspace.record("shards", "other.safetensors", True)
+        workspace.commit("shards", "other.safetensors", True)
         assert not {folder.name for folder in folders} & set(done)
 
 
@@ -265,7 +268,7 @@ def test_noted_work_is_saved_after_a_while(tmp_path, monkeypatch):
     with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
         finished_layer(workspace, 0)
         assert on_disk(workspace) == {}
-        monkeypatch.setattr(workspace_module, "_SAVE_AFTER", 0.0)
+        monkeypatch.setattr(workspace_module, "_SYNC_INTERVAL", 0.0)
         finished_layer(workspace, 1)
         assert set(on_disk(workspace)) == {"0", "1"}
 
@@ -283,5 +286,13 @@ def test_noted_work_is_kept_by_an_interruption_and_by_a_full_disk(stop, tmp_path
 
 def test_threads_may_record_at_once(tmp_path):
     with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace, ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: workspace.record("layers", str(number), number), range(40)))
+        list(pool.map(lambda number: workspace.commit("layers", str(number), number), range(40)))
         assert on_disk(workspace) == {str(number): number for number in range(40)}
+
+
+def test_messages_stay_on_one_line(tmp_path):
+    out = tmp_path / "two\nlines"
+    leave_behind(out)
+    with pytest.raises(RequestError) as refusal, open_workspace(out, INPUT, resume=False):
+        pass
+    assert "\n" not in str(refusal.value)

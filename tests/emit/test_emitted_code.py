@@ -9,15 +9,16 @@ import pytest
 from click.testing import CliRunner
 from tiny import contents, stock_checkpoint
 
+from mea_compress.checkpoint import files
 from mea_compress.cli import cli
 from mea_compress.compression import compress
 from mea_compress.emit import code as emitted_code
 from mea_compress.emit.code import CODE_FILES, carried_code, refresh
-from mea_compress.errors import RequestError
+from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION
 from mea_compress.recipe import Recipe
 
-WRITTEN_BY_010 = Path(__file__).with_name("data") / "checkpoint-0.1.0"
+WRITTEN_BY_010 = Path(__file__).parents[1] / "data" / "checkpoint-0.1.0"
 
 
 @pytest.fixture
@@ -69,14 +70,16 @@ def test_links_of_a_download_are_kept(old, tmp_path):
     assert (blobs / "attention_mea.py").read_bytes() == code
 
 
-@pytest.mark.parametrize("moment", ["write_code", "sync_tree", "exchange"])
-def test_an_interrupted_refresh_leaves_the_checkpoint_as_it_was(moment, old, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "moment"), [(emitted_code, "write_code"), (files, "sync_tree"), (files, "exchange")]
+)
+def test_an_interrupted_refresh_leaves_the_checkpoint_as_it_was(module, moment, old, monkeypatch):
     before = contents(old)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(emitted_code, moment, interrupt)
+    monkeypatch.setattr(module, moment, interrupt)
     with pytest.raises(KeyboardInterrupt):
         refresh(old)
     assert contents(old) == before and os.listdir(old.parent) == ["old"]
@@ -89,7 +92,7 @@ def test_a_full_disk_is_one_sentence(old, monkeypatch):
         raise OSError(28, "No space left on device", str(old))
 
     monkeypatch.setattr(emitted_code, "write_code", full)
-    with pytest.raises(RequestError, match="No space left on device"):
+    with pytest.raises(DiskFullError, match="disk or quota is full; free some space"):
         refresh(old)
     assert contents(old) == before
 
