@@ -20,8 +20,8 @@ import torch
 from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
-from mea_compress.fit import fitter
-from mea_compress.fit.fitter import Fitter
+from mea_compress.fit import layers as fit_layers
+from mea_compress.fit.layers import CalibratedFit
 from mea_compress.fit.refinement import Refiner
 from mea_compress.layers.runner import LayerRunner
 from mea_compress.recipe import load_recipe
@@ -44,8 +44,8 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 4096  # of random tokens, whatever the shape
 STAGES: dict[str, tuple[Any, str]] = {
-    "statistics": (Fitter, "_statistics"),
-    "closed form": (fitter, "compose"),
+    "statistics": (CalibratedFit, "_statistics"),
+    "closed form": (fit_layers, "compose"),
     "trying splits": (Refiner, "try_out"),
     "refinement": (Refiner, "refine"),
     "loading layers": (LayerRunner, "__init__"),
@@ -85,7 +85,7 @@ def run(checkpoint: Path, tokens: torch.Tensor, settings: dict[str, Any], device
     """Compress the checkpoint once, every stage watched; one row."""
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory(prefix="mea-fit-layer-") as scratch, ExitStack() as patches:
-        patches.enter_context(patch.object(fitter, "calibration_tokens", lambda *_: tokens))
+        patches.enter_context(patch.object(fit_layers, "calibration_tokens", lambda *_: tokens))
         for stage, (owner, name) in STAGES.items():
             patches.enter_context(patch.object(owner, name, stopwatch.watch(stage, getattr(owner, name))))
         began = time.perf_counter()

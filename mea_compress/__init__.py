@@ -16,7 +16,7 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
 
 Every verb takes paths first and keywords behind them: ``recipe=`` or the recipe's own fields. Results print
 themselves, show tables in a notebook and have ``to_json``. Importing this package is quick and loads neither PyTorch
-nor transformers; whenever transformers is imported, before or after, its `from_pretrained` knows compressed checkpoints.
+nor transformers; whenever transformers is imported, its `from_pretrained` knows compressed checkpoints.
 """
 
 from importlib import import_module

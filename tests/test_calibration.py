@@ -133,8 +133,8 @@ def test_what_all_keys_have_in_common_costs_nothing_however_large(tmp_path):
         moved = keys.clone()
         moved[..., first[0]] = common
         accumulator = StatisticsAccumulator(attention)
-        accumulator.notice(weights, queries, moved, values)
-        found.append((accumulator.cost, accumulator.key_covariance))
+        accumulator.accumulate_key_sensitivity(weights, queries, moved, values)
+        found.append((accumulator.sensitivity, accumulator.key_covariance))
     torch.testing.assert_close(found[1], found[0])
     assert found[0][0][:, 1].min() > 0
 
