@@ -124,7 +124,7 @@ class StatisticsAccumulator:
         return heads[..., first].square() + heads[..., second].square()
 
     def _inner(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the sum over rows of weight (B, N) times z[g] conj(z[h]) of heads (B, H, N, d): (P, H, H), on the CPU."""
+        """Return the sum over rows of weight (B, N) times z[g] conj(z[h]) of heads (B, H, N, d): (P, H, H)."""
         first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
         wide = (heads * weight.sqrt()[:, None, :, None]).cpu().double().permute(3, 1, 0, 2).flatten(2)  # (d, H, B N)
         pairs = torch.complex(wide[first], wide[second])  # (P, H, B N)
@@ -146,9 +146,7 @@ class StatisticsAccumulator:
             self.moment / self.tokens,
             self.attention_weighted_moment / self.queries,
             self.key_covariance / self.queries,
-            self.sensitivity / size.clamp(min=1e-12 * float(size.max()))
-            if nonzero
-            else torch.ones_like(self.sensitivity),
+            sensitivity,
         )
         if not all(torch.isfinite(mean).all() for mean in means):
             raise RequestError(
