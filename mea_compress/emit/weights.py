@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.architectures.checkpoint import FLOATS, SIDES, projection_info

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.errors import RequestError
@@ -16,17 +16,11 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
+from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.modeling.section_mea import FRACTIONAL
 from mea_compress.plan.planning import LayerPlan, calibration_shape, refinement_steps, splits_itself
 from mea_compress.recipe import Recipe
-from mea_compress.text import (
-    load_model,
-    load_tokenizer,
-    read_documents,
-    resolve_device,
-    sample_sequences,
-    token_sequences,
-)
+from mea_compress.text import read_documents, sample_sequences, token_sequences
 
 _TOKENS_PER_STEP = 4096
 _HELD_OUT = 64

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.architectures import Source
 from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, write_checkpoint

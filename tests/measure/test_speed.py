@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_text import tiny_llama
+from letters import tiny_llama
 
 from mea_compress.errors import RequestError
 from mea_compress.measure.speed import measure_speed
@@ -49,5 +49,5 @@ def test_expanded_means_that_no_step_absorbs(monkeypatch):
 
 @pytest.mark.parametrize("context", [1, 33])
 def test_contexts_that_cannot_be_measured_are_refused(context):
-    with pytest.raises(RequestError, match=f"--contexts {context} cannot be measured"):
+    with pytest.raises(RequestError, match=f"`contexts` {context} cannot be measured"):
         measure_speed({"checkpoint": tiny_llama()}, torch.arange(10), [context], [1], progress=False)
