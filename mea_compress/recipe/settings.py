@@ -281,6 +281,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as `1024,8192`."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def _parse_layers(spec: str) -> list[tuple[int, int | None]]:
     """Closed ranges of a layer list; None stands for the last layer."""
     ranges: list[tuple[int, int | None]] = []
