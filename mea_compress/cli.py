@@ -256,7 +256,7 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
     from mea_compress.emit.code import refresh as refresh_checkpoint
 
     result = refresh_checkpoint(checkpoint, check=check).to_json()
-    _print(report.facts(result), result, json_file)
+    _print(report.key_value_table(result), result, json_file)
 
 
 @cli.command()
@@ -303,7 +303,7 @@ def _choice(plan: Any) -> list[str]:
 def _compressed(result: Any) -> str:
     parts = [report.before_after(result.plan.to_json()), *_choice(result.plan)]
     if result.fidelity:
-        parts.append(report.facts(result.fidelity))
+        parts.append(report.fidelity_report(result.fidelity))
     return "\n\n".join([*parts, f"Written to {result.out}"])
 
 
@@ -318,7 +318,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
 
     settings = from_flags(HealRecipe, flags)
     result = heal_checkpoint(checkpoint, teacher, out=out, **_given(settings))
-    _print(report.facts(result.to_json()))
+    _print(report.key_value_table(result.to_json()))
 
 
 @cli.command()
@@ -356,7 +356,7 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
 
     result = export_checkpoint(checkpoint, out, form, resume=resume)
     data = result.to_json()
-    text = [report.facts(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
+    text = [report.key_value_table(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
     _print("\n\n".join(text), data, json_file)
 
 
@@ -387,7 +387,7 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
 
         settings = {"seed": wanted.seed} | shared | _given(wanted.heal)
         data["healing"] = heal_checkpoint(wanted.out, wanted.source, **settings).to_json()
-        texts.append(report.facts(data["healing"]))
+        texts.append(report.key_value_table(data["healing"]))
     if wanted.evaluate:
         from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 

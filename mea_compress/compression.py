@@ -26,7 +26,8 @@ from mea_compress.plan.planning import (
     realised_plan,
 )
 from mea_compress.recipe import Recipe, to_yaml
-from mea_compress.report.tables import model_card, write_json
+from mea_compress.report.cards import model_card
+from mea_compress.report.tables import write_json
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20

@@ -50,7 +50,8 @@ from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import rotary_pairs
 from mea_compress.plan.planning import WHOLE_MODEL_BYTES, layer_window
-from mea_compress.report.tables import export_card, write_json
+from mea_compress.report.cards import export_card
+from mea_compress.report.tables import write_json
 
 REPORT = "export.json"
 # Largest difference allowed, relative to the largest number, between what is exported and what it was made from, both
