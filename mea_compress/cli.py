@@ -441,8 +441,8 @@ def _builtin(name: str) -> Path:
     builtins = builtin_recipes()
     if name not in builtins:
         near = get_close_matches(name, builtins, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(builtins)}."
-        raise RequestError(f"There is no built-in recipe {name!r}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(builtins)}"
+        raise RequestError(f"there is no built-in recipe {name!r}: {hint}")
     return builtins[name]
 
 
