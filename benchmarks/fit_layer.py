@@ -89,7 +89,7 @@ def run(checkpoint: Path, tokens: torch.Tensor, settings: dict[str, Any], device
         for stage, (owner, name) in STAGES.items():
             patches.enter_context(patch.object(owner, name, stopwatch.watch(stage, getattr(owner, name))))
         began = time.perf_counter()
-        result = compress(checkpoint, Path(scratch) / "out", load_recipe(overrides=settings), progress=False)
+        result = compress(checkpoint, Path(scratch) / "out", recipe=load_recipe(overrides=settings), progress=False)
         seconds = time.perf_counter() - began
     row = {
         "settings": settings,

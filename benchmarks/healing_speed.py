@@ -28,7 +28,7 @@ from common import machine, synchronize, versions, write_random_llama
 from mea_compress.compression import compress
 from mea_compress.healing import _Bar, _train, _trainable, rows_at_once
 from mea_compress.recipe import load_recipe
-from mea_compress.text import load_model
+from mea_compress.loading import load_model
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
 FIRST_STEPS = 2  # of every run, which do not count
@@ -113,7 +113,7 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
         for kinds in (("frequency", "latent"), ("head", "head")):
             compressed = Path(scratch) / "+".join(kinds)
             settings = {"kv_ratio": 0.5, "key_composition": kinds[0], "value_composition": kinds[1], "fit": "weights"}
-            compress(original, compressed, load_recipe(overrides=settings), progress=False)
+            compress(original, compressed, recipe=load_recipe(overrides=settings), progress=False)
             teacher = load_model(original, None, target)
             students = {
                 name: load_model(path, None, target).float()

@@ -1,11 +1,13 @@
 """The command line: every command parses, calls one function and prints.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 done, 2 the request was wrong, 130 interrupted,
-1 anything else. Whatever loads PyTorch is imported inside the commands.
+1 anything else. Whatever loads PyTorch is imported inside the commands. Functions speak of their parameters, in
+backquotes; a command shows those that it has a flag for as this flag.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import traceback
@@ -56,8 +58,16 @@ class _Command(click.Command):
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; its own flags stand for parameters in what a wrong request is answered."""
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            error.args = (_with_flags(str(error), self.params),)
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes one section for each group, in the order in which the groups first appear, the common ones last."""
+        """Write one section for each group, in the order in which the groups first appear, the common ones last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -79,8 +89,14 @@ class _Group(click.Group):
         self.params.append(_debug_option())
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands as they were declared."""
+        """Return the names of the commands as they were declared."""
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the first sentence of every command's help, whole, where Click would cut it off."""
+        rows = [(name, command.get_short_help_str(limit=sys.maxsize)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 class _Program(_Group):
@@ -103,19 +119,25 @@ class _Program(_Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
+def _with_flags(message: str, parameters: Sequence[click.Parameter]) -> str:
+    """Replace parameters of functions, `sequence_length` in backquotes, by flags of a command: --sequence-length."""
+    flags = {option.name: option.opts[0] for option in parameters if isinstance(option, click.Option)}
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message)
+
+
 def _explain(error: Exception) -> tuple[int, str]:
-    """Exit status and sentence of a failure."""
+    """Return the exit status and the sentence of a failure."""
     if isinstance(error, click.Abort):
         # Whoever was interrupted may have said what to do next.
-        said = str(error.__cause__ or "")
-        return 130, f"{NAME}: {said or 'interrupted; nothing unfinished was put in place.'}"
+        advice = str(error.__cause__ or "")
+        return 130, f"{NAME}: {advice or 'interrupted, and nothing unfinished was put in place'}"
     if isinstance(error, NoArgsIsHelpError):
         return 2, error.format_message()
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else NAME
-        return 2, f"{command}: {error.format_message()} Type {command} --help for what it takes."
+        return 2, f"{command}: {_clause(error.format_message())}; {command} --help shows what it takes"
     if isinstance(error, click.ClickException):
-        return 2, f"{NAME}: {error.format_message()}"
+        return 2, f"{NAME}: {_clause(error.format_message())}"
     if isinstance(error, RequestError):
         return 2, f"{NAME}: {error}"
     lines = str(error).strip().splitlines()
@@ -123,8 +145,14 @@ def _explain(error: Exception) -> tuple[int, str]:
     return 1, f"{NAME}: failed with {reason} (--debug shows where)"
 
 
+def _clause(message: str) -> str:
+    """Return what Click says in the style of this program's messages: one sentence, lower case, no full stop."""
+    message = message.replace(". (Did", " (did").replace(". Did", ", did")
+    return message[:1].lower() + message[1:].rstrip(".")
+
+
 def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
-    """Options for every field of some settings that names a group; not given means None, so that recipes can speak."""
+    """Return a decorator that adds an option for every field with a group; unset flags are None: the recipe's apply."""
 
     def decorate(function: Function) -> Function:
         for name, field in reversed(settings.model_fields.items()):
@@ -180,7 +208,7 @@ def _batch_option(function: Function) -> Function:
 
 
 def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
-    """A result as text on stdout, or as JSON there, or as both text there and JSON in a file."""
+    """Print a result as text, or with `-` as JSON, or as text with the JSON in a file."""
     if json_file is not None and str(json_file) == "-":
         click.echo(to_json(data), nl=False)
         return
@@ -222,7 +250,7 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
     from mea_compress.emit.code import refresh as refresh_checkpoint
 
     result = refresh_checkpoint(checkpoint, check=check).to_json()
-    _print(report.facts(result), result, json_file)
+    _print(report.key_value_table(result), result, json_file)
 
 
 @cli.command()
@@ -246,13 +274,13 @@ def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, *
 @_options(Recipe)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags: Any) -> None:
-    r"""Write to OUT a checkpoint whose KV cache is a share of SRC's.
+    """Write to OUT a checkpoint whose KV cache is a share of SRC's.
 
     SRC is only read; OUT appears complete or not at all. The paper's own initialisation is
 
     \b
       --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
-    """
+    """  # noqa: D301 - \b is Click's mark of lines that stay as they are
     from mea_compress.compression import compress as compress_checkpoint
 
     _print(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume).report())
@@ -269,7 +297,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
 
     settings = from_flags(HealRecipe, flags)
     result = heal_checkpoint(checkpoint, teacher, out=out, **given_settings(settings))
-    _print(report.facts(result.to_json()))
+    _print(report.key_value_table(result.to_json()))
 
 
 @cli.command()
@@ -307,7 +335,7 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
 
     result = export_checkpoint(checkpoint, out, form, resume=resume)
     data = result.to_json()
-    text = [report.facts(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
+    text = [report.key_value_table(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
     _print("\n\n".join(text), data, json_file)
 
 
@@ -369,8 +397,8 @@ def _builtin(name: str) -> Path:
     builtins = builtin_recipes()
     if name not in builtins:
         near = get_close_matches(name, builtins, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(builtins)}."
-        raise RequestError(f"There is no built-in recipe {name!r}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(builtins)}"
+        raise RequestError(f"there is no built-in recipe {name!r}: {hint}")
     return builtins[name]
 
 

@@ -16,8 +16,9 @@ from mea_compress.errors import RequestError, VerificationError
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_source
 from mea_compress.planning.types import Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
+from mea_compress.report.cards import model_card
 from mea_compress.report.showing import Shown
-from mea_compress.report.tables import before_after, facts, model_card
+from mea_compress.report.tables import before_after, fidelity_report
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
@@ -49,7 +50,7 @@ class CompressionResult(Shown):
         if self.plan.decisions.choice:
             parts.append(f"Composition: {self.plan.decisions.choice}")
         if self.fidelity:
-            parts.append(facts(self.fidelity))
+            parts.append(fidelity_report(self.fidelity))
         return "\n\n".join([*parts, f"Written to {self.out}"])
 
 

@@ -1,4 +1,4 @@
-"""Healing: the compressed checkpoint learns from its original again, by distillation.
+"""Healing: end-to-end distillation of a compressed checkpoint from its original.
 
 The loss is KL(original ‖ compressed) of the next-token distributions, in nats per token, averaged over tokens. Only the
 attention blocks are trained by default: the components, their compositions, q_proj and o_proj are what compression
@@ -17,11 +17,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mea_compress.checkpoint import (
@@ -41,132 +41,48 @@ from mea_compress.emit.directory import versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import hold_groups
-from mea_compress.text import (
+from mea_compress.loading import (
     choose_sequence_length,
     load_model,
     load_tokenizer,
-    read_documents,
     resolve_device,
-    sample_sequences,
-    token_sequences,
+    seeded,
+    vocabulary_size,
 )
+from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
+from mea_compress.text import read_documents, sample_sequences, token_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
-_SAMPLED_AT_MOST = 1024
-_HELD_OUT_AT_MOST = 64
-_LOGITS_AT_ONCE = 2**26
-# What is decoded with a cache and without before the healed checkpoint appears.
+_MAX_SAMPLED = 1024
+_MAX_HELD_OUT = 64
+# Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Sums over the predicted tokens of some sequences: losses in nats (float64)."""
-
-    tokens: int
-    cross_entropy: float
-    kl: float
-    reference_cross_entropy: float
-    agreements: int
-
-    def __add__(self, other: Comparison) -> Comparison:
-        return Comparison(
-            self.tokens + other.tokens,
-            self.cross_entropy + other.cross_entropy,
-            self.kl + other.kl,
-            self.reference_cross_entropy + other.reference_cross_entropy,
-            self.agreements + other.agreements,
-        )
-
-
-NOTHING = Comparison(0, 0.0, 0.0, 0.0, 0)
-
-
-def rows_at_once(length: int, vocabulary: int) -> int:
-    """Sequences whose logits are about 256 MB in float32, at least one."""
-    return max(1, _LOGITS_AT_ONCE // (length * vocabulary))
-
-
-@torch.no_grad()
-def compare_logits(
-    logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor
-) -> Comparison:
-    """Cross-entropy, KL(reference ‖ model) and top-1 agreement from logits, some positions at a time.
-
-    In float64 where the device has it.
-
-    Args:
-        logits: (B, T, V), any floating dtype.
-        reference: (B, T, V) or None.
-        ids: (B, T) int64; the prediction at t is judged by ids[t + 1].
-        mask: (B, T) bool, False where ids are padding.
-
-    Returns:
-        Sums over the predictions whose target is not padding; without a reference its parts are 0.
-    """
-    keep = mask[:, 1:].flatten()
-    rows = keep.nonzero().squeeze(1)
-    targets = ids[:, 1:].flatten()[rows]
-    batch, length, vocabulary = logits.shape
-    rows = rows // (length - 1) * length + rows % (length - 1)
-    flat = logits.reshape(batch * length, vocabulary)
-    flat_reference = None if reference is None else reference.reshape(batch * length, vocabulary).to(flat.device)
-    step = max(1, 2**23 // vocabulary)
-    total = NOTHING
-    exact = torch.float32 if flat.device.type == "mps" else torch.float64
-    for start in range(0, len(rows), step):
-        part, target = rows[start : start + step], targets[start : start + step, None]
-        log_p = flat[part].to(exact).log_softmax(-1)
-        loss, kl, reference_loss, agreements = -log_p.gather(1, target).sum().item(), 0.0, 0.0, 0
-        if flat_reference is not None:
-            log_r = flat_reference[part].to(exact).log_softmax(-1)
-            reference_loss = -log_r.gather(1, target).sum().item()
-            # 0 · (−∞ − x) is 0: a token the reference rules out adds nothing.
-            kl = torch.where(log_r == -torch.inf, 0.0, log_r.exp() * (log_r - log_p)).sum().item()
-            agreements = int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
-        total += Comparison(len(part), loss, kl, reference_loss, agreements)
-    return total
-
-
-@torch.no_grad()
-def compare_models(model: Any, reference: Any | None, ids: torch.Tensor, mask: torch.Tensor) -> Comparison:
-    """`compare_logits` of one batch: a forward pass of each model, padding masked, nothing cached.
-
-    Args:
-        model: causal language model.
-        reference: causal language model of the same vocabulary, or None.
-        ids: (B, T) int64.
-        mask: (B, T) bool.
-    """
-    logits: list[Any] = []
-    for each in (model, reference):
-        if each is None:
-            logits.append(None)
-            continue
-        device = next(each.parameters()).device
-        attention = None if bool(mask.all()) else mask.long().to(device)
-        logits.append(each(input_ids=ids.to(device), attention_mask=attention, use_cache=False).logits)
-    device = logits[0].device
-    return compare_logits(logits[0], logits[1], ids.to(device), mask.to(device))
-
-
-def check_same_vocabulary(model: Any, reference: Any, names: tuple[Path | str, Path | str]) -> None:
-    """Both models must predict the same tokens.
-
-    Raises:
-        RequestError: their vocabularies differ in size.
-    """
-    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise RequestError(
-            f"{names[0]} has a vocabulary of {sizes[0]} and {names[1]} one of {sizes[1]}: "
-            "give the original it was made from."
-        )
-
-
-@dataclass(frozen=True)
 class HealingResult:
-    """What healing did; losses in nats per token on sequences held out from training."""
+    """What healing did; losses in nats per token on sequences held out from training.
+
+    Attributes:
+        out: The healed checkpoint.
+        steps: Optimiser steps.
+        tokens: Tokens trained on.
+        learning_rate: Peak.
+        train: ``attention`` or ``all``.
+        text: Name of the text file, or that text was sampled.
+        seed: Of sampling and of the order of sequences.
+        trained_parameters: Numbers that were free to change.
+        held_out_tokens: Predictions that losses are averaged over.
+        kl_before: KL(original ‖ compressed) before healing.
+        kl_after: The same of the weights kept.
+        cross_entropy_before: Cross-entropy before healing.
+        cross_entropy_after: The same of the weights kept.
+        kept: ``unhealed`` where training did not lower the KL.
+        seconds: Time it all took.
+    """
 
     out: Path
     steps: int
@@ -185,11 +101,13 @@ class HealingResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as in ``healing.json``."""
+        """Return plain data, as in ``healing.json``."""
         return asdict(self) | {"out": str(self.out)}
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
+    """Training sequences, ids (N, T), one an item."""
+
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
 
@@ -203,10 +121,10 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 class _Distiller(Trainer):
     """Trainer whose loss is KL(teacher ‖ student) per token."""
 
-    def __init__(self, teacher: Any, **arguments: Any) -> None:
+    def __init__(self, teacher: PreTrainedModel, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.teacher = teacher
-        self.model_accepts_loss_kwargs = False  # the mean over accumulated micro-batches is the Trainer's part
+        self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
         self.last_loss = math.nan
 
     def compute_loss(
@@ -214,10 +132,10 @@ class _Distiller(Trainer):
     ) -> Any:
         ids = inputs["input_ids"]
         with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            log_r = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         output = model(input_ids=ids, use_cache=False)
         loss = torch.nn.functional.kl_div(
-            output.logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum"
+            output.logits.float().log_softmax(-1), log_r, log_target=True, reduction="sum"
         ) / (ids.shape[0] * ids.shape[1])
         self.last_loss = loss.item()
         return (loss, output) if return_outputs else loss
@@ -239,16 +157,17 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def _trainable(model: Any, train: str) -> dict[str, torch.nn.Parameter]:
-    chosen = {
+def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters to train by name, and freeze all others."""
+    trainable = {
         name: parameter for name, parameter in model.named_parameters() if train == "all" or _ATTENTION.search(name)
     }
-    if not chosen:
-        raise RequestError("The student has no weights that are recognised as attention: use train: all.")
+    if not trainable:
+        raise RequestError("the student has no weights that are recognised as attention: use all for `train`")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in trainable)
     hold_groups(model)
-    return chosen
+    return trainable
 
 
 def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
@@ -285,46 +204,63 @@ def _write_weights(student: CheckpointReader, directory: Path, changed: dict[str
 
 def _check_places(student: Path, teacher: Path, out: Path) -> None:
     if student == teacher:
-        raise RequestError(f"{student} cannot be its own teacher: give the original with --teacher.")
+        raise RequestError(f"{student} cannot be its own teacher: give the original as `teacher`")
     if out != student and (out.exists() or out.is_symlink()):
-        raise RequestError(f"{out} exists already: remove it, or choose another place.")
+        raise RequestError(f"{out} exists already: remove it, or choose another place")
     if (
         teacher == out
         or teacher in out.parents
         or out in teacher.parents
         or (out != student and student in out.parents)
     ):
-        raise RequestError(f"{out} lies in a checkpoint that is read: choose another place.")
+        raise RequestError(f"{out} lies in a checkpoint that is read: choose another place")
 
 
 def _sequences(
-    text: Path | None, teacher: Any, tokenizer: Any, length: int, wanted: int, seed: int, progress: bool
+    text: Path | None,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    trained: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences to train on and sequences held out (every part at least one)."""
+    """Return sequences to train on and sequences held out, ids (N, length) of each, N at least one.
+
+    Args:
+        text: Where they come from; None samples them from the teacher.
+        teacher: The original.
+        tokenizer: Makes ids of the text.
+        length: Tokens of a sequence.
+        trained: Sequences in all steps together; as many are sampled, within bounds.
+        seed: Of sampling.
+        progress: Show a bar on stderr.
+    """
     if text is not None:
         ids = token_sequences(read_documents(text), tokenizer, length)
         if len(ids) < 2:
             raise RequestError(
                 f"{text} fills one sequence of {length} tokens, and healing holds one out: "
-                "give more text, or a smaller --sequence-length."
+                "give more text, or a smaller `sequence_length`"
             )
     else:
-        count = min(wanted, _SAMPLED_AT_MOST)
-        count += max(2, min(_HELD_OUT_AT_MOST, count // 8))
+        count = min(trained, _MAX_SAMPLED)
+        count += max(2, min(_MAX_HELD_OUT, count // 8))
         ids = sample_sequences(teacher, tokenizer.bos_token_id, count, length, seed, progress=progress)
-    held_out = max(1, min(_HELD_OUT_AT_MOST, len(ids) // 9))
+    held_out = max(1, min(_MAX_HELD_OUT, len(ids) // 9))
     return ids[:-held_out], ids[-held_out:]
 
 
-def _measure(model: Any, teacher: Any, ids: torch.Tensor) -> Comparison:
+def _measure(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> Comparison:
+    """Sum the comparisons of ids (N, T), which have no padding."""
     total = NOTHING
-    for rows in ids.split(rows_at_once(ids.shape[1], teacher.config.get_text_config().vocab_size)):
+    for rows in ids.split(max_batch_size(ids.shape[1], vocabulary_size(teacher))):
         total += compare_models(model, teacher, rows, torch.ones_like(rows, dtype=torch.bool))
     return total
 
 
 def default_learning_rate(hidden_size: int) -> float:
-    """Peak learning rate that suits a width: 2e-3 at 128 and below, falling as 1 / width (1.2e-4 at 2048)."""
+    """Return the peak learning rate for a width: 2e-3 at 128 and below, then falling as 1 / width (1.2e-4 at 2048)."""
     return min(2e-3, 0.256 / hidden_size)
 
 
@@ -342,43 +278,43 @@ def heal(
     progress: bool = True,
     train: Literal["attention", "all"] = "attention",
 ) -> HealingResult:
-    """Distils a compressed checkpoint from its original, and keeps the better of before and after.
+    """Distil a compressed checkpoint from its original, and keep the better of before and after.
 
     AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to
     zero. A tenth of the sequences (64 at most) is held out; the healed weights, rounded to the dtype they are stored
     in, are kept only where they lower the KL there.
 
     Args:
-        student: directory of the compressed checkpoint.
-        teacher: directory of the original; never written to.
+        student: Directory of the compressed checkpoint.
+        teacher: Directory of the original; never written to.
         text: ``.txt`` or ``.jsonl``; None samples the text from the teacher.
-        steps: optimiser steps.
-        out: directory of the healed checkpoint, which must not exist; None puts it in the student's place.
+        steps: Optimiser steps.
+        out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
             Either way it appears complete or not at all.
-        learning_rate: peak; None suits it to the width (`default_learning_rate`).
-        batch_size: sequences in a step.
-        sequence_length: tokens of a sequence; None takes the model's context, at most 1024.
-        seed: of sampling and of the order of sequences.
+        learning_rate: Peak; None suits it to the width (`default_learning_rate`).
+        batch_size: Sequences in a step.
+        sequence_length: Tokens of a sequence; None takes the model's context, at most 1024.
+        seed: Of sampling and of the order of sequences.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        progress: show bars on stderr.
+        progress: Show bars on stderr.
         train: ``attention`` trains the attention blocks only, ``all`` every weight.
 
     Returns:
-        What was done, as in the ``healing.json`` beside the weights.
+        What was done, as in ``healing.json`` in the directory of the weights.
 
     Raises:
-        RequestError: a path is wrong or in the way, vocabularies differ, the text is too short, or a number
+        RequestError: A path is wrong or in the way, vocabularies differ, the text is too short, or a number
             makes no sense.
     """
     began = time.monotonic()
     student, teacher = Path(student).resolve(), Path(teacher).resolve()
     out = student if out is None else Path(os.path.abspath(out))
     if steps < 1 or batch_size < 1:
-        raise RequestError(f"--steps {steps} with --batch-size {batch_size} trains nothing: give 1 or more of each.")
+        raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise RequestError(f"--learning-rate {learning_rate} is not a positive number.")
+        raise RequestError(f"`learning_rate` {learning_rate} is not a positive number: give one such as 1e-4")
     if train not in ("attention", "all"):
-        raise RequestError(f"train: {train} is unknown: use attention or all.")
+        raise RequestError(f"`train` {train} is unknown: use attention or all")
     _check_places(student, teacher, out)
     target = resolve_device(device)
 
@@ -395,7 +331,7 @@ def heal(
     if len(changed_names) != len(parameters):
         missing = next(name for name in parameters if name not in stored)
         raise RequestError(
-            f"{student} stores {missing} under another name, so it cannot be trained: use train: attention."
+            f"{student} stores {missing} under another name, so it cannot be trained: use attention for `train`"
         )
     source = None if text is None else Path(text)
     training, held_out = _sequences(
@@ -431,8 +367,8 @@ def heal(
     )
     if not better:
         print(
-            f"Healing did not help (KL {before.kl / before.tokens:.4g} → {after.kl / after.tokens:.4g} on held-out "
-            "text): the weights stay as they were; try a lower --learning-rate, or more --steps.",
+            f"healing did not help (KL {before.kl / before.tokens:.4g} → {after.kl / after.tokens:.4g} on held-out "
+            "text), and the weights stay as they were: try a lower learning rate, or more steps",
             file=sys.stderr,
         )
     weights = model.state_dict()
@@ -443,15 +379,22 @@ def heal(
 
 
 def _train(
-    model: Any, teacher: Any, ids: torch.Tensor, steps: int, peak: float, batch_size: int, seed: int, progress: bool
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    steps: int,
+    peak: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
 ) -> None:
-    micro = min(batch_size, rows_at_once(ids.shape[1], teacher.config.get_text_config().vocab_size))
+    """Train a model in place on ids (N, T); `heal` says how."""
+    micro = min(batch_size, max_batch_size(ids.shape[1], vocabulary_size(teacher)))
     while batch_size % micro:
         micro -= 1
     device = next(model.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
     bar = _Bar(steps, progress)
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=cuda):
+    with tempfile.TemporaryDirectory() as scratch, seeded(seed, device):
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
@@ -474,7 +417,7 @@ def _train(
             dataloader_pin_memory=False,
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # one device: several come by launching several processes
+            arguments._n_gpu = 1  # several devices take several processes
         distiller = _Distiller(teacher, model=model, args=arguments, train_dataset=_Rows(ids), callbacks=[bar])
         bar.distiller = distiller
         distiller.remove_callback(PrinterCallback)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mea_compress.cli import cli
-from mea_compress.errors import RequestError
+from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
 
 PLAN = {
@@ -122,6 +122,8 @@ class TestCommands:
         expected = {"text": Path("t.txt"), "reference": Path("SRC"), "batch_size": 4}
         assert calls == [("evaluate", (Path("CKPT"),), expected)]
         assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
+        done("evaluate", "CKPT", "--text", "t.txt", "--contexts", "1024,8192", "--batches", 4)
+        assert calls[-1][2] == {"text": Path("t.txt"), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
 
     def test_demo(self, calls):
         assert done("demo", "--steps", 5) == "the table\n"
@@ -192,7 +194,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         "error, status, said",
         [
-            (RequestError("SRC holds no weights: name another directory."), 2, "holds no weights"),
+            (RequestError("SRC holds no weights: name another directory"), 2, "holds no weights"),
             (RuntimeError("first line\nsecond line"), 1, "RuntimeError: first line"),
             (OSError(28, "No space left on device"), 1, "No space left"),
             (ZeroDivisionError(), 1, "ZeroDivisionError"),
@@ -206,6 +208,39 @@ class TestFailures:
             outcome = invoke(*arguments)
             assert outcome.exit_code == status
             assert "Traceback" in outcome.stderr and outcome.stdout == ""
+
+    @pytest.mark.parametrize(
+        "message, shown",
+        [
+            (
+                "`sequence_length` 1 leaves nothing: give 2 or more",
+                "--sequence-length 1 leaves nothing: give 2 or more",
+            ),
+            ("`train` all: use attention for `train`", "--train all: use attention for --train"),
+            # Neither a flag of this command, nor a parameter: sentences, paths and recipes' keys stay as they are.
+            ("`contexts` 1 is too short", "`contexts` 1 is too short"),
+            ("write `steps: 3` into steps/sequence_length.yaml", "write `steps: 3` into steps/sequence_length.yaml"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", [RequestError, DiskFullError])
+    def test_parameters_are_shown_as_the_flags_of_the_command(self, calls, monkeypatch, message, shown, kind):
+        calls.stand_in(monkeypatch, "healing", "heal", kind(message))
+        assert refused("heal", "OUT", "--teacher", "SRC") == f"mea-compress: {shown}\n"
+
+    @pytest.mark.parametrize(
+        "arguments, shown",
+        [
+            (["compress", "A"], "mea-compress compress: missing argument 'OUT'; mea-compress compress --help shows"),
+            (
+                ["heal", "A", "--teacher", "B", "--stepz", "3"],
+                "mea-compress heal: no such option '--stepz' (did you mean",
+            ),
+            (["comprss"], "mea-compress: no such command 'comprss', did you mean 'compress'?; mea-compress --help"),
+        ],
+    )
+    def test_one_style_of_messages(self, calls, arguments, shown):
+        said = refused(*arguments)
+        assert said.startswith(shown) and not said.rstrip().endswith(".")
 
     def test_interrupting(self, calls, monkeypatch):
         calls.stand_in(monkeypatch, "compression", "compress", KeyboardInterrupt())

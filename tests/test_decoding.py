@@ -10,9 +10,9 @@ from mea_compress import decoding
 from mea_compress.compression import compress
 from mea_compress.decoding import cache_argument, cache_of, check_decoding, decode_greedily, run_cached
 from mea_compress.errors import VerificationError
+from mea_compress.loading import load_model
 from mea_compress.modeling.attention_mea import MeaAttention, take_cache
 from mea_compress.recipe import Recipe
-from mea_compress.text import load_model
 
 FORMS = [("head", "head"), ("frequency", "latent"), ("latent", "latent"), ("joint", "joint"), ("pool", "pool")]
 

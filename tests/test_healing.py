@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from test_text import character_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from mea_compress.checkpoint import CheckpointReader
@@ -217,15 +217,15 @@ def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
 
 def test_wrong_requests(tmp_path, teacher):
     student = make_student(tmp_path / "student")
-    with pytest.raises(RequestError, match="own teacher"):
+    with pytest.raises(RequestError, match="own teacher: give the original as `teacher`"):
         heal(student, student, **SETTINGS)
     with pytest.raises(RequestError, match="exists already"):
         heal(student, teacher, out=teacher, **SETTINGS)
     with pytest.raises(RequestError, match="choose another place"):
         heal(student, teacher, out=teacher / "healed", **SETTINGS)
-    with pytest.raises(RequestError, match="--steps 0"):
+    with pytest.raises(RequestError, match="`steps` 0 with `batch_size` 8 trains nothing"):
         heal(student, teacher, **SETTINGS | {"steps": 0})
-    with pytest.raises(RequestError, match="--learning-rate"):
+    with pytest.raises(RequestError, match=r"`learning_rate` -1\.0 is not"):
         heal(student, teacher, **SETTINGS | {"learning_rate": -1.0})
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(RequestError, match="holds one out"):

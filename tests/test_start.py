@@ -49,5 +49,5 @@ def test_commands_that_read_headers_load_neither_library(command, source):
 
 def test_the_program_knows_its_own_models(tmp_path):
     compress(stock_checkpoint(tmp_path / "source"), tmp_path / "out", recipe=Recipe(**HALF), progress=False)
-    script = "from mea_compress.text import load_model\nprint(type(load_model(sys.argv[1])).__name__)"
+    script = "from mea_compress.loading import load_model\nprint(type(load_model(sys.argv[1])).__name__)"
     assert as_the_program(script, tmp_path / "out") == "MeaLlamaForCausalLM"

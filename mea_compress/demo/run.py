@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.checkpoint.files import write_json
 from mea_compress.errors import RequestError
@@ -121,8 +121,8 @@ def run_demo(
     check_directory(directory)
     from mea_compress.compression import compress
     from mea_compress.healing import heal
+    from mea_compress.loading import resolve_device
     from mea_compress.measure.evaluation import evaluate
-    from mea_compress.text import resolve_device
 
     size = size or Size()
     if steps is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint import as_tensor
@@ -16,6 +16,7 @@ from mea_compress.decoding import check_decoding, run_cached
 from mea_compress.errors import VerificationError
 from mea_compress.heads.composed import join_heads
 from mea_compress.layers.read import read_side
+from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
@@ -70,12 +71,6 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
     decoding = decode_layers(emitted) if model is None else _decode(model, seed=0)
     return result | {"kv_bytes_per_token": measured, "decoding_difference": decoding}
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds."""
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim() > 0)
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -259,4 +254,4 @@ def _composed_model(emitted: Source, model: Any) -> Any:
     return plain.eval()
 
 
-__all__ = ["VerificationError", "cache_bytes", "decode_layers", "relative_difference", "verify"]
+__all__ = ["VerificationError", "decode_layers", "relative_difference", "verify"]

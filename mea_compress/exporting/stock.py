@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -38,18 +38,19 @@ from mea_compress.compression import SPARE_BYTES
 from mea_compress.decoding import cache_argument, check_decoding, run_cached
 from mea_compress.emit.directory import copy_other_files, fingerprint, other_bytes, versions, write_config
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
-from mea_compress.emit.verification import cache_bytes, relative_difference
+from mea_compress.emit.verification import relative_difference
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.exporting.form import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
 from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
 from mea_compress.layers.read import read_composed, read_projection
+from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import rotary_pairs
 from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 from mea_compress.planning.sizes import layer_window
-from mea_compress.report.tables import export_card
+from mea_compress.report.cards import export_card
 
 REPORT = "export.json"
 # Largest difference allowed, relative to the largest number, between what is exported and what it was made from, both

@@ -25,16 +25,10 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
+from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.modeling.section_mea import FRACTIONAL
 from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, SideSpec
-from mea_compress.text import (
-    load_model,
-    load_tokenizer,
-    read_documents,
-    resolve_device,
-    sample_sequences,
-    token_sequences,
-)
+from mea_compress.text import read_documents, sample_sequences, token_sequences
 
 _TOKENS_PER_STEP = 4096
 _HELD_OUT = 64

@@ -281,6 +281,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as `1024,8192`."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def _parse_layers(spec: str) -> list[tuple[int, int | None]]:
     """Closed ranges of a layer list; None stands for the last layer."""
     ranges: list[tuple[int, int | None]] = []
@@ -396,8 +401,9 @@ def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any])
 
 
 def given_settings(settings: BaseModel) -> dict[str, Any]:
-    """Return the settings that say something, by name; the defaults of the others stay where the work is done."""
-    return {name: value for name, value in settings if value is not None}
+    """Return the settings that are set, by name; the defaults of the others stay where the work is done."""
+    values = {name: value for name, value in settings if value is not None}
+    return values | {name: parse_counts(values[name]) for name in ("contexts", "batches") if name in values}
 
 
 def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:

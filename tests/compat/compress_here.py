@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import mea_compress  # noqa: F401
 from mea_compress.compression import compress
 from mea_compress.exporting.stock import export
-from mea_compress.measure.evaluation import measure_cache_bytes
+from mea_compress.measure.cache import measure_cache_bytes
 from mea_compress.recipe import Recipe
 
 QUICK = {"kv_ratio": 0.5, "sequences": 8, "sequence_length": 24, "refine": 3, "split": "even"}

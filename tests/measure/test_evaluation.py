@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_text import character_tokenizer, tiny_llama
+from letters import character_tokenizer, tiny_llama
 
 from mea_compress.errors import RequestError
-from mea_compress.healing import compare_logits
-from mea_compress.measure.evaluation import cache_bytes, evaluate, measure_cache_bytes
+from mea_compress.measure.evaluation import evaluate
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "a b c", "hello world again and again", "x"]
 
 
@@ -82,55 +81,17 @@ def test_batches_and_limit_do_not_change_the_figures(tmp_path, text):
     assert evaluate(a, text, sequence_length=20, limit=2, device="cpu", progress=False).tokens == 19 + 5
 
 
+def test_speed_is_there_where_it_was_asked_for(tmp_path, text):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
+    measured = evaluate(a, text, b, sequence_length=8, contexts=[8, 16], batches=[1, 2], device="cpu", progress=False)
+    places = [(line["model"], line["context"], line["batch"]) for line in measured.to_json()["speed"]]
+    assert places == [(m, c, n) for c in (8, 16) for n in (1, 2) for m in ("checkpoint", "reference")]
+
+
 def test_results_stay_off_stdout(tmp_path, text, capsys):
     evaluate(save(tmp_path / "a"), text, device="cpu", sequence_length=8)
     captured = capsys.readouterr()
     assert captured.out == "" and "evaluating" in captured.err
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_cache_bytes_are_those_of_the_tensors(dtype):
-    model = tiny_llama().to(dtype)
-    # keys and values of 2 layers × 2 heads × 4
-    assert measure_cache_bytes(model) == 2 * 2 * 2 * 4 * dtype.itemsize
-    assert measure_cache_bytes(model, torch.ones(3, 5, dtype=torch.int64)) == 2 * 2 * 2 * 4 * dtype.itemsize
-
-
-def test_cache_bytes_see_everything_a_layer_holds():
-    class Layer:
-        def __init__(self):
-            storage = torch.zeros(2, 8)
-            self.keys, self.values = storage[:, :4], storage[:, 4:]  # one storage of 64 bytes
-            self.scalars = {"norm": [torch.zeros(2, 3)]}  # 24 bytes
-            self.length = torch.tensor(3)  # a counter
-
-    class Cache:
-        def __init__(self):
-            self.layers = [Layer(), Layer()]
-            self.owner = self
-
-    assert cache_bytes(Cache()) == 2 * (64 + 24)
-
-
-def test_logits_are_compared_in_pieces():
-    torch.manual_seed(0)
-    logits, reference = torch.randn(2, 3, 7, 2**22 // 64)
-    ids, mask = torch.randint(0, 2**16, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
-    mask[1, 4:] = False
-    total = compare_logits(logits, reference, ids, mask)
-    keep = mask[:, 1:]
-    p, q = logits[:, :-1].double().log_softmax(-1), reference[:, :-1].double().log_softmax(-1)
-    assert total.tokens == 15
-    assert total.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1)[keep].sum()), rel=1e-9)
-    loss = -p.gather(-1, ids[:, 1:, None]).squeeze(-1)[keep].sum()
-    assert total.cross_entropy == pytest.approx(float(loss), rel=1e-9)
-
-
-def test_tokens_ruled_out_by_the_reference_add_nothing():
-    logits = torch.zeros(1, 2, 3)
-    reference = torch.tensor([[[0.0, 0.0, -torch.inf]] * 2])
-    total = compare_logits(logits, reference, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
-    assert total.kl == pytest.approx(math.log(3 / 2))
 
 
 def test_wrong_requests(tmp_path, text):
@@ -139,11 +100,15 @@ def test_wrong_requests(tmp_path, text):
         evaluate(a, text, reference=save(tmp_path / "b", vocab_size=40), device="cpu", progress=False)
     with pytest.raises(RequestError, match="context of 32"):
         evaluate(a, text, sequence_length=64, device="cpu", progress=False)
-    with pytest.raises(RequestError, match="--contexts 64 cannot be measured"):
-        evaluate(a, text, sequence_length=8, contexts="4,64", device="cpu", progress=False)
-    with pytest.raises(RequestError, match="--batches 2 measures nothing"):
-        evaluate(a, text, sequence_length=8, batches="2", device="cpu", progress=False)
-    with pytest.raises(RequestError, match="--limit"):
+    with pytest.raises(RequestError, match="`contexts` 64 cannot be measured"):
+        evaluate(a, text, sequence_length=8, contexts=[4, 64], device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batches` 2,4 measures nothing without `contexts`"):
+        evaluate(a, text, sequence_length=8, batches=(2, 4), device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batches` 0 measures nothing"):
+        evaluate(a, text, sequence_length=8, contexts=(4,), batches=(0,), device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batch_size` 0 measures nothing"):
+        evaluate(a, text, batch_size=0, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`limit` 0 measures nothing"):
         evaluate(a, text, limit=0, device="cpu", progress=False)
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(RequestError, match="has 4 tokens"):

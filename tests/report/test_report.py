@@ -1,29 +1,11 @@
 import math
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import PLAN
 
 from mea_compress.report import tables as report
-
-
-def layer(index, keys=2, composition="head", after=64):
-    return {
-        "layer": index,
-        "key_components": keys,
-        "value_components": keys,
-        "key_composition": composition,
-        "value_composition": composition,
-        "kv_bytes_per_token": {"before": 128, "after": after},
-    }
-
-
-PLAN = {
-    "kv_bytes_per_token": {"before": 512, "after": 320},
-    "parameters": {"before": 105_000_000, "after": 104_000_000},
-    "layers": [layer(0, 4, None, 128), layer(1), layer(2), layer(3)],
-}
 
 
 class TestTable:
@@ -103,57 +85,39 @@ def test_evaluation_report():
     assert "KL" not in alone and "| reference" not in alone
 
 
-def test_facts_flattens():
-    text = report.facts(
+def errors(key, value, **more):
+    return {"key_relative_error": key, "value_relative_error": value, **more}
+
+
+class TestFidelity:
+    def test_a_deep_model_shows_its_worst_layers_and_where_the_rest_is(self):
+        layers = {str(i): errors(0.01 * i, 0.3 if i == 3 else 0.001) for i in range(30)}
+        text = report.fidelity_report({"layers": layers, "verification": {"largest_difference": 6.9e-07}})
+        worst, line, verified = text.split("\n\n")
+        assert [row.split("|")[1].strip() for row in worst.splitlines()[2:]] == ["3", "29", "28", "27", "26"]
+        assert worst.splitlines()[2].split() == ["|", "3", "|", "0.03", "|", "0.3", "|"]
+        assert "compression.json has all 30" in line and "\n" not in line
+        assert "verification largest difference" in verified and "6.9e-07" in verified
+
+    def test_a_shallow_model_shows_all_and_what_refinement_did(self):
+        refined = {"refinement": {"before": 0.48436, "after": 0.37, "rate": 0.03}}
+        text = report.fidelity_report({"layers": {"0": errors(0.4, 0.2), "1": errors(0.5, 0.1, **refined)}})
+        assert [line.split() for line in text.splitlines()[2:]] == [
+            ["|", "1", "|", "0.5", "|", "0.1", "|", "0.4844", "|", "0.37", "|"],
+            ["|", "0", "|", "0.4", "|", "0.2", "|", "–", "|", "–", "|"],
+        ]
+        assert "compression.json" not in text
+
+    def test_nothing_was_fitted(self):
+        assert report.fidelity_report({"layers": {}, "verification": {}}) == report.key_value_table({})
+        assert report.fidelity_report({}) == ""
+
+
+def test_nested_names_and_values_in_a_table():
+    text = report.key_value_table(
         {"family": "llama", "cache_bytes": {"at_8k": 2048}, "tied": True, "layers": [{"a": 1}], "n": 32000}
     )
     assert "cache bytes at 8k" in text and "2 KiB" in text and "yes" in text and "32,000" in text and "{" not in text
-
-
-class TestModelCard:
-    def card(self, **changes):
-        arguments = {
-            "source": "someone/llama-x",
-            "plan": PLAN,
-            "fidelity": {"logit_difference": 1.5e-6},
-            "recipe_yaml": "kv_ratio: 0.5\n",
-            "versions": {"mea-compress": "0.1.0", "torch": "2.13.0"},
-        }
-        return report.model_card(**(arguments | changes))
-
-    def front(self, card):
-        return yaml.safe_load(card.split("---\n")[1])
-
-    def test_front_matter_and_body(self):
-        card = self.card()
-        front = self.front(card)
-        assert card.startswith("---\n") and card.endswith("\n")
-        assert front["base_model"] == "someone/llama-x" and front["library_name"] == "transformers"
-        assert "mea" in front["tags"]
-        for part in (
-            "trust_remote_code=True",
-            "import mea_compress",
-            "kv_ratio: 0.5",
-            "torch 2.13.0",
-            "1.5e-06",
-            "62.5 %",
-        ):
-            assert part in card
-
-    def test_a_path_is_not_published(self):
-        card = self.card(source="/home/me/secret/llama-x")
-        assert self.front(card)["base_model"] == "llama-x" and "secret" not in card
-
-    def test_a_hostile_name_stays_a_name(self):
-        card = self.card(source="x\n---\nlicense: mine: [")
-        assert self.front(card)["base_model"] == "x --- license: mine: ["
-
-    def test_the_licence_is_carried_over(self):
-        original = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [x]\nbase_model: y\n---\n# Hello\n"
-        front = self.front(self.card(source_card=original))
-        assert front["license"] == "apache-2.0" and front["language"] == ["en"] and front["base_model"] != "y"
-        assert "license" not in self.front(self.card(source_card="---\na: [\n---\n"))
-        assert "license" not in self.front(self.card(source_card="no front matter"))
 
 
 def test_plans_and_inspections_show_whole_caches():
