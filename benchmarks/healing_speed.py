@@ -26,9 +26,10 @@ import torch
 from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
-from mea_compress.healing import _Bar, _train, _trainable, rows_at_once
-from mea_compress.recipe import load_recipe
+from mea_compress.healing import _Bar, _train, _trainable
 from mea_compress.loading import load_model
+from mea_compress.measure.metrics import max_batch_size
+from mea_compress.recipe import load_recipe
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
 FIRST_STEPS = 2  # of every run, which do not count
@@ -38,7 +39,7 @@ def fine_tune(
     model: Any, teacher: Any | None, ids: torch.Tensor, steps: int, batch_size: int, tick: Callable[[], None]
 ) -> None:
     """Train a model in a bare loop, in micro-batches as large as healing's; `tick` is called after every step."""
-    micro = math.gcd(batch_size, rows_at_once(ids.shape[1], model.config.vocab_size))
+    micro = math.gcd(batch_size, max_batch_size(ids.shape[1], model.config.vocab_size))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
     model.train()
     for step in range(steps):
@@ -130,8 +131,8 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)
 
             ways: dict[str, Callable[[Clock], None]] = {
-                HEALING: lambda clock, heal=heal: heal(clock, "compressed"),
-                "healing, original as the student": lambda clock, heal=heal: heal(clock, "original"),
+                HEALING: lambda clock, heal=heal: heal(clock, teacher="compressed"),
+                "healing, original as the student": lambda clock, heal=heal: heal(clock, teacher="original"),
                 "fine-tuning": lambda clock, tune=tune: tune(clock, None),
                 REFERENCE: lambda clock, tune=tune, teacher=teacher: tune(clock, teacher),
             }

@@ -81,7 +81,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
         seconds = time.perf_counter() - start
         found = evaluate(
             out,
-            options["text"],
+            text=options["text"],
             reference=checkpoint,
             sequence_length=options["sequence_length"],
             limit=options["limit"],

@@ -296,7 +296,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
     from mea_compress.healing import heal as heal_checkpoint
 
     settings = from_flags(HealRecipe, flags)
-    result = heal_checkpoint(checkpoint, teacher, out=out, **given_settings(settings))
+    result = heal_checkpoint(checkpoint, teacher=teacher, out=out, **given_settings(settings))
     _print(report.key_value_table(result.to_json()))
 
 

@@ -112,6 +112,33 @@ def load_model(
     return model.to(target).eval()
 
 
+def load(
+    checkpoint: Path | str, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a compressed checkpoint, or any that transformers loads, with its tokenizer.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        dtype: Dtype of the weights; None keeps the checkpoint's.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer, None where the directory has none.
+
+    Raises:
+        RequestError: No such directory, no safetensors in it, or transformers cannot make a model of it.
+
+    Example:
+        >>> model, tokenizer = load("HALF", device="cpu")
+        >>> model.config.model_type
+        'mea_llama'
+    """
+    model = load_model(checkpoint, dtype, device)
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    has_tokenizer = any((Path(checkpoint) / name).is_file() for name in names)
+    return model, load_tokenizer(checkpoint) if has_tokenizer else None
+
+
 def _checkpoint_directory(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_dir():

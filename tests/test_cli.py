@@ -114,8 +114,8 @@ class TestCommands:
 
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
-        expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4}
-        assert calls == [("heal", (Path("OUT"), Path("SRC")), expected)]
+        expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4, "teacher": Path("SRC")}
+        assert calls == [("heal", (Path("OUT"),), expected)]
 
     def test_evaluate(self, calls):
         assert "0.5000" in done("evaluate", "CKPT", "--reference", "SRC", "--text", "t.txt", "--batch-size", 4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from letters import character_tokenizer
 from tiny import stock_checkpoint
 
 import mea_compress as mc
@@ -23,7 +24,7 @@ def python(script, *arguments):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A directory with a checkpoint in SRC, which examples speak of, and a text."""
+    """A directory with a checkpoint in SRC, which examples speak of."""
     stock_checkpoint(tmp_path / "SRC", head_dim=8)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -85,7 +86,11 @@ def test_every_verb_takes_paths_first_and_keywords_behind_them():
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_has_an_example_that_runs(name, place):
     verb = getattr(mc, name)
+    character_tokenizer().save_pretrained("SRC")
     (place / "held-out.txt").write_text("".join(chr(97 + i * 7 % 26) for i in range(4000)))
+    if name != "compress":
+        uniform = {"key_composition": "head", "value_composition": "head"}
+        mc.compress("SRC", "HALF", kv_ratio=0.5, fit="weights", progress=False, **uniform)
     examples = doctest.DocTestFinder().find(verb, name, globs={name: verb, "mc": mc})
     assert sum(len(example.examples) for example in examples) > 0
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL

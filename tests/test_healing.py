@@ -58,7 +58,7 @@ SETTINGS = {"steps": 40, "batch_size": 8, "device": "cpu", "progress": False, "l
 def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     before, original = files(student), files(teacher)
-    result = heal(student, teacher, **SETTINGS)
+    result = heal(student, teacher=teacher, **SETTINGS)
 
     assert result.kept == "healed" and result.kl_after < 0.7 * result.kl_before
     after = files(student)
@@ -79,7 +79,7 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
     make_student(tmp_path / "unhealed")
     kl = [
-        evaluate(tmp_path / name, tmp_path / "text.txt", teacher, device="cpu", progress=False).kl
+        evaluate(tmp_path / name, text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False).kl
         for name in ("unhealed", "student")
     ]
     assert kl[1] < kl[0]
@@ -90,9 +90,9 @@ def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):
     untouched = files(student)
     state = torch.get_rng_state()
     short = SETTINGS | {"steps": 4}
-    heal(student, teacher, out=tmp_path / "one", **short)
-    heal(student, teacher, out=tmp_path / "two", **short)
-    heal(student, teacher, out=tmp_path / "three", seed=1, **short)
+    heal(student, teacher=teacher, out=tmp_path / "one", **short)
+    heal(student, teacher=teacher, out=tmp_path / "two", **short)
+    heal(student, teacher=teacher, out=tmp_path / "three", seed=1, **short)
     assert torch.equal(torch.get_rng_state(), state)
     assert files(student) == untouched
     one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
@@ -103,7 +103,7 @@ def test_shards_names_and_dtypes_stay(tmp_path, teacher):
     student = make_student(tmp_path / "student", torch.bfloat16, max_shard_size="6KB")
     before, names = weights(student), sorted(path.name for path in student.iterdir())
     assert len(list(student.glob("*.safetensors"))) > 1
-    heal(student, teacher, **SETTINGS)
+    heal(student, teacher=teacher, **SETTINGS)
     after = weights(student)
     assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json"])
     assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
@@ -117,7 +117,7 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
     before = weights(student)
-    result = heal(student, teacher, tmp_path / "text.txt", train="all", sequence_length=16, **SETTINGS)
+    result = heal(student, teacher=teacher, text=tmp_path / "text.txt", train="all", sequence_length=16, **SETTINGS)
     assert result.text == "text.txt" and result.kl_after < result.kl_before
     changed = [name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])]
     assert "lm_head.weight" in changed and "model.layers.0.mlp.up_proj.weight" in changed
@@ -126,7 +126,7 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
 def test_it_never_ends_worse(tmp_path, teacher, capsys):
     student = make_student(tmp_path / "student")
     before = files(student)
-    result = heal(student, teacher, **SETTINGS | {"steps": 3, "learning_rate": 50.0})
+    result = heal(student, teacher=teacher, **SETTINGS | {"steps": 3, "learning_rate": 50.0})
     assert result.kept == "unhealed" and result.kl_after == result.kl_before
     assert weights(student).keys() == weights(teacher).keys()
     after = files(student)
@@ -136,7 +136,7 @@ def test_it_never_ends_worse(tmp_path, teacher, capsys):
 
 
 def test_nothing_on_stdout_and_a_bar_on_stderr(tmp_path, teacher, capsys):
-    heal(make_student(tmp_path / "student"), teacher, **SETTINGS | {"steps": 2, "progress": True})
+    heal(make_student(tmp_path / "student"), teacher=teacher, **SETTINGS | {"steps": 2, "progress": True})
     captured = capsys.readouterr()
     assert captured.out == "" and "healing" in captured.err and "kl=" in captured.err
 
@@ -150,7 +150,7 @@ def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
 
     monkeypatch.setattr("mea_compress.healing.write_shard", fail)
     with pytest.raises(RequestError, match="disk full"):
-        heal(student, teacher, **SETTINGS | {"steps": 1})
+        heal(student, teacher=teacher, **SETTINGS | {"steps": 1})
     assert files(student) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -218,21 +218,21 @@ def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
 def test_wrong_requests(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     with pytest.raises(RequestError, match="own teacher: give the original as `teacher`"):
-        heal(student, student, **SETTINGS)
+        heal(student, teacher=student, **SETTINGS)
     with pytest.raises(RequestError, match="exists already"):
-        heal(student, teacher, out=teacher, **SETTINGS)
+        heal(student, teacher=teacher, out=teacher, **SETTINGS)
     with pytest.raises(RequestError, match="choose another place"):
-        heal(student, teacher, out=teacher / "healed", **SETTINGS)
+        heal(student, teacher=teacher, out=teacher / "healed", **SETTINGS)
     with pytest.raises(RequestError, match="`steps` 0 with `batch_size` 8 trains nothing"):
-        heal(student, teacher, **SETTINGS | {"steps": 0})
+        heal(student, teacher=teacher, **SETTINGS | {"steps": 0})
     with pytest.raises(RequestError, match=r"`learning_rate` -1\.0 is not"):
-        heal(student, teacher, **SETTINGS | {"learning_rate": -1.0})
+        heal(student, teacher=teacher, **SETTINGS | {"learning_rate": -1.0})
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(RequestError, match="holds one out"):
-        heal(student, teacher, tmp_path / "short.txt", **SETTINGS)
+        heal(student, teacher=teacher, text=tmp_path / "short.txt", **SETTINGS)
     tiny_llama(vocab_size=40).save_pretrained(tmp_path / "other")
     with pytest.raises(RequestError, match="vocabulary"):
-        heal(student, tmp_path / "other", **SETTINGS)
+        heal(student, teacher=tmp_path / "other", **SETTINGS)
 
 
 def test_the_learning_rate_falls_with_the_width():

@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.checkpoint.system import PAGE_BYTES
+from mea_compress.checkpoint.tensors import TensorInfo
 from mea_compress.checkpoint.untrusted import HEADER_LIMIT, printable_name
 from mea_compress.errors import RequestError
 
@@ -27,27 +27,6 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 """Bytes of tensors in one shard, as transformers saves them."""
 DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}
 """The `__metadata__` that transformers asks for."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies; ``dataclasses.replace(info, name=...)`` is the same bytes under another name.
-
-    Attributes:
-        name: Name in the checkpoint.
-        dtype: Safetensors name of the dtype, e.g. ``"BF16"``.
-        shape: Sizes of the dimensions.
-        file: File that holds it.
-        offset: Absolute position of its first byte in the file.
-        nbytes: Length in bytes.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,11 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.tensors import TensorInfo
 from mea_compress.errors import RequestError
-
-if TYPE_CHECKING:
-    from mea_compress.checkpoint.layout import TensorInfo
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes, the limit of the safetensors library; also applied to JSON files."""

@@ -170,7 +170,7 @@ def run_demo(
     stages.begin(f"healing: {size.healing_steps} steps of distillation from the original")
     heal(
         compressed,
-        original,
+        teacher=original,
         text=train_text,
         steps=size.healing_steps,
         out=healed,
@@ -186,7 +186,7 @@ def run_demo(
     figures = {
         path.name: evaluate(
             path,
-            held_out_text,
+            text=held_out_text,
             reference=original,
             sequence_length=size.context,
             limit=size.measured_sequences,

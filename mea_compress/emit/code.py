@@ -13,6 +13,8 @@ from mea_compress.architectures import open_source
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import key_value_table
 
 CODE_FILES = (
     "attention_mea.py",
@@ -79,8 +81,8 @@ def _is_ours(file: Path) -> bool:
     return file.read_bytes() == _ours(file.name).read_bytes()
 
 
-@dataclass(frozen=True)
-class RefreshResult:
+@dataclass(frozen=True, repr=False)
+class RefreshResult(Shown):
     """What `refresh` found and did.
 
     Attributes:
@@ -103,8 +105,12 @@ class RefreshResult:
             "tested_transformers": list(TESTED_TRANSFORMERS),
         }
 
+    def report(self) -> str:
+        """Return what people read."""
+        return key_value_table(self.to_json())
 
-def refresh(checkpoint: Path | str, check: bool = False) -> RefreshResult:
+
+def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
     """Replace the modeling code that a checkpoint carries by this release's; weights and configuration stay.
 
     A sibling directory is made, with links to the same weights, and changes places with the old one, so that a kill
@@ -118,10 +124,8 @@ def refresh(checkpoint: Path | str, check: bool = False) -> RefreshResult:
         RequestError: It is no such checkpoint, its directory cannot be written to, or the disk is full.
 
     Example:
-        >>> refresh("no-such-directory")
-        Traceback (most recent call last):
-        ...
-        mea_compress.errors.RequestError: no-such-directory: ...
+        >>> refresh("HALF").refreshed  # what was compressed now carries the code of now
+        False
     """
     directory = Path(os.path.realpath(checkpoint))
     source = open_source(Path(checkpoint))

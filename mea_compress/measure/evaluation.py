@@ -17,6 +17,8 @@ from mea_compress.loading import choose_sequence_length, load_model, load_tokeni
 from mea_compress.measure.cache import measure_cache_bytes
 from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
 from mea_compress.measure.speed import WARM_UP_TOKENS, Timing, check_contexts, measure_decode_speed, measure_speed
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import evaluation_report
 from mea_compress.text import padded_sequences, read_documents
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ class ReferenceEvaluation:
     kv_bytes_per_token: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """What `evaluate` measures.
 
     Attributes:
@@ -72,9 +74,14 @@ class Evaluation:
         """Return plain data; what was not measured is None, and ``speed`` is there where it was asked for."""
         return {key: value for key, value in asdict(self).items() if key != "speed" or value is not None}
 
+    def report(self) -> str:
+        """Return what people read."""
+        return evaluation_report(self.to_json())
+
 
 def evaluate(
     checkpoint: Path | str,
+    *,
     text: Path | str,
     reference: Path | str | None = None,
     sequence_length: int | None = None,
@@ -109,6 +116,11 @@ def evaluate(
     Raises:
         RequestError: A path is wrong, the text is shorter than a sequence, vocabularies differ, or a number makes
             no sense.
+
+    Example:
+        >>> evaluation = evaluate("HALF", text="held-out.txt", reference="SRC", progress=False)
+        >>> evaluation.kv_bytes_per_token / evaluation.reference.kv_bytes_per_token
+        0.5
     """
     _check_counts(batch_size, limit, contexts, batches)
     documents = read_documents(text)

@@ -378,8 +378,8 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
     recipe = _validated(Recipe, values | flags, where, flags)
     if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
         raise RequestError(
-            "Nothing says how much of the cache to keep: give --kv-ratio 0.5 (or kv_ratio in a recipe), or "
-            "--key-components and --value-components."
+            "nothing says how much of the cache to keep: give `kv_ratio` 0.5, or `key_components` and "
+            "`value_components`"
         )
     return recipe
 
@@ -490,7 +490,7 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
         prefix = "".join(f"{key}." for key in keys[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
         return f"{where} has an unknown key {name}: {hint}"
-    label = "--" + keys[0].replace("_", "-") if keys and keys[0] in flags else f"{name} in {where}"
+    label = f"`{keys[0]}`" if keys and keys[0] in flags else f"{name} in {where}"
     if first["type"] == "missing":
         return f"{label} is missing: add it."
     if first["type"] == "string_pattern_mismatch":
