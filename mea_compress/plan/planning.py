@@ -13,7 +13,7 @@ from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
 from mea_compress.emit.code import carried_code
 from mea_compress.errors import RequestError
-from mea_compress.export.form import growth, stock_form
+from mea_compress.export.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
 from mea_compress.recipe import Recipe, select_layers
 
@@ -348,13 +348,13 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
             if layer.key_composition == "frequency" and recipe.rotary_budget == "uniform":
-                section["rotary_components"] = [layer.key_components] * (source.head_dim // 2)
+                section["rotary_components"] = uniform_rotary_components(layer.key_components, source.head_dim)
         sections.append(section)
     try:
         form = stock_form(source, sections)
     except RequestError as error:
         return {"reason": str(error)}
-    cost = growth(source, form, itemsize, [layer.window for layer in layers])
+    cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
     return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}
 
 
