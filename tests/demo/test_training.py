@@ -1,5 +1,6 @@
 """The Trainer of the demonstration: order of rows, learning rate, decay, and what it leaves as it was."""
 
+import functools
 import random
 
 import numpy as np
@@ -32,10 +33,11 @@ def test_batches_show_every_row_before_any_again(tmp_path, monkeypatch):
     seen = []
     forward = LlamaForCausalLM.forward
 
-    def recorded(self, input_ids, **options):
-        assert not options.get("use_cache") and not self.config.use_cache
-        seen.extend(map(tuple, input_ids.tolist()))
-        return forward(self, input_ids, **options)
+    @functools.wraps(forward)
+    def recorded(self, **inputs):
+        assert not inputs.get("use_cache") and not self.config.use_cache
+        seen.extend(map(tuple, inputs["input_ids"].tolist()))
+        return forward(self, **inputs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", recorded)
     train(model(), rows(), Size(steps=5, batch_size=4), seed=3, progress=False)
