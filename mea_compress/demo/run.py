@@ -1,10 +1,11 @@
 """The demonstration: train a small native MEA model on text every machine has, compress it, heal it, compare the three.
 
-The text is the running Python's own library, so nothing is downloaded. What a directory holds afterwards::
+The text is the running Python's library, so nothing is downloaded. What a directory holds afterwards::
 
     text/train.txt, text/held-out.txt    documents of the library, split by document
     original/                            the trained model with its tokenizer; reused while its settings stay the same
-    compressed/                          half of its KV cache, nothing trained since
+    paper-start/                         half of its KV cache, the paper's way: from the weights alone
+    compressed/                          half of its KV cache, aligned and refined layer by layer
     healed/                              the same after distillation from the original
     demo.json                            settings and figures
 """
@@ -27,6 +28,8 @@ from mea_compress.recipe import load_recipe
 from mea_compress.report.tables import format_bytes, table, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from mea_compress.demo.training import Size
 
 # What is done to the cache: everything else is the default of `compress`.
@@ -44,17 +47,18 @@ _NOT_TRAINED = ("healing_share", "refining_steps", "calibration_sequences", "mea
 
 def run_demo(
     directory: Path,
+    *,
     steps: int | None = None,
     device: str = "auto",
     seed: int = 0,
     size: Size | None = None,
     progress: bool = True,
 ) -> str:
-    """Run all stages in a directory and compares the original, the compressed and the healed checkpoint.
+    """Run all stages in a directory and compare the original, the compressed and the healed checkpoint.
 
     Args:
         directory: New, empty, or of an earlier demonstration, whose compressed checkpoints are replaced.
-        steps: Training steps of the original; None takes the size's own.
+        steps: Training steps of the original; None takes those of the size.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         seed: Seed of everything; the same seed gives the same bytes on the same CPU.
         size: How large model and text are; None is made for two CPU cores and a few minutes.
@@ -70,8 +74,7 @@ def run_demo(
     # Imported here: a directory that cannot be used is refused before transformers is loaded.
     check_directory(directory)
     from mea_compress.compression import compress
-    from mea_compress.demo.documents import library_documents, split_documents
-    from mea_compress.demo.training import SETTINGS, Size, train_original
+    from mea_compress.demo.training import Size
     from mea_compress.healing import heal
     from mea_compress.measure.evaluation import evaluate
     from mea_compress.text import resolve_device
@@ -84,40 +87,23 @@ def run_demo(
     write_json(directory / _MARK, {"seed": seed, "size": asdict(size)})
 
     stages.begin("text from Python's own library")
-    train_text, held_out_text = directory / "text" / "train.txt", directory / "text" / "held-out.txt"
-    train, held_out = split_documents(library_documents(size.text_bytes), size.held_out_share)
-    for path, documents in ((train_text, train), (held_out_text, held_out)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_text(path, "\n\n".join(documents) + "\n")
+    train_text, held_out_text = (directory / "text" / f"{name}.txt" for name in ("train", "held-out"))
+    documents = _write_texts(size, train_text, held_out_text)
 
     original = directory / "original"
-    settings = {
-        "version": VERSION,
-        "seed": seed,
-        "device": target.type,
-        "size": {key: value for key, value in asdict(size).items() if key not in _NOT_TRAINED},
-        "text": hashlib.sha256("\0".join(train).encode()).hexdigest(),
-    }
-    if _read_json(original / SETTINGS) == settings:
-        stages.begin(f"{original} is there already and is used again")
-    else:
-        stages.begin(f"training a native MEA model: {size.steps} steps of {size.batch_size * size.context} tokens")
-        train_original(original, train, size, target, seed, settings, progress)
+    _train_unless_there(original, documents, size, target, seed, stages)
 
     paper, compressed, healed = (directory / name for name in ("paper-start", "compressed", "healed"))
     for path in (paper, compressed, healed):
         shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
     stages.begin("compressing it to half of its KV cache, the paper's way and with alignment and refinement")
-    start = compress(original, paper, load_recipe(None, PAPER | {"seed": seed, "device": device}), progress=progress)
-    fitted = {
-        "text": train_text,
-        "sequences": size.calibration_sequences,
-        "refine": size.refining_steps,
-        "seed": seed,
-        "device": device,
-    }
-    result = compress(original, compressed, load_recipe(None, COMPRESSION | fitted), progress=progress)
+    everywhere = {"seed": seed, "device": device}
+    start = compress(original, paper, load_recipe(None, PAPER | everywhere), progress=progress)
+    calibration = {"text": train_text, "sequences": size.calibration_sequences, "refine": size.refining_steps}
+    result = compress(
+        original, compressed, load_recipe(None, COMPRESSION | calibration | everywhere), progress=progress
+    )
     stages.begin(f"healing: {size.healing_steps} steps of distillation from the original")
     heal(
         compressed,
@@ -153,6 +139,37 @@ def run_demo(
         {"seed": seed, "size": asdict(size), "seconds": stages.seconds, "figures": figures},
     )
     return f"{_table(figures)}\n\n{_what_next(original, healed, held_out_text)}"
+
+
+def _write_texts(size: Size, train_text: Path, held_out_text: Path) -> list[str]:
+    """Write the library's documents into two files, and return those to train on."""
+    from mea_compress.demo.documents import library_documents, split_documents
+
+    train, held_out = split_documents(library_documents(size.text_bytes), size.held_out_share)
+    for path, documents in ((train_text, train), (held_out_text, held_out)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_text(path, "\n\n".join(documents) + "\n")
+    return train
+
+
+def _train_unless_there(
+    original: Path, documents: list[str], size: Size, device: torch.device, seed: int, stages: _Stages
+) -> None:
+    """Train the original, unless the checkpoint that is there was trained with the same settings."""
+    from mea_compress.demo.training import SETTINGS, train_original
+
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "device": device.type,
+        "size": {key: value for key, value in asdict(size).items() if key not in _NOT_TRAINED},
+        "text": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
+    }
+    if _read_json(original / SETTINGS) == settings:
+        stages.begin(f"{original} is there already and is used again")
+        return
+    stages.begin(f"training a native MEA model: {size.steps} steps of {size.batch_size * size.context} tokens")
+    train_original(original, documents, size, device, seed, settings, stages.progress)
 
 
 def check_directory(directory: Path) -> None:
