@@ -333,7 +333,7 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    result = export_checkpoint(checkpoint, out, form, resume=resume)
+    result = export_checkpoint(checkpoint, out, format=form, resume=resume)
     data = result.to_json()
     text = [report.key_value_table(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
     _print("\n\n".join(text), data, json_file)

@@ -10,7 +10,7 @@ from mea_compress.architectures.checkpoint import FLOATS, composition_shape
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.errors import RequestError
-from mea_compress.exporting.form import growth, stock_form
+from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
 from mea_compress.recipe import Recipe
@@ -106,11 +106,11 @@ def _stock_export(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], i
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
             if layer.spec.key.composition == "frequency" and recipe.rotary_budget == "uniform":
-                section["rotary_components"] = [layer.spec.key.components] * (source.head_dim // 2)
+                section["rotary_components"] = uniform_rotary_components(layer.spec.key.components, source.head_dim)
         sections.append(section)
     try:
         form = stock_form(source, sections)
     except RequestError as error:
         return {"reason": str(error)}
-    cost = growth(source, form, itemsize, [layer.window for layer in layers])
+    cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
     return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tiny import CASES, stock_checkpoint
 
@@ -121,4 +120,4 @@ def test_what_was_measured_is_in_the_report(tmp_path):
     assert told["verification"] == result.fidelity["verification"]
     assert set(told["layers"]) == {"0", "1"}
     assert all(0 < told["layers"]["0"][f"{side}_relative_error"] < 1 for side in ("key", "value"))
-    assert torch.isfinite(torch.tensor(told["verification"]["largest_difference"]))
+    assert 0 < told["verification"]["largest_difference"] < 1e-5

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tiny import CASES, LLAMA3_ROPE, SIZES
 from transformers.activations import ACT2FN
 
-from mea_compress.architectures import common_config as facts
+from mea_compress.architectures import common_config
 from mea_compress.architectures.checkpoint import _fields, model_configuration
-from mea_compress.architectures.common_config import Facts, plain_facts
+from mea_compress.architectures.common_config import ModelShape, read_common_config
 from mea_compress.architectures.families import FAMILIES
 from mea_compress.errors import RequestError
 
@@ -29,14 +29,14 @@ def both(raw):
     family = BY_TYPE[raw["model_type"].removeprefix("mea_")]
     native = raw["model_type"].startswith("mea_")
     before = json.dumps(raw)
-    found = plain_facts(_fields(raw, family, native), family)
+    found = read_common_config(_fields(raw, family, native), family)
     assert json.dumps(raw) == before
     return found, lambda: model_configuration(raw, family, native, "config.json")
 
 
 def assert_same(found, config):
-    for name in Facts.__dataclass_fields__:
-        assert getattr(found, name) == getattr(config, name, getattr(Facts, name, None)), name
+    for name in ModelShape.__dataclass_fields__:
+        assert getattr(found, name) == getattr(config, name, getattr(ModelShape, name, None)), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -162,7 +162,7 @@ SECTION = st.fixed_dictionaries(
 def test_whatever_is_accepted_is_read_alike(data, tmp_path_factory):
     case = data.draw(st.sampled_from(list(CASES)))
     raw = saved(case, tmp_path_factory.mktemp("config"))
-    names = sorted({*raw, *facts._OPTIONAL, "num_experts", "layer_types", "attention_bias", "something_else"})
+    names = sorted({*raw, *common_config._OPTIONAL, "num_experts", "layer_types", "attention_bias", "something_else"})
     names = [name for name in names if name not in ("model_type", "transformers_version", "architectures")]
     for name in data.draw(st.lists(st.sampled_from([name for name in USUAL if name in raw]), max_size=3)):
         raw[name] = data.draw(st.sampled_from(USUAL[name]))
@@ -175,15 +175,16 @@ def test_whatever_is_accepted_is_read_alike(data, tmp_path_factory):
     if data.draw(st.booleans()):
         raw["model_type"], raw["mea"] = "mea_" + raw["model_type"], data.draw(SECTION)
     try:
-        found, ask = both(raw)
+        _fields(raw, BY_TYPE[raw["model_type"].removeprefix("mea_")], raw["model_type"].startswith("mea_"))
     except (KeyError, TypeError):  # sizes that are refused before either is asked
         return
+    found, ask = both(raw)
     if found is not None:
         assert_same(found, ask())
 
 
 def test_activations_are_transformers_own():
-    assert set(facts._ACTIVATIONS) <= set(ACT2FN)
+    assert set(common_config._ACTIVATIONS) <= set(ACT2FN)
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 0}, {"mea": {"format": 7}}, {"hidden_act": "loud"}, {"new": 1}])

@@ -8,36 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import HEAD, QUICK, WAYS, compressed, load
 from safetensors.torch import load_file, save_file
-from tiny import CASES, SIZES, contents, save, stock_checkpoint, stock_model
-from transformers import AutoModelForCausalLM
+from tiny import CASES, SIZES, contents, stock_checkpoint
 from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import open_source
 from mea_compress.cli import cli
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.exporting.form import _first_saving, rotary
+from mea_compress.exporting.form import rotary
 from mea_compress.exporting.stock import export
-from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe, load_recipe
 
-BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama105"
-QUICK = {"sequence_length": 32, "sequences": 16}
-# Compositions that a stock checkpoint can hold, and what of the recipe each needs.
-HEAD = {"key_composition": "head", "value_composition": "head"}
-WAYS = {
-    "head": HEAD,
-    "frequency": {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "uniform"},
-    "pool": {"key_composition": "pool", "value_composition": "pool"},
-    "head in 2 groups": {**HEAD, "kv_groups": 2},
-    "frequency in 2 groups": {
-        "key_composition": "frequency",
-        "value_composition": "latent",
-        "rotary_budget": "uniform",
-        "kv_groups": 2,
-    },
-}
+BABYLLAMA = Path(__file__).parents[3] / "shared" / "models" / "babyllama105"
 WIDE = {case: sizes for case, sizes in CASES.items() if not case.startswith(("qwen3", "phi3"))}
 
 STOCK = """
@@ -74,10 +58,6 @@ save_file(found, sys.argv[2])
 """
 
 
-def load(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
-
-
 def tokens(vocabulary=SIZES["vocab_size"], shape=(2, 20)):
     return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(1))
 
@@ -110,16 +90,6 @@ def observe_apart(directories, ids, count, scratch):
     return {d: tuple(found[f"{d} {what}"] for what in ("logits", "bytes", "text")) for d in directories}
 
 
-def compressed(directory, case="llama", way="head", ratio=0.5, **more):
-    """A tiny checkpoint of a family at half its cache, by weights alone."""
-    if not (directory / "source").exists():
-        stock_checkpoint(directory / "source", case)
-    settings = {"kv_ratio": ratio, "fit": "weights", **WAYS.get(way, {}), **more}
-    out = directory / f"{way} {more or ''}"
-    compress(directory / "source", out, recipe=Recipe(**settings), progress=False)
-    return out
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("case", WIDE)
 def test_stock_classes_compute_the_same_from_half_the_cache(case, tmp_path):
@@ -150,7 +120,7 @@ def test_pooled_heads_are_plain_grouped_query_attention_in_every_family(case, tm
     found = observe_apart([tmp_path / "export"], ids, 8, tmp_path / "apart")[tmp_path / "export"]
     torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     assert torch.equal(found[2], text) and found[1] == held
-    assert result.growth.weight_bytes < 0 and result.growth.tokens == 0
+    assert result.cost.weight_bytes < 0 and result.cost.tokens == 0
 
 
 @pytest.mark.process
@@ -210,7 +180,7 @@ def test_groups_of_fewer_heads_lose_more_and_grow_less(tmp_path):
         recipe = Recipe(kv_ratio=0.5, fit="weights", kv_groups=groups, **HEAD)
         result = compress(tmp_path / "source", tmp_path / f"{groups}", recipe=recipe, progress=False)
         lost.append(result.fidelity["layers"]["0"]["key_relative_error"])
-        grown.append(export(tmp_path / f"{groups}", tmp_path / f"{groups}-stock", progress=False).growth)
+        grown.append(export(tmp_path / f"{groups}", tmp_path / f"{groups}-stock", progress=False).cost)
     assert lost[0] < lost[1]
     assert grown[0].factor == 2 and grown[1].factor == 1
     assert grown[0].weight_bytes > 0 > grown[1].weight_bytes
@@ -235,97 +205,10 @@ def test_half_precision_stays_close(dtype, tmp_path):
     assert result.verification["kv_bytes_per_token"] == 64
 
 
-REFUSED = {
-    "latent keys": ({"key_composition": "latent", "value_composition": "latent"}, {}, "latent keys.*serve-anywhere"),
-    "unequal layers": ({**HEAD, "layers": "1"}, {}, "--layers all"),
-    "unequal sides": ({**HEAD, "kv_ratio": None, "key_components": 1, "value_components": 2}, {}, "same --key-comp"),
-    "QK-norm": (HEAD, {"case": "qwen3"}, "QK-norm.*pool"),
-    "wide phi3": (HEAD, {"case": "phi3"}, "--format llama"),
-    "dynamic rope": (
-        HEAD,
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-        "rope_type dynamic.*pool",
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_exact_is_refused_with_the_nearest_that_works(what, tmp_path):
-    settings, source, message = REFUSED[what]
-    stock_checkpoint(tmp_path / "source", **source)
-    recipe = Recipe(**{"kv_ratio": 0.5, "fit": "weights", **settings})
-    planned = make_plan(tmp_path / "source", recipe).to_json()["stock_export"]
-    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    before = contents(tmp_path)
-    with pytest.raises(RequestError, match=message) as refusal:
-        export(tmp_path / "out", tmp_path / "export", progress=False)
-    assert "\n" not in str(refusal.value)
-    assert planned == {"reason": str(refusal.value)}
-    assert contents(tmp_path) == before
-
-
-def test_energy_budgets_are_refused_before_and_after(tmp_path):
-    model = stock_model("mistral-full")
-    with torch.no_grad():  # the first rotary pair has most of the energy, so that it gets most of the lanes
-        model.model.layers[0].self_attn.k_proj.weight.unflatten(0, (4, 8))[:, ::4] *= 10
-    save(model, tmp_path / "source")
-    kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
-    recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
-    assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
-    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    with pytest.raises(RequestError, match="--rotary-budget uniform"):
-        export(tmp_path / "out", tmp_path / "export", progress=False)
-
-
-def test_sliding_windows_and_norms_are_not_written_as_llama(tmp_path):
-    for case, message in (("mistral", "sliding window"), ("qwen3", "as Llama")):
-        out = compressed(tmp_path / case, case, "pool")
-        with pytest.raises(RequestError, match=message):
-            export(out, tmp_path / "export", format="llama", progress=False)
-
-
 def test_a_stock_checkpoint_is_not_exported(tmp_path):
     stock_checkpoint(tmp_path / "source")
     with pytest.raises(RequestError, match="already"):
         export(tmp_path / "source", tmp_path / "export", progress=False)
-
-
-def test_groups_must_divide(tmp_path):
-    stock_checkpoint(tmp_path / "source")
-    with pytest.raises(RequestError, match=r"--kv-groups 4 does not divide .* choose one of 1, 2"):
-        make_plan(tmp_path / "source", Recipe(kv_ratio=0.5, kv_groups=4, **HEAD))
-    with pytest.raises(RequestError, match="cannot divide the one latent"):
-        make_plan(
-            tmp_path / "source",
-            Recipe(kv_ratio=0.5, kv_groups=2, key_composition="joint", value_composition="joint"),
-        )
-    out = compressed(tmp_path)
-    with pytest.raises(RequestError, match="compress the original"):
-        make_plan(out, Recipe(value_components=1, kv_groups=2, **HEAD))
-
-
-def test_plan_and_export_say_the_same_of_weights_and_cache(tmp_path):
-    stock_checkpoint(tmp_path / "source", "qwen2")
-    recipe = Recipe(kv_ratio=0.5, fit="weights", **WAYS["frequency"])
-    planned = make_plan(tmp_path / "source", recipe).costs.stock_export
-    compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    result = export(tmp_path / "out", tmp_path / "export", progress=False).to_json()
-    assert {name: result[name] for name in planned} == planned
-    sizes = [
-        sum(info.nbytes for info in open_source(tmp_path / name).reader.tensors.values())
-        for name in ("source", "export")
-    ]
-    assert sizes[1] - sizes[0] == planned["weight_bytes_added"]
-    saved = planned["kv_bytes_saved_per_token"]
-    assert planned["saves_memory_from_tokens"] == -(-planned["weight_bytes_added"] // saved)
-
-
-def test_windows_bound_what_a_cache_can_save():
-    assert _first_saving(100, 10, [None]) == 10
-    assert _first_saving(100, 10, [4, None]) == 6
-    assert _first_saving(100, 10, [4, 5]) is None
-    assert _first_saving(-1, 10, [None]) == 0
 
 
 def test_everything_else_is_copied_and_nothing_of_this_package_remains(tmp_path):
