@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from exporting import compressed
-from mea_compress.export import stock, verification
 
 from mea_compress.architectures import open_source
 from mea_compress.errors import VerificationError
+from mea_compress.exporting import stock, verification
 from mea_compress.exporting.stock import export
 from mea_compress.exporting.verification import verify_export
 
