@@ -18,6 +18,7 @@ from mea_compress.heads.composed import join_heads
 from mea_compress.layers.read import read_side
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.modeling.section_mea import every_head
 from mea_compress.plan.planning import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
@@ -95,7 +96,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     attention.load_state_dict(state, strict=False, assign=True)
     for module in (attention.key_composition, attention.value_composition):
         if module is not None and any(buffer.is_meta for buffer in module.buffers()):
-            tables = type(module)(module.rotary_components, attention.heads, attention.head_dim, attention.rotary_dim)
+            tables = type(module)(module.sizes, tuple(module.weight.shape))
             for name, buffer in tables.named_buffers():
                 setattr(module, name, buffer)
 
@@ -109,7 +110,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
 
     with torch.no_grad():
         keys, values = attention.project(hidden, cos, sin)
-        found_keys, found_values = attention.compose(keys, values, torch.arange(_TOKENS)[None], None, rotary)
+        found_keys, found_values = attention.expand(keys, values, torch.arange(_TOKENS)[None], None, rotary)
         expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _plain_heads(emitted, layer, "value", hidden)
     worst = 0.0
@@ -239,9 +240,8 @@ def _check_model(emitted: Source) -> tuple[float, int, Any]:
 def _composed_model(emitted: Source, model: Any) -> Any:
     """The model with every composition multiplied out: plain attention over all heads."""
     heads = emitted.config.num_key_value_heads
-    whole = {"key_composition": "none", "key_components": heads, "value_composition": "none", "value_components": heads}
     config = type(model.config).from_dict(model.config.to_dict())
-    config.mea = {**config.mea, "layers": [dict(whole) for _ in config.mea["layers"]]}
+    config.mea = {**config.mea, "layers": [every_head(heads) for _ in config.mea["layers"]]}
     config._attn_implementation = config._experts_implementation = "eager"
     state = {name: tensor for name, tensor in model.state_dict().items() if "_composition." not in name}
     for layer in range(config.num_hidden_layers):

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import Source
 from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import side_form
 
 if TYPE_CHECKING:
     import torch
 
-PLAIN = ("none", "pool")
-"""Compositions whose components are heads already."""
 FORMATS = ("stock", "llama")
 # RoPE types whose frequencies do not depend on how long a sequence is.
 _STEADY = ("default", "linear", "llama3", "yarn", "proportional")
@@ -75,7 +74,7 @@ class Growth:
 
 def side_groups(spec: Mapping[str, Any], side: str) -> int:
     """Separate groups of heads that one side of a layer is composed in."""
-    if spec[f"{side}_composition"] in PLAIN:
+    if side_form(spec, side).plain:
         return spec[f"{side}_components"]
     return spec.get("groups", 1)
 
@@ -99,20 +98,20 @@ def stock_form(source: Source, layers: Sequence[Mapping[str, Any]], target: str 
         )
     components = _same_width(layers)
     for index, spec in enumerate(layers):
-        if spec["key_composition"] in ("latent", "joint"):
+        if not side_form(spec, "key").commutes_with_rope:
             raise RequestError(
                 f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded "
                 "into queries; compress with --key-composition frequency --rotary-budget uniform (the recipe "
                 "serve-anywhere)"
             )
     groups = gcd(*(side_groups(spec, side) for spec in layers for side in ("key", "value")))
-    if section["qk_norm"] and (groups != components or any(spec["key_composition"] not in PLAIN for spec in layers)):
+    if section["qk_norm"] and (groups != components or not all(side_form(spec, "key").plain for spec in layers)):
         raise RequestError(
             "the norm on composed keys (QK-norm) does not commute with their composition; compress with "
             f"--key-composition pool --value-composition pool, or {_SERVE}"
         )
     lanes = _same_lanes(source, layers, groups)
-    whole = source.rotary_dim == head_dim or all(spec["key_composition"] in PLAIN for spec in layers)
+    whole = source.rotary_dim == head_dim or all(side_form(spec, "key").plain for spec in layers)
     form = StockForm(groups, 2 * len(lanes), lanes, whole and lanes == tuple(range(head_dim // 2)))
     _check_target(source, form, target)
     return form
@@ -139,7 +138,7 @@ def _same_lanes(source: Source, layers: Sequence[Mapping[str, Any]], groups: int
     lanes = None
     for index, spec in enumerate(layers):
         uniform = (spec["key_components"],) * (source.head_dim // 2)
-        counts = spec.get("rotary_components") if spec["key_composition"] == "frequency" else uniform
+        counts = spec.get("rotary_components") if side_form(spec, "key").per_pair else uniform
         found = None
         if counts is not None and not any(count % groups for count in counts):
             found = tuple(pair for pair, count in enumerate(counts) for _ in range(count // groups))

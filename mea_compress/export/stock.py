@@ -42,12 +42,12 @@ from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.emit.verification import cache_bytes, relative_difference
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.export.form import PLAIN, Growth, StockForm, growth, rope_parameters, rotary, stock_form
-from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.export.form import Growth, StockForm, growth, rope_parameters, rotary, stock_form
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads, split_heads
 from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
-from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.modeling.section_mea import rotary_pairs, side_form
 from mea_compress.plan.planning import WHOLE_MODEL_BYTES, layer_window
 from mea_compress.report.tables import export_card, write_json
 
@@ -225,7 +225,7 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
         if source.reader.has(prefix + f"{side}_composition.weight")
     }
     producers = {"q_proj": absorbed_queries, "k_proj": ordered_keys}
-    for name in producers if spec["key_composition"] not in PLAIN or not form.own_rope else ():
+    for name in producers if not side_form(spec, "key").plain or not form.own_rope else ():
 
         def weight(name: str = name) -> Array:
             return producers[name](source, form, layer)[:, :-1]
@@ -237,7 +237,7 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
         made[prefix + name + ".weight"] = make(f"{name}.weight", shape, weight)
         if source.reader.has(f"{prefix}{name}.bias"):
             made[prefix + name + ".bias"] = make(f"{name}.bias", shape[:1], bias)
-    if spec["value_composition"] not in PLAIN or form.head_dim != source.head_dim:
+    if not side_form(spec, "value").plain or form.head_dim != source.head_dim:
         made[prefix + "o_proj.weight"] = make(
             "o_proj.weight", (source.config.hidden_size, rows["q_proj"]), lambda: absorbed_output(source, form, layer)
         )
@@ -279,7 +279,7 @@ def absorbed_output(source: Source, form: StockForm, layer: int) -> Array:
     return (weight @ blocks).reshape(len(weight), -1)
 
 
-def _blocks(composed: Composed, form: StockForm, order: list[int] | None = None) -> Array:
+def _blocks(composed: FactoredHeads, form: StockForm, order: list[int] | None = None) -> Array:
     """Every head from the components of its group, put in an order, (H, d, head_dim of the form)."""
     expansion = composed.expansion()  # (H * d, groups * width)
     if order is not None:
@@ -295,10 +295,10 @@ def _blocks(composed: Composed, form: StockForm, order: list[int] | None = None)
     return split_heads(join_heads(parts[own]), composed.head_dim)
 
 
-def _key_rows(composed: Composed, form: StockForm, rotary_dim: int) -> list[int]:
+def _key_rows(composed: FactoredHeads, form: StockForm, rotary_dim: int) -> list[int]:
     """Rows of k_proj in the form's order: for each group, the first channels of its lanes by pair, then the second."""
     lanes: list[tuple[int, int, int, int]] = []  # group, pair, first row, second row
-    if composed.kind == "frequency":
+    if composed.form.per_pair:
         assert composed.rotary_components is not None
         total = sum(composed.rotary_components)
         for pair, count in enumerate(composed.rotary_components):

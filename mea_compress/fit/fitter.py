@@ -16,7 +16,6 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
-from mea_compress.modeling.section_mea import FRACTIONAL
 from mea_compress.plan.planning import LayerPlan, calibration_shape, refinement_steps, splits_itself
 from mea_compress.recipe import Recipe
 from mea_compress.text import (
@@ -68,7 +67,7 @@ class Fitter:
         """Statistics, closed form and refinement of the next layer; `advance` comes after it."""
         statistics = self._statistics(layer.layer)
         forms = [layer]
-        if self.steps and splits_itself(self.recipe, layer.key_composition, layer.value_composition):
+        if self.steps and splits_itself(self.recipe, layer.key_form, layer.value_form):
             forms += splits(layer, self.source.config.num_key_value_heads, self.source.head_dim)
         composed = [compose(self.source, form, statistics, self.recipe) for form in forms]
         for form, _ in composed:
@@ -138,7 +137,7 @@ class Fitter:
 
 def _check_finite(composed: ComposedLayer, layer: int) -> None:
     for side in (composed.key, composed.value):
-        if not np.isfinite(side.composed_heads()).all():
+        if not np.isfinite(side.reconstruct()).all():
             raise RequestError(
                 f"layer {layer} cannot be composed from this text: a head came out as NaN; give other --text, or leave "
                 "the layer out with --layers"
@@ -152,7 +151,7 @@ def splits(layer: LayerPlan, heads: int, head_dim: int) -> list[LayerPlan]:
     candidate.
     """
     total = layer.key_components + layer.value_components
-    fractional = layer.key_composition in FRACTIONAL
+    fractional = layer.key_form.fractional
     step = 2 / head_dim if fractional else 1
     found: list[LayerPlan] = []
     for share in (0.4, 0.3):

@@ -1,8 +1,8 @@
-"""One layer's attention as heads, before and after its keys and values were composed from fewer."""
+"""One layer's attention as heads, before and after its keys and values were factored."""
 
 from dataclasses import dataclass
 
-from mea_compress.heads.composed import Array, Composed
+from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.modeling.section_mea import rotary_pairs
 
 
@@ -19,7 +19,7 @@ class AttentionHeads:
         query_norm: (d,) or None.
         key_norm: (d,) or None.
         head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
-        rotary_dim: Channels of a head that RoPE turns.
+        rotary_dim: Channels of a head that RoPE rotates.
         norm_eps: Epsilon of the norms.
     """
 
@@ -47,7 +47,7 @@ class AttentionHeads:
 
 @dataclass(frozen=True)
 class ComposedLayer:
-    """A layer after surgery: composed keys and values, and what else of its attention changed.
+    """A layer after surgery: factored keys and values, and what else of its attention changed.
 
     Attributes:
         key: Components and composition of the keys.
@@ -57,8 +57,8 @@ class ComposedLayer:
         head_norm: (d,), or None where the head norm stays as it is.
     """
 
-    key: Composed
-    value: Composed
+    key: FactoredHeads
+    value: FactoredHeads
     query: Array | None = None
     output: Array | None = None
     head_norm: Array | None = None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mea_compress.checkpoint.system import release
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import side_form
 from mea_compress.text import context_length
 
 _ROUNDS = 3
@@ -118,8 +119,7 @@ def measure_speed(
     check_contexts(models, contexts)
     variants: list[tuple[str, Any, str | None]] = [(name, model, None) for name, model in models.items()]
     mea = getattr(models["checkpoint"].config, "mea", None)
-    plain = ("none", "pool")
-    if mea and any(layer[f"{side}_composition"] not in plain for layer in mea["layers"] for side in ("key", "value")):
+    if mea and not all(side_form(layer, side).plain for layer in mea["layers"] for side in ("key", "value")):
         variants.insert(1, ("checkpoint, expanded", models["checkpoint"], "expand"))
     timings = []
     total = len(contexts) * len(batches) * len(variants) * _ROUNDS

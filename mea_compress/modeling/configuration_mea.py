@@ -54,7 +54,7 @@ class MeaQwen2Config(Qwen2Config):
 
 
 class MeaQwen3Config(Qwen3Config):
-    """Qwen3 with a ``mea`` section: queries and composed keys are normalised."""
+    """Qwen3 with a ``mea`` section: queries and rebuilt keys are normalised."""
 
     model_type = "mea_qwen3"
     base_model_tp_plan = {}
@@ -66,7 +66,7 @@ class MeaQwen3Config(Qwen3Config):
 
 
 class MeaQwen3MoeConfig(Qwen3MoeConfig):
-    """Qwen3-MoE with a ``mea`` section: queries and composed keys are normalised."""
+    """Qwen3-MoE with a ``mea`` section: queries and rebuilt keys are normalised."""
 
     model_type = "mea_qwen3_moe"
     base_model_tp_plan = {}

@@ -32,7 +32,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from .attention_mea import FrequencyComposition, HeadComposition, LatentComposition, MeaAttention
+from .attention_mea import Composition, MeaAttention
 from .configuration_mea import (
     MeaLlamaConfig,
     MeaMistralConfig,
@@ -65,7 +65,7 @@ class MeaMixin(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         stock: Any = super()
         stock._init_weights(module)
-        if isinstance(module, HeadComposition | FrequencyComposition | LatentComposition):
+        if isinstance(module, Composition):
             module.reset()
 
 
@@ -77,7 +77,7 @@ class MeaModelMixin(MeaMixin):
         layers: Any = self.layers
         for index, layer in enumerate(layers):
             layer.self_attn = MeaAttention(config, index)
-            # Keys that are cached before RoPE are turned when they are read. Not a submodule: it belongs to the model.
+            # Keys that are cached before RoPE are rotated when they are read. Not a submodule: it belongs to the model.
             object.__setattr__(layer.self_attn, "rotary", self.rotary_emb)
         self.post_init()  # type: ignore[operator]
 

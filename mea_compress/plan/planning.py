@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import Source, open_source
-from mea_compress.architectures.checkpoint import FLOATS, composition_shape
+from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
+from mea_compress.compositions.base import DEFAULT_METHODS, deals_evenly, method_form, method_name, reads_output
 from mea_compress.emit.code import carried_code
 from mea_compress.errors import RequestError
 from mea_compress.export.form import growth, stock_form
-from mea_compress.modeling.section_mea import FRACTIONAL, cached_width
+from mea_compress.modeling.section_mea import Form, cached_width, side_form, side_section
 from mea_compress.recipe import Recipe, select_layers
 
-SCALAR_NORM_KINDS = ("head", "prune", "share", "frequency")
 CONTEXTS = (8_192, 32_768, 131_072)
 """Tokens at which the whole cache is shown."""
 # What computing takes beside weights, statistics and activations: verification's small model, buffers, allocator.
@@ -75,6 +75,8 @@ class LayerPlan:
         value_composition: How its values are composed afterwards.
         key_components: Component heads of keys that are cached afterwards.
         value_components: Component heads of values that are cached afterwards.
+        key_form: How its keys are stored, cached and read afterwards.
+        value_form: The same of its values.
         bytes_before: Cache bytes per token in the source.
         bytes_after: Cache bytes per token afterwards.
         parameters_before: Numbers in the tensors that make its keys and values, in the source.
@@ -88,6 +90,8 @@ class LayerPlan:
     value_composition: str
     key_components: float
     value_components: float
+    key_form: Form
+    value_form: Form
     bytes_before: int
     bytes_after: int
     parameters_before: int
@@ -173,16 +177,12 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
         after = before = _Sides.of(spec)
         if layer in chosen:
             asked = (recipe.key_components, recipe.value_components)
-            after = _Sides(
-                *_side("key", keys, asked[0], recipe.kv_ratio, before.keys, before.key_components, heads, head_dim),
-                *_side(
-                    "value", values, asked[1], recipe.kv_ratio, before.values, before.value_components, heads, head_dim
-                ),
-            )
+            key = _side("key", keys, asked[0], recipe.kv_ratio, before, heads, head_dim)
+            after = _Sides(*key, *_side("value", values, asked[1], recipe.kv_ratio, before, heads, head_dim))
             _check_joint(after)
             _check_groups(recipe, before, after, heads)
         layers.append(_layer_plan(source, recipe, layer, before, after))
-    if splits_itself(recipe, keys, values):
+    if splits_itself(recipe, method_form(keys), method_form(values)):
         choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
     return _whole_plan(source, recipe, layers, choice)
 
@@ -203,12 +203,12 @@ def realised_plan(source: Source, recipe: Recipe, plan: Plan, sections: dict[int
     return _whole_plan(source, recipe, layers, plan.choice)
 
 
-def splits_itself(recipe: Recipe, keys: str, values: str) -> bool:
+def splits_itself(recipe: Recipe, keys: Form, values: Form) -> bool:
     """Whether fitting may divide the budget of a layer between keys and values: nobody said how, and both sides can."""
     open_budget = recipe.split == "auto" and recipe.key_components is None and recipe.value_components is None
     refined = recipe.refine != 0 if recipe.fit == "aligned" else bool(recipe.refine)
-    both = {keys, values} <= set(FRACTIONAL) or {keys, values} <= {"head", "prune", "share"}
-    return open_budget and refined and both and recipe.kv_groups == 1 and keys != "joint" and (recipe.kv_ratio or 1) < 1
+    both = (keys.fractional and values.fractional) or (keys.scalar and values.scalar)
+    return open_budget and refined and both and recipe.kv_groups == 1 and not keys.joint and (recipe.kv_ratio or 1) < 1
 
 
 def refinement_steps(source: Source, recipe: Recipe) -> int:
@@ -228,8 +228,11 @@ def needs_text(source: Source, recipe: Recipe) -> bool:
 
 def needs_whole_layer(recipe: Recipe, layer: LayerPlan) -> bool:
     """Whether a fit looks at more of a layer's attention than keys and values; without it no more than these change."""
-    by_output = recipe.prune_by == "contribution" and "prune" in (layer.key_composition, layer.value_composition)
-    return recipe.fit != "weights" or recipe.kv_groups > 1 or by_output
+    if recipe.fit != "weights" or recipe.kv_groups > 1:
+        return True
+    chosen = (choice for choice in (recipe.key_composition, recipe.value_composition) if choice is not None)
+    fitted = (layer.key_composition, layer.value_composition)
+    return any(reads_output(choice, recipe) for choice in chosen if method_name(choice) in fitted)
 
 
 def known_beforehand(source: Source, recipe: Recipe, plan: Plan) -> bool:
@@ -243,16 +246,16 @@ def stored_shapes(source: Source, layer: LayerPlan) -> Shapes:
     """The tensors that a layer's keys and values are stored as, by their names below ``self_attn.``, in order."""
     config, heads, head_dim = source.config, source.config.num_key_value_heads, source.head_dim
     sides = (
-        ("key", layer.key_composition, cached_width(layer.key_components, head_dim)),
-        ("value", layer.value_composition, cached_width(layer.value_components, head_dim)),
+        ("key", layer.key_form, cached_width(layer.key_components, head_dim)),
+        ("value", layer.value_form, cached_width(layer.value_components, head_dim)),
     )
     shapes: Shapes = {}
     for side, _, width in sides:
         shapes[f"{side[0]}_proj.weight"] = (width, config.hidden_size)
         if config.mea["bias"][side]:
             shapes[f"{side[0]}_proj.bias"] = (width,)
-    for side, kind, width in sides:
-        shape = composition_shape(kind, width, sides[0][2] + sides[1][2], heads, head_dim)
+    for side, form, width in sides:
+        shape = form.shape(width, sides[0][2] + sides[1][2], heads, head_dim)
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
     return shapes
@@ -270,6 +273,8 @@ def _layer_plan(source: Source, recipe: Recipe, layer: int, before: "_Sides", af
         key_components=after.key_components,
         value_composition=after.values,
         value_components=after.value_components,
+        key_form=after.key_form,
+        value_form=after.value_form,
         bytes_before=_cached_bytes(before, heads, head_dim, size_before, norm),
         bytes_after=_cached_bytes(after, heads, head_dim, size_after, norm),
         parameters_before=_parameters(before, heads, head_dim, hidden, bias),
@@ -318,14 +323,14 @@ def _check_groups(recipe: Recipe, before: "_Sides", after: "_Sides", heads: int)
     groups = recipe.kv_groups
     if groups == 1:
         return
-    for side, now, kind, count, kept in (
-        ("key", before.keys, after.keys, after.key_components, before.key_components),
-        ("value", before.values, after.values, after.value_components, before.value_components),
+    for side, now, kind, form, count, kept in (
+        ("key", before.keys, after.keys, after.key_form, after.key_components, before.key_components),
+        ("value", before.values, after.values, after.value_form, after.value_components, before.value_components),
     ):
         if (kind, count) == (now, kept):
-            if kind != "none":
+            if not form.identity:
                 raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
-        elif kind == "joint":
+        elif form.joint:
             raise RequestError(
                 f"--kv-groups {groups} cannot divide the one latent that joint keys and values read; choose other "
                 "compositions, or leave --kv-groups out"
@@ -344,10 +349,11 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
     for layer, spec in zip(layers, source.config.mea["layers"], strict=True):
         section = dict(spec)
         if layer.compressed:
-            section = {name: value for name, value in layer.to_json().items() if name.startswith(("key_", "value_"))}
+            key = side_section("key", layer.key_composition, layer.key_components, layer.key_form)
+            section = key | side_section("value", layer.value_composition, layer.value_components, layer.value_form)
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
-            if layer.key_composition == "frequency" and recipe.rotary_budget == "uniform":
+            if layer.key_form.per_pair and deals_evenly(recipe.key_composition or layer.key_composition, recipe):
                 section["rotary_components"] = [layer.key_components] * (source.head_dim // 2)
         sections.append(section)
     try:
@@ -362,13 +368,20 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
 class _Sides:
     keys: str
     key_components: float
+    key_form: Form
     values: str
     value_components: float
+    value_form: Form
 
     @staticmethod
     def of(spec: dict[str, Any]) -> "_Sides":
         return _Sides(
-            spec["key_composition"], spec["key_components"], spec["value_composition"], spec["value_components"]
+            spec["key_composition"],
+            spec["key_components"],
+            side_form(spec, "key"),
+            spec["value_composition"],
+            spec["value_components"],
+            side_form(spec, "value"),
         )
 
 
@@ -377,27 +390,30 @@ def _side(
     kind: str,
     count: int | None,
     ratio: float | None,
-    kind_now: str,
-    components_now: float,
+    before: "_Sides",
     heads: int,
     head_dim: int,
-) -> tuple[str, float]:
-    """Composition and components of one side of a chosen layer; a side that nothing is said about stays as it is."""
+) -> tuple[str, float, Form]:
+    """Composition, components and form of one side of a chosen layer; one that nothing is said about stays as it is."""
+    kind_now, components_now, form_now = (
+        (before.keys, before.key_components, before.key_form)
+        if side == "key"
+        else (before.values, before.value_components, before.value_form)
+    )
     if count is None and ratio is None:
-        return kind_now, components_now
-    # A complex component takes two channels, part of a latent one, anything else whole heads.
-    channels = 2 if kind == "frequency" else 1 if kind in FRACTIONAL else head_dim
-    components = _components(count, side, ratio, components_now, heads, Fraction(channels, head_dim))
-    if kind == "pool" and heads % components:
+        return kind_now, components_now, form_now
+    form = method_form(kind)
+    components = _components(count, side, ratio, components_now, heads, form.step(head_dim))
+    if form.repeats and heads % components:
         raise RequestError(
-            f"--{side}-composition pool needs a number of components that divides the {heads} key/value heads, "
+            f"--{side}-composition {kind} needs a number of components that divides the {heads} key/value heads, "
             f"not {components}"
         )
-    return kind, components
+    return kind, components, form
 
 
 def _check_joint(sides: _Sides) -> None:
-    if (sides.keys == "joint") != (sides.values == "joint"):
+    if sides.key_form.joint != sides.value_form.joint:
         raise RequestError(
             "joint keys and joint values read one latent: give both --key-composition joint and "
             "--value-composition joint"
@@ -418,14 +434,15 @@ def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
     The best that decodes without rebuilding keys: a complex composition commutes with RoPE, and o_proj reads values
     through their latent. Both stay exact under a key norm (its scalars are cached) and under a head norm.
     """
-    keys, values = recipe.key_composition, recipe.value_composition
+    chosen = (recipe.key_composition, recipe.value_composition)
+    keys, values = (None if choice is None else method_name(choice) for choice in chosen)
     reasons = []
     if keys is None:
-        keys = "frequency"
+        keys = DEFAULT_METHODS["key"]
         extra = ", with one norm scalar a head cached beside them" if source.config.mea["qk_norm"] else ""
         reasons.append(f"frequency keys: the closest that decode without being rebuilt (they commute with RoPE){extra}")
     if values is None:
-        values = "latent"
+        values = DEFAULT_METHODS["value"]
         reasons.append("latent values: the closest at these bytes, read through o_proj")
     return keys, values, "; ".join(reasons)
 
@@ -460,7 +477,7 @@ def _components(
 
 
 def _cached_bytes(sides: _Sides, heads: int, head_dim: int, itemsize: int, qk_norm: bool) -> int:
-    scalars = heads if qk_norm and sides.keys in SCALAR_NORM_KINDS else 0
+    scalars = heads if qk_norm and sides.key_form.caches_norm_scalars else 0
     widths = [cached_width(components, head_dim) for components in (sides.key_components, sides.value_components)]
     return itemsize * (sum(widths) + scalars)
 
@@ -468,9 +485,9 @@ def _cached_bytes(sides: _Sides, heads: int, head_dim: int, itemsize: int, qk_no
 def _parameters(sides: _Sides, heads: int, head_dim: int, hidden: int, bias: dict[str, bool]) -> int:
     total = 0
     widths = [cached_width(components, head_dim) for components in (sides.key_components, sides.value_components)]
-    for side, kind, width in (("key", sides.keys, widths[0]), ("value", sides.values, widths[1])):
+    for side, form, width in (("key", sides.key_form, widths[0]), ("value", sides.value_form, widths[1])):
         total += width * (hidden + bias[side])
-        shape = composition_shape(kind, width, sum(widths), heads, head_dim)
+        shape = form.shape(width, sum(widths), heads, head_dim)
         total += prod(shape) if shape else 0
     return total
 
