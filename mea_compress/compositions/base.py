@@ -151,10 +151,9 @@ def sides(method: type[Method]) -> tuple[str, ...]:
 
 def methods() -> dict[str, type[Method]]:
     """Return every method that is known, by name: built in, registered, and from entry points."""
-    for name in BUILT_IN:
-        find_method(name)
+    found = {name: find_method(name) for name in BUILT_IN}
     _load_entry_points()
-    return dict(_methods)
+    return found | _methods
 
 
 def find_method(name: str) -> type[Method]:
@@ -237,7 +236,7 @@ def configured(choice: Choice, recipe: Recipe | None = None) -> Any:
     known = [field.name for field in fields]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) if known else 'none'}"
             raise RequestError(f"method {method.name} has no option {key}; {hint}")
     settings = {field.name: field.metadata["setting"] for field in fields if "setting" in field.metadata}

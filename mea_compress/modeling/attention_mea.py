@@ -32,7 +32,20 @@ from .decode_mea import (
     softmax,
     weighted_values,
 )
-from .section_mea import COMPLEX, KEPT, LOW_RANK, REAL, SELECTED, SHARED_LATENT, cached_width, rotary_pairs, side_form
+from .section_mea import (
+    COMPLEX,
+    FORM_OF,
+    FORMS,
+    KEPT,
+    LOW_RANK,
+    REAL,
+    SELECTED,
+    SHARED_LATENT,
+    Form,
+    cached_width,
+    rotary_pairs,
+    side_form,
+)
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -279,6 +292,17 @@ MODULES: dict[str, type[Composition]] = {
     **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), LatentComposition),
 }
 """The class that reads each form with a weight."""
+
+
+def register_form(form: Form, module: type[Composition]) -> None:
+    """Make a form known, and the class that reads it; a file that brings one calls this when it is imported.
+
+    Raises:
+        ValueError: The name is that of a form of this file.
+    """
+    if any(form.name == known.name for known in FORM_OF.values()):
+        raise ValueError(f"the name {form.name} is taken by another form; choose another name")
+    FORMS[form.name], MODULES[form.name] = form, module
 
 
 def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:

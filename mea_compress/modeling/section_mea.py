@@ -177,7 +177,7 @@ SHARED_LATENT = replace(
     joint=True,
 )
 FORMS = {form.name: form for form in (HEADS, POOLED, REAL, KEPT, SELECTED, COMPLEX, LOW_RANK, SHARED_LATENT)}
-"""Every form by its name; `register_form` adds one."""
+"""Every form by its name; `register_form` of attention_mea.py adds one."""
 FORM_OF = {
     "none": HEADS,
     "pool": POOLED,

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from mea_compress.modeling.section_mea import FORM_OF
+
 _NUMBER = re.compile(r"^[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?(%|×|B|[KMGT]iB|[KMBT]|m?s))?$")
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -352,7 +354,9 @@ def _share(pair: Mapping[str, float]) -> str:
 
 
 def _composed(components: object, composition: str | None) -> str:
-    return f"{components} as they are" if composition in (None, "none") else f"{components} {composition}"
+    form = None if composition is None else FORM_OF.get(composition)
+    whole = composition is None or (form is not None and form.identity)
+    return f"{components} {'as they are' if whole else composition}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[object]]:

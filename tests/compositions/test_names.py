@@ -1,0 +1,50 @@
+"""Which form a side has is asked of the form: the names of format 1's compositions are compared nowhere else."""
+
+import ast
+from pathlib import Path
+
+import mea_compress
+from mea_compress.modeling.section_mea import FORM_OF
+
+PACKAGE = Path(mea_compress.__file__).parent
+# The methods' own files, the table of forms, and what only lists names for help.
+EXEMPT = ("compositions/", "modeling/section_mea.py", "recipe/")
+
+
+def is_name(node):
+    return isinstance(node, ast.Constant) and node.value in FORM_OF
+
+
+def offends(node):
+    """Whether it compares with a composition's name, chooses by one, or is a list of nothing but them."""
+    match node:
+        case ast.Compare():
+            sides = [node.left, *node.comparators]
+            return any(is_name(item) for side in sides for item in (side, *getattr(side, "elts", ())))
+        case ast.Dict():
+            return any(map(is_name, node.keys))
+        case ast.Tuple() | ast.List() | ast.Set():
+            return bool(node.elts) and all(map(is_name, node.elts))
+        case ast.MatchValue():
+            return is_name(node.value)
+    return False
+
+
+def offences(tree):
+    return [getattr(node, "lineno", 0) for node in ast.walk(tree) if offends(node)]
+
+
+def test_nothing_compares_the_names_of_compositions():
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not str(path.relative_to(PACKAGE)).startswith(EXEMPT)
+        for line in offences(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found
+
+
+def test_the_search_finds_what_it_looks_for():
+    for line in ('kind == "pool"', 'kind in ("latent", "joint")', '{"latent": 2}[kind]', 'PLAIN = ("none", "pool")'):
+        assert offences(ast.parse(line)), line
+    assert not offences(ast.parse('label = ["before", "share"]'))
