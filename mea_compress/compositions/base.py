@@ -102,7 +102,8 @@ class Method(Protocol):
     Attributes:
         name: What recipes, flags and the ``mea`` section call it.
         form: The form that it makes.
-        reads_output: Whether it reads o_proj even with the ``weights`` fit; may be left out where it does not.
+        needs_queries: Whether it reads or changes q_proj or o_proj even with the ``weights`` fit; taken to be so where
+            it is left out.
         deals_evenly: Whether each rotary pair gets as many components (forms with `per_pair`); may be left out too.
     """
 
@@ -151,9 +152,9 @@ def sides(method: type[Method]) -> tuple[str, ...]:
 
 def methods() -> dict[str, type[Method]]:
     """Return every method that is known, by name: built in, registered, and from entry points."""
-    found = {name: find_method(name) for name in BUILT_IN}
+    built_in = {name: find_method(name) for name in BUILT_IN}
     _load_entry_points()
-    return found | _methods
+    return built_in | _methods
 
 
 def find_method(name: str) -> type[Method]:
@@ -231,17 +232,17 @@ def configured(choice: Choice, recipe: Recipe | None = None) -> Any:
         RequestError: The method has no such option, or not with this value.
     """
     method: Any = find_method(method_name(choice))
-    given = {} if isinstance(choice, str) else {key: value for key, value in choice.items() if key != "method"}
+    stated = {} if isinstance(choice, str) else {key: value for key, value in choice.items() if key != "method"}
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
     known = [field.name for field in fields]
-    for key in given:
+    for key in stated:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) if known else 'none'}"
             raise RequestError(f"method {method.name} has no option {key}; {hint}")
     settings = {field.name: field.metadata["setting"] for field in fields if "setting" in field.metadata}
     from_recipe = {} if recipe is None else {key: getattr(recipe, name) for key, name in settings.items()}
-    return method(**from_recipe | {key: _checked(method, key, value) for key, value in given.items()})
+    return method(**from_recipe | {key: _checked(method, key, value) for key, value in stated.items()})
 
 
 def _checked(method: type[Method], option: str, value: object) -> object:
@@ -260,6 +261,6 @@ def deals_evenly(choice: Choice, recipe: Recipe) -> bool:
     return bool(getattr(configured(choice, recipe), "deals_evenly", False))
 
 
-def reads_output(choice: Choice, recipe: Recipe) -> bool:
-    """Return whether the method reads o_proj even where the fit looks at weights alone."""
-    return bool(getattr(configured(choice, recipe), "reads_output", False))
+def method_needs_queries(choice: Choice, recipe: Recipe) -> bool:
+    """Return whether the method reads or changes q_proj or o_proj even where the fit looks at weights alone."""
+    return bool(getattr(configured(choice, recipe), "needs_queries", True))

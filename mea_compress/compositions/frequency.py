@@ -59,6 +59,7 @@ class Frequency:
 
     name: ClassVar[str] = "frequency"
     form: ClassVar[Form] = COMPLEX
+    needs_queries: ClassVar[bool] = False
     allocation: Literal["energy", "uniform"] = field(default="energy", metadata={"setting": "rotary_budget"})
 
     @property

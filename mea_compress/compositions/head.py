@@ -70,6 +70,7 @@ class Head:
 
     name: ClassVar[str] = "head"
     form: ClassVar[Form] = REAL
+    needs_queries: ClassVar[bool] = False
 
     def keys(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions

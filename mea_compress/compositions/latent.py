@@ -47,6 +47,7 @@ class Latent:
 
     name: ClassVar[str] = "latent"
     form: ClassVar[Form] = LOW_RANK
+    needs_queries: ClassVar[bool] = False
 
     def keys(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
@@ -86,6 +87,7 @@ class Joint:
 
     name: ClassVar[str] = "joint"
     form: ClassVar[Form] = SHARED_LATENT
+    needs_queries: ClassVar[bool] = False
     key_weight: float = 3.0
 
     def keys(

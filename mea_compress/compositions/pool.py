@@ -86,10 +86,10 @@ def _best_grouping(distance: list[list[float]], size: int) -> list[list[int]]:
         for others in itertools.combinations(free[1:], size - 1):
             members = (free[0], *others)
             rest = tuple(head for head in free if head not in members)
-            own = sum(distance[a][b] for a, b in itertools.permutations(members, 2))
+            loss = sum(distance[a][b] for a, b in itertools.permutations(members, 2))
             cost, grouping = search(rest)
-            if own + cost < best[0]:
-                best = (own + cost, (members, *grouping))
+            if loss + cost < best[0]:
+                best = (loss + cost, (members, *grouping))
         return best
 
     return [list(members) for members in search(tuple(range(len(distance))))[1]]
@@ -114,6 +114,7 @@ class Pool:
 
     name: ClassVar[str] = "pool"
     form: ClassVar[Form] = POOLED
+    needs_queries: ClassVar[bool] = False
 
     def keys(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions

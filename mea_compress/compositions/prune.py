@@ -85,7 +85,7 @@ class Prune:
     by: Literal["pivot", "contribution"] = field(default="pivot", metadata={"setting": "prune_by"})
 
     @property
-    def reads_output(self) -> bool:
+    def needs_queries(self) -> bool:
         """Whether o_proj decides, even with the ``weights`` fit."""
         return self.by == "contribution"
 

@@ -44,6 +44,7 @@ class Share:
 
     name: ClassVar[str] = "share"
     form: ClassVar[Form] = SELECTED
+    needs_queries: ClassVar[bool] = False
 
     def keys(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions

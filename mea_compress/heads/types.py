@@ -15,8 +15,6 @@ class AttentionHeads:
         key: (H, d, D + 1), before the key norm.
         value: (H, d, D + 1).
         output: (Hq, D, d).
-        output_bias: (D,) or None.
-        query_norm: (d,) or None.
         key_norm: (d,) or None.
         head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
         rotary_dim: Channels of a head that RoPE rotates.
@@ -27,8 +25,6 @@ class AttentionHeads:
     key: Array
     value: Array
     output: Array
-    output_bias: Array | None
-    query_norm: Array | None
     key_norm: Array | None
     head_norm: Array | None
     rotary_dim: int

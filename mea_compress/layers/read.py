@@ -81,14 +81,11 @@ def read_heads(source: Source, layer: int, with_queries: bool = True) -> Attenti
     else:
         query = np.broadcast_to(0.0, (count, head_dim, hidden + 1))
         output = np.broadcast_to(0.0, (count, hidden, head_dim))
-    bias = f"{prefix}o_proj.bias"
     return AttentionHeads(
         query=query,
         key=read_side(source, layer, "key"),
         value=read_side(source, layer, "value"),
         output=output,
-        output_bias=_read(source, bias) if source.reader.has(bias) else None,
-        query_norm=norm("q_norm"),
         key_norm=norm("k_norm"),
         head_norm=norm("head_norm"),
         rotary_dim=source.rotary_dim,

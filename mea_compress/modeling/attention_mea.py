@@ -349,11 +349,11 @@ def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | N
     """
     from transformers.cache_utils import Cache
 
-    found = None
+    cache = None
     rest = {}
     for name, value in (*((None, value) for value in args), *kwargs.items()):
         if isinstance(value, Cache):
-            found = value
+            cache = value
         elif type(value).__name__.endswith("Cache"):
             raise ValueError(
                 f"components cannot be kept in a {type(value).__name__} (continuous batching hands this one over): "
@@ -361,7 +361,7 @@ def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | N
             )
         elif name is not None:
             rest[name] = value
-    return found, rest
+    return cache, rest
 
 
 def refuse_missing_cache(sin: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
-from mea_compress.compositions.base import DEFAULT_METHODS, deals_evenly, method_form, method_name, reads_output
+from mea_compress.compositions.base import DEFAULT_METHODS, deals_evenly, method_form, method_name, method_needs_queries
 from mea_compress.emit.code import carried_code
 from mea_compress.errors import RequestError
 from mea_compress.export.form import growth, stock_form
@@ -232,7 +232,7 @@ def needs_whole_layer(recipe: Recipe, layer: LayerPlan) -> bool:
         return True
     chosen = (choice for choice in (recipe.key_composition, recipe.value_composition) if choice is not None)
     fitted = (layer.key_composition, layer.value_composition)
-    return any(reads_output(choice, recipe) for choice in chosen if method_name(choice) in fitted)
+    return any(method_needs_queries(choice, recipe) for choice in chosen if method_name(choice) in fitted)
 
 
 def known_beforehand(source: Source, recipe: Recipe, plan: Plan) -> bool:

@@ -68,7 +68,6 @@ def strided():
         name: ClassVar[str] = "strided"
         form: ClassVar[Form] = POOLED
         keep: Literal["first", "last"] = "first"
-        reads_output: ClassVar[bool] = True
 
         def values(self, heads, statistics, options):
             kept, best = maps(heads, statistics, options, self.keep == "first")
