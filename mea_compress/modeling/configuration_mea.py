@@ -89,11 +89,7 @@ class MeaPhi3Config(Phi3Config):
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
 
 
-__all__ = [
-    "MeaLlamaConfig",
-    "MeaMistralConfig",
-    "MeaPhi3Config",
-    "MeaQwen2Config",
-    "MeaQwen3Config",
-    "MeaQwen3MoeConfig",
-]
+CONFIGS = (MeaLlamaConfig, MeaMistralConfig, MeaPhi3Config, MeaQwen2Config, MeaQwen3Config, MeaQwen3MoeConfig)
+"""The configurations of all families; modeling_mea.py makes their models."""
+
+__all__ = ["CONFIGS", *(config.__name__ for config in CONFIGS)]

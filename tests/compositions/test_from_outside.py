@@ -276,3 +276,17 @@ def test_a_method_comes_from_an_entry_point(monkeypatch):
     monkeypatch.setattr(base, "entry_points", lambda group: [Point()] if group == "mea_compress.methods" else [])
     assert Recipe(kv_ratio=0.5, value_composition="strided")
     assert find_method("strided").form == POOLED
+
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "new_composition.ipynb"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOTEBOOK.is_file(), reason="not in a checkout of the repository")
+def test_the_notebook_runs_to_its_end():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    scope = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert scope["result"].plan.bytes_after == scope["result"].plan.bytes_before // 2
