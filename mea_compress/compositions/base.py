@@ -104,7 +104,8 @@ class Method(Protocol):
         form: The form that it makes.
         needs_queries: Whether it reads or changes q_proj or o_proj even with the ``weights`` fit; taken to be so where
             it is left out.
-        deals_evenly: Whether each rotary pair gets as many components (forms with `per_pair`); may be left out too.
+        allocates_uniformly: Whether each rotary pair gets as many components (forms with `per_pair`); may be left out
+            where it does not.
     """
 
     name: ClassVar[str]
@@ -195,6 +196,12 @@ def method_name(choice: Choice) -> str:
     return choice if isinstance(choice, str) else str(choice["method"])
 
 
+def side_choice(recipe: Recipe, side: str, name: str) -> Choice:
+    """Return the recipe's choice of a method for one side, or its name where the recipe leaves it to the plan."""
+    choice = recipe.key_composition if side == "key" else recipe.value_composition
+    return choice if choice is not None and method_name(choice) == name else name
+
+
 def method_form(name: str) -> Form:
     """Return the form that a method makes; the built-in ones are not imported for it."""
     return FORM_OF[name] if name in FORM_OF else find_method(name).form
@@ -256,9 +263,9 @@ def _checked(method: type[Method], option: str, value: object) -> object:
         raise RequestError(f"option {option} of method {method.name} {expectation}, not {value!r}") from None
 
 
-def deals_evenly(choice: Choice, recipe: Recipe) -> bool:
+def method_allocates_uniformly(choice: Choice, recipe: Recipe) -> bool:
     """Return whether the method gives each rotary pair as many components, whatever the weights are."""
-    return bool(getattr(configured(choice, recipe), "deals_evenly", False))
+    return bool(getattr(configured(choice, recipe), "allocates_uniformly", False))
 
 
 def method_needs_queries(choice: Choice, recipe: Recipe) -> bool:

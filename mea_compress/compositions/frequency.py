@@ -63,7 +63,7 @@ class Frequency:
     allocation: Literal["energy", "uniform"] = field(default="energy", metadata={"setting": "rotary_budget"})
 
     @property
-    def deals_evenly(self) -> bool:
+    def allocates_uniformly(self) -> bool:
         """Whether every rotary pair gets as many components."""
         return self.allocation == "uniform"
 
@@ -92,7 +92,7 @@ class Frequency:
         values, vectors = np.linalg.eigh(cross)
         values, vectors = values[..., ::-1], vectors[..., ::-1]
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = _uniform(budget, pairs) if self.deals_evenly else allocate_components(values, budget)
+        counts = _uniform(budget, pairs) if self.allocates_uniformly else allocate_components(values, budget)
         components, combinations = [], []
         for p, number in enumerate(counts):
             if not number:

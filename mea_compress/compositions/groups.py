@@ -11,6 +11,7 @@ import numpy as np
 
 from mea_compress.compositions.base import CompositionOptions, Fit
 from mea_compress.compositions.pool import group_heads, head_distance, reorder
+from mea_compress.errors import RequestError
 from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
@@ -65,10 +66,16 @@ def compose_groups(
 
 
 def join(parts: tuple[FactoredHeads, ...]) -> FactoredHeads:
-    """Join the factors of separate heads into one block-diagonal composition."""
+    """Join the factors of separate heads into one block-diagonal composition.
+
+    Raises:
+        RequestError: The weight of the form is no matrix.
+    """
     first, heads = parts[0], sum(part.heads for part in parts)
     if first.form.per_pair:
         return _join_pairs(parts, heads)
+    if first.weight is not None and first.weight.ndim != 2:
+        raise RequestError(f"the form {first.form.name} cannot be divided into groups; leave --kv-groups out")
     projection = np.concatenate([part.projection for part in parts])
     weight = None if first.weight is None else _block_diagonal([part.weight for part in parts])
     return FactoredHeads(first.form, heads, first.head_dim, projection, weight, groups=len(parts))

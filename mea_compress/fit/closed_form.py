@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mea_compress.architectures import Source
-from mea_compress.compositions.base import Choice, CompositionOptions, configured, method_name
+from mea_compress.compositions.base import CompositionOptions, configured, side_choice
 from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.heads.composed import Array, FactoredHeads, join_heads
 from mea_compress.heads.statistics import LayerStatistics
@@ -46,7 +46,7 @@ def compose(
         name, count = getattr(layer, f"{side}_composition"), getattr(layer, f"{side}_components")
         if (name, count) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
             continue
-        fitter = getattr(configured(_choice(recipe, side, name), recipe), f"{side}s")
+        fitter = getattr(configured(side_choice(recipe, side, name), recipe), f"{side}s")
         other = layer.value_components if side == "key" else layer.key_components
         options = CompositionOptions(count, recipe.fit, other)
         if grouped:
@@ -71,12 +71,6 @@ def compose(
         f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype, side), side) for side in ("key", "value")
     }
     return composed, {name: value for name, value in lost.items() if value is not None}
-
-
-def _choice(recipe: Recipe, side: str, name: str) -> Choice:
-    """Return the recipe's choice of a method for one side, or its name where the recipe leaves it to the plan."""
-    choice = getattr(recipe, f"{side}_composition")
-    return choice if choice is not None and method_name(choice) == name else name
 
 
 def _as_stored(factored: FactoredHeads, dtype: str, side: str) -> FactoredHeads:

@@ -426,6 +426,7 @@ class MeaAttention(nn.Module):
             self.q_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = section["qk_norm"]
+        self.caches_norm_scalars = self.qk_norm and self.key_form.caches_norm_scalars
         if section["head_norm"]:
             self.head_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
         self.has_head_norm = section["head_norm"]
@@ -471,7 +472,7 @@ class MeaAttention(nn.Module):
             return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
         if not form.commutes_with_rope:
             return components[:, None]
-        norm = self.k_norm.weight if self.qk_norm else None
+        norm = self.k_norm.weight if self.caches_norm_scalars else None
         rotated = composition.rotate(components, cos, sin, None if form.weighted_keys else norm)
         if norm is not None:
             heads = composition(components)
@@ -486,7 +487,7 @@ class MeaAttention(nn.Module):
         if not self.key_form.commutes_with_rope:
             positions = key_positions(position_ids, cached.shape[-2], attention_mask)
             return self._rebuilt_keys(cached[:, 0], positions, rotary)
-        if self.key_composition is None or not self.qk_norm:
+        if not self.caches_norm_scalars:
             return self._expand(cached, self.key_composition)
         components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
         return self._expand(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
@@ -587,7 +588,8 @@ class MeaAttention(nn.Module):
         cpu_kernel = self.config.mea.get("cpu_kernel", True)
         if not may_fuse(keys, values, queries, composition.weight, cpu_kernel=cpu_kernel):
             return None
-        components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
+        components = keys[..., : self.key_width]
+        norms = keys[:, 0, :, self.key_width :] if self.caches_norm_scalars else None
         return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
 
     def _attend_to_components(

@@ -90,7 +90,6 @@ class Form:
         per_pair: Whether each rotary pair has components of its own, listed in ``rotary_components``.
         joint: Whether both sides read one latent, of which each caches a part.
         commutes_with_rope: Whether keys are cached after RoPE; otherwise they are rebuilt before it.
-        caches_norm_scalars: Whether 1/rms of every reconstructed key is cached under QK-norm.
         weighted_keys: Whether it rebuilds keys that the key norm's weight has multiplied already.
         absorbs: Sides that are read without rebuilding heads: by wider queries (key), or by contracting sums (value).
         frozen: What layer-local refinement leaves as it is: ``proj``, ``composition`` or both.
@@ -108,7 +107,6 @@ class Form:
     per_pair: bool = False
     joint: bool = False
     commutes_with_rope: bool = True
-    caches_norm_scalars: bool = False
     weighted_keys: bool = False
     absorbs: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
@@ -117,6 +115,15 @@ class Form:
     def plain(self) -> bool:
         """Whether components are heads already, so that no weight rebuilds them."""
         return self.weight_shape is None
+
+    @property
+    def caches_norm_scalars(self) -> bool:
+        """Whether 1/rms of every reconstructed key is cached beside the components under QK-norm.
+
+        Keys that are cached after RoPE are normalised when they are read, unless an encoder makes components of keys
+        that are normalised already.
+        """
+        return not self.plain and self.commutes_with_rope and self.encoder_shape is None
 
     @property
     def fractional(self) -> bool:
@@ -146,7 +153,6 @@ REAL = Form(
     weight_shape=_components_by_heads,
     multiply_adds=_one,
     scalar=True,
-    caches_norm_scalars=True,
     absorbs=SIDES,
 )
 # Real matrices whose components are heads of the original, bit for bit; the second has ones and zeros alone.
@@ -159,7 +165,6 @@ COMPLEX = Form(
     weight_shape=_complex_by_heads,
     multiply_adds=_two,
     per_pair=True,
-    caches_norm_scalars=True,
     weighted_keys=True,
     absorbs=("key",),
 )

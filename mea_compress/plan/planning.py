@@ -11,7 +11,14 @@ from mea_compress.architectures import Source, open_source
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, TORCH_NAMES
-from mea_compress.compositions.base import DEFAULT_METHODS, deals_evenly, method_form, method_name, method_needs_queries
+from mea_compress.compositions.base import (
+    DEFAULT_METHODS,
+    method_allocates_uniformly,
+    method_form,
+    method_name,
+    method_needs_queries,
+    side_choice,
+)
 from mea_compress.emit.code import carried_code
 from mea_compress.errors import RequestError
 from mea_compress.export.form import growth, stock_form
@@ -353,7 +360,8 @@ def _stock_export(source: Source, recipe: Recipe, layers: list[LayerPlan], items
             section = key | side_section("value", layer.value_composition, layer.value_components, layer.value_form)
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
-            if layer.key_form.per_pair and deals_evenly(recipe.key_composition or layer.key_composition, recipe):
+            choice = side_choice(recipe, "key", layer.key_composition)
+            if layer.key_form.per_pair and method_allocates_uniformly(choice, recipe):
                 section["rotary_components"] = [layer.key_components] * (source.head_dim // 2)
         sections.append(section)
     try:
