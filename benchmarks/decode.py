@@ -4,8 +4,9 @@ Attention alone (what happens between the cache and the output projection, on ca
 stays in the processor's own cache, and that are one token longer in every round), then a small stack of layers with
 transformers' DynamicCache. All variants of a line take turns in one run; what counts are their ratios. The original
 appears in transformers' default, in SDPA with the query heads of a group as rows, and in plain matrix products in
-three orders, on a GPU also in FlashAttention's and cuDNN's kernels; the fastest of them all is what the compressed
-layer is held against.
+three orders, on a GPU also in FlashAttention's, cuDNN's and FlexAttention's kernels; the fastest of them all is what
+the compressed layer is held against. On a GPU attention is measured twice: called from Python, launches included, and
+as CUDA graphs between CUDA events, the time of the device alone.
 
     python benchmarks/decode.py --contexts 1024 8192 65536 --batches 1 4 --clock cpu --threads 1
     python benchmarks/decode.py --device cuda --contexts 8192 32768 --batches 1 8 --prefill-up-to 32768
@@ -14,18 +15,20 @@ layer is held against.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo
 import transformers
+from common import machine, versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,7 +41,9 @@ SHAPES = {"llama-3.2-1b": (32, 8, 64), "llama-3.1-8b": (32, 8, 128)}
 """Query heads, key/value heads, head_dim."""
 COMPRESSED = {"head": ("head", "head"), "frequency+latent": ("frequency", "latent")}
 RESULTS = Path(__file__).parent / "results"
-LAYERS = 4  # of the stack; also caches that take turns
+LAYERS = 4  # of the stack; also the caches that take turns, at least
+GPU_TURNS_BYTES = 2**28  # of compressed caches that take turns on a GPU: several times its second-level cache
+GPU_TURNS_AT_MOST = 64
 
 
 def clock(arguments):
@@ -102,14 +107,74 @@ def cudnn(query, key, value, scale):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
 
 
-def runs(function, query, key, value):
+@cache
+def compiled_flex(name):
+    """FlexAttention compiled for one of the two ways below."""
+    return torch.compile(lambda *tensors, **options: flex_attention(*tensors, **options), fullgraph=True)
+
+
+@lru_cache(maxsize=1)
+def blocks_of(length, device):
+    """The explicit list of all blocks for a single query, apart from the one that the compressed layer keeps."""
+    return decode_mea.every_block.__wrapped__(1, length, device)
+
+
+def flex(query, key, value, scale):
+    return compiled_flex("flex")(query, key, value, scale=scale, enable_gqa=True)
+
+
+def flex_by_blocks(query, key, value, scale):
+    """With the list of blocks that lets the kernel share the cache out among the processors."""
+    blocks = blocks_of(key.shape[2], key.device)
+    return compiled_flex("by blocks")(query, key, value, scale=scale, enable_gqa=True, block_mask=blocks)
+
+
+def runs(function, query, key, value, scale):
     """Whether this machine has a kernel for it."""
     try:
-        function(query, key, value, 1.0)
-    except RuntimeError as error:
-        print(f"original: {function.__name__} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        function(query, key, value, scale)
+    except Exception as error:  # whatever a compiler raises: the way is left out, the others are measured
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"original: {function.__name__} is left out: {reason}", file=sys.stderr)
         return False
     return True
+
+
+def device_times(variants, first, turns, arguments):
+    """Median milliseconds of every variant on the device alone: a CUDA graph of `turns` calls between two events."""
+    graphs = {}
+    for name, variant in variants.items():
+        without_a_kernel = set(decode_mea._NOT_FUSED)
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for call in range(first, first + turns):
+                    variant(call)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for call in range(first, first + turns):
+                    variant(call)
+            if without_a_kernel != decode_mea._NOT_FUSED:
+                raise RuntimeError("its kernel does not run within a graph")
+            graphs[name] = graph
+        except Exception as error:
+            decode_mea._NOT_FUSED.clear()
+            decode_mea._NOT_FUSED.update(without_a_kernel)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{name} has no device time: {reason}", file=sys.stderr)
+    times = {name: [] for name in graphs}
+    for turn in range(arguments.rounds + 2):
+        for name, graph in graphs.items():
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            graph.replay()
+            ended.record()
+            torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append(began.elapsed_time(ended) / turns)
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 ORIGINALS = {
@@ -118,7 +183,7 @@ ORIGINALS = {
     "keys first": products_keys_first,
     "one by one": products_one_by_one,
 }
-ORIGINALS_ON_GPUS = {"flash": flash, "cudnn": cudnn}
+ORIGINALS_ON_GPUS = {"flash": flash, "cudnn": cudnn, "flex": flex, "flex by blocks": flex_by_blocks}
 
 
 def section(kinds, heads, head_dim, layers):
@@ -167,17 +232,18 @@ def attention_alone(shape, context, batch, arguments):
     options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
     query = torch.randn(batch, queries, 1, head_dim, **options)
     scale, room = head_dim**-0.5, context
-    full = [[torch.randn(batch, heads, room, head_dim, **options) for _ in range(2)] for _ in range(LAYERS)]
     width = heads // 2 * head_dim
+    turns = turns_of(batch * room * width * 2 * options["dtype"].itemsize, arguments)
+    full = [[torch.randn(batch, heads, room, head_dim, **options) for _ in range(2)] for _ in range(turns)]
     halves = {  # each compressed variant has its own, or the second would find them in the processor's cache
-        name: [[torch.randn(batch, 1, room, width, **options) for _ in range(2)] for _ in range(LAYERS)]
+        name: [[torch.randn(batch, 1, room, width, **options) for _ in range(2)] for _ in range(turns)]
         for name in COMPRESSED
     }
     module = SimpleNamespace(num_key_value_groups=queries // heads, is_causal=True)
 
     def sides(caches, call):  # one token longer every time that it is a cache's turn again, up to the context
-        length = room - arguments.rounds - first_rounds(arguments) + 1 + call // LAYERS
-        return (side[:, :, :length] for side in caches[call % LAYERS])
+        length = room - arguments.rounds - first_rounds(arguments) + 1 + call // turns
+        return (side[:, :, :length] for side in caches[call % turns])
 
     def default(call):
         return sdpa_attention_forward(module, query, *sides(full, call), None, scaling=scale)
@@ -185,7 +251,7 @@ def attention_alone(shape, context, batch, arguments):
     variants = {"original: default": default}
     originals = dict(ORIGINALS)
     if arguments.device != "cpu":
-        originals |= {name: way for name, way in ORIGINALS_ON_GPUS.items() if runs(way, query, *sides(full, 0))}
+        originals |= {name: way for name, way in ORIGINALS_ON_GPUS.items() if runs(way, query, *sides(full, 0), scale)}
     for name, function in originals.items():
         variants[f"original: {name}"] = lambda call, function=function: function(query, *sides(full, call), scale)
     for name, kinds in COMPRESSED.items():
@@ -209,13 +275,41 @@ def attention_alone(shape, context, batch, arguments):
             variants[f"{name}: expanded"] = expanded
         variants[f"{name}: absorbed"] = absorbed
         variants[f"{name}: absorbed, plain products"] = absorbed_by_products
-    times = measure(variants, arguments, LAYERS)
-    best = min((name for name in times if name.startswith("original")), key=times.get)
+    times = measure(variants, arguments, turns)
+    best = best_original(times)
     line = {"shape": shape, "context": context, "batch": batch, "milliseconds": times, "best_original": best}
     for name in COMPRESSED:
         line[f"{name}: absorbed / best original"] = times[f"{name}: absorbed"] / times[best]
         line[f"{name}: default original / absorbed"] = times["original: default"] / times[f"{name}: absorbed"]
+    if arguments.device != "cpu":
+        line["caches_taking_turns"] = turns
+        line |= on_the_device(
+            device_times(variants, (arguments.rounds + first_rounds(arguments) - 1) * turns, turns, arguments)
+        )
     return line
+
+
+def turns_of(compressed_bytes, arguments):
+    """How many caches take turns, given the bytes of a compressed one."""
+    if arguments.device == "cpu":
+        return LAYERS
+    return max(LAYERS, min(GPU_TURNS_AT_MOST, -(-GPU_TURNS_BYTES // compressed_bytes)))
+
+
+def best_original(times):
+    """The fastest of the original's ways, None where none was measured."""
+    return min((name for name in times if name.startswith("original")), key=times.get, default=None)
+
+
+def on_the_device(times):
+    """The part of a line that says what the device alone takes, beside the best original and flash decoding."""
+    best = best_original(times)
+    part = {"device_milliseconds": times, "best_original_on_the_device": best}
+    for name in COMPRESSED:
+        for label, other in (("best original", best), ("flash", "original: flash")):
+            if f"{name}: absorbed" in times and other in times:
+                part[f"{name}: absorbed / {label}, on the device"] = times[f"{name}: absorbed"] / times[other]
+    return part
 
 
 def fill(model, context, batch, arguments):
@@ -286,6 +380,8 @@ def stack(shape, context, batch, arguments):
         }
         few = argparse.Namespace(**{**vars(arguments), "rounds": min(arguments.rounds, 3)})
         line["prefill_milliseconds"] = measure(prefill, few, 1)
+    if context > arguments.peaks_up_to:
+        return line
     line["decode_peak_megabytes"] = {}
     for name in VARIANTS:
         command = [sys.executable, __file__, "--peak", name, "--shapes", shape, "--contexts", str(context)]
@@ -378,6 +474,7 @@ def main():
     parser.add_argument("--expand-up-to", type=int, default=16384, help="longest context that is expanded")
     parser.add_argument("--prefill-up-to", type=int, default=8192, help="longest prompt")
     parser.add_argument("--stack-up-to", type=int, default=65536, help="longest context of the stack; 0: none")
+    parser.add_argument("--peaks-up-to", type=int, default=65536, help="longest context of peak memory; 0: none")
     parser.add_argument("--out", type=Path, help="JSON; default: results/decode-DEVICE-DTYPE.json")
     parser.add_argument("--plot", type=Path, help="draw this JSON beside itself and measure nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -391,18 +488,19 @@ def main():
         parser.error("--clock cpu does not see what a GPU does: leave it out with --device cuda")
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu adds up the time of all threads: give --threads 1 with it")
+    if arguments.device != "cpu":  # one process measures more forms than a model has
+        for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
+            if hasattr(torch._dynamo.config, name):
+                setattr(torch._dynamo.config, name, 64)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     if arguments.peak:
         peak(arguments.peak, arguments)
         return
     out = arguments.out or RESULTS / f"decode-{arguments.device}-{arguments.dtype}.json"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if arguments.device != "cpu":
-        machine = f"{torch.cuda.get_device_name()}, {machine}"
     result = {
         "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
-        "machine": machine,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine(arguments.device),
+        "versions": versions(),
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
@@ -411,8 +509,8 @@ def main():
     }
     combinations = [(s, c, b) for s in arguments.shapes for b in arguments.batches for c in arguments.contexts]
     with torch.no_grad():
-        for combination in combinations:
-            for part, function in (("attention", attention_alone), ("stack", stack)):
+        for part, function in (("attention", attention_alone), ("stack", stack)):
+            for combination in combinations:
                 if part == "stack" and combination[1] > arguments.stack_up_to:
                     continue
                 result[part].append(function(*combination, arguments))

@@ -19,11 +19,13 @@ import click
 import torch
 import transformers
 
-from mea_compress.compression import compress, versions
+from mea_compress.checkpoint.files import write_json
+from mea_compress.compression import compress
+from mea_compress.emit.directory import versions
 from mea_compress.errors import RequestError
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.recipe import load_recipe
-from mea_compress.report.tables import table, write_json
+from mea_compress.report.tables import table
 
 CLOSED = {"refine": 0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -75,11 +77,11 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
     }
     with tempfile.TemporaryDirectory(prefix="mea-quality-") as scratch:
         out, start = Path(scratch) / "out", time.perf_counter()
-        result = compress(checkpoint, out, load_recipe(overrides=overrides), progress=options["progress"])
+        result = compress(checkpoint, out, recipe=load_recipe(overrides=overrides), progress=options["progress"])
         seconds = time.perf_counter() - start
         found = evaluate(
             out,
-            options["text"],
+            text=options["text"],
             reference=checkpoint,
             sequence_length=options["sequence_length"],
             limit=options["limit"],
@@ -90,7 +92,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
         **{key: found[key] for key in ("kl", "cross_entropy", "top1_agreement", "kv_bytes_per_token", "tokens")},
         "reference": found["reference"],
         "seconds": round(seconds, 1),
-        "components": [[layer.key_components, layer.value_components] for layer in result.plan.layers],
+        "components": [[layer.spec.key.components, layer.spec.value.components] for layer in result.plan.layers],
     }
 
 

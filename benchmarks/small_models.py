@@ -12,15 +12,8 @@ import click
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mea_compress.demo.run import (
-    Size,
-    build_model,
-    library_documents,
-    split_documents,
-    train,
-    train_tokenizer,
-    training_sequences,
-)
+from mea_compress.demo.documents import library_documents, split_documents
+from mea_compress.demo.training import Size, build_model, train, train_tokenizer, training_sequences
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 

@@ -1,11 +1,13 @@
 """The command line: every command parses, calls one function and prints.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 done, 2 the request was wrong, 130 interrupted,
-1 anything else. Whatever loads PyTorch is imported inside the commands.
+1 anything else. Whatever loads PyTorch is imported inside the commands. Functions speak of their parameters, in
+backquotes; a command shows those that it has a flag for as this flag.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import traceback
@@ -18,8 +20,18 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
+from mea_compress.checkpoint.files import to_json, write_json
 from mea_compress.errors import RequestError
-from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes, from_flags, load_recipe, value_type
+from mea_compress.recipe import (
+    EvaluateRecipe,
+    HealRecipe,
+    Recipe,
+    builtin_recipes,
+    from_flags,
+    given_settings,
+    load_recipe,
+    value_type,
+)
 from mea_compress.report import tables as report
 
 NAME = "mea-compress"
@@ -46,8 +58,16 @@ class _Command(click.Command):
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; its own flags stand for parameters in what a wrong request is answered."""
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            error.args = (_with_flags(str(error), self.params),)
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes one section for each group, in the order in which the groups first appear, the common ones last."""
+        """Write one section for each group, in the order in which the groups first appear, the common ones last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -69,8 +89,14 @@ class _Group(click.Group):
         self.params.append(_debug_option())
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands as they were declared."""
+        """Return the names of the commands as they were declared."""
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the first sentence of every command's help, whole, where Click would cut it off."""
+        rows = [(name, command.get_short_help_str(limit=sys.maxsize)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 class _Program(_Group):
@@ -93,19 +119,25 @@ class _Program(_Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
+def _with_flags(message: str, parameters: Sequence[click.Parameter]) -> str:
+    """Replace parameters of functions, `sequence_length` in backquotes, by flags of a command: --sequence-length."""
+    flags = {option.name: option.opts[0] for option in parameters if isinstance(option, click.Option)}
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message)
+
+
 def _explain(error: Exception) -> tuple[int, str]:
-    """Exit status and sentence of a failure."""
+    """Return the exit status and the sentence of a failure."""
     if isinstance(error, click.Abort):
         # Whoever was interrupted may have said what to do next.
-        said = str(error.__cause__ or "")
-        return 130, f"{NAME}: {said or 'interrupted; nothing unfinished was put in place.'}"
+        advice = str(error.__cause__ or "")
+        return 130, f"{NAME}: {advice or 'interrupted, and nothing unfinished was put in place'}"
     if isinstance(error, NoArgsIsHelpError):
         return 2, error.format_message()
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else NAME
-        return 2, f"{command}: {error.format_message()} Type {command} --help for what it takes."
+        return 2, f"{command}: {_clause(error.format_message())}; {command} --help shows what it takes"
     if isinstance(error, click.ClickException):
-        return 2, f"{NAME}: {error.format_message()}"
+        return 2, f"{NAME}: {_clause(error.format_message())}"
     if isinstance(error, RequestError):
         return 2, f"{NAME}: {error}"
     lines = str(error).strip().splitlines()
@@ -113,8 +145,14 @@ def _explain(error: Exception) -> tuple[int, str]:
     return 1, f"{NAME}: failed with {reason} (--debug shows where)"
 
 
+def _clause(message: str) -> str:
+    """Return what Click says in the style of this program's messages: one sentence, lower case, no full stop."""
+    message = message.replace(". (Did", " (did").replace(". Did", ", did")
+    return message[:1].lower() + message[1:].rstrip(".")
+
+
 def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
-    """Options for every field of some settings that names a group; not given means None, so that recipes can speak."""
+    """Return a decorator that adds an option for every field with a group; unset flags are None: the recipe's apply."""
 
     def decorate(function: Function) -> Function:
         for name, field in reversed(settings.model_fields.items()):
@@ -169,19 +207,14 @@ def _batch_option(function: Function) -> Function:
     )(function)
 
 
-def _given(settings: BaseModel) -> dict[str, Any]:
-    """The settings that say something, by name; the defaults of the others stay where the work is done."""
-    return {name: value for name, value in settings if value is not None}
-
-
 def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
-    """A result as text on stdout, or as JSON there, or as both text there and JSON in a file."""
+    """Print a result as text, or with `-` as JSON, or as text with the JSON in a file."""
     if json_file is not None and str(json_file) == "-":
-        click.echo(report.to_json(data), nl=False)
+        click.echo(to_json(data), nl=False)
         return
     click.echo(text)
     if json_file is not None:
-        report.write_json(json_file, data)
+        write_json(json_file, data)
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -196,14 +229,13 @@ def cli() -> None:
 @_json_option
 def inspect(source: Path, batch: int, json_file: Path | None) -> None:
     """Say what a checkpoint is: family, heads, cache bytes per token, parameters. Reads headers only."""
-    from mea_compress.plan.planning import inspect_checkpoint
+    from mea_compress.planning.plans import inspect_checkpoint
 
-    found = inspect_checkpoint(source).to_json(batch)
-    _print(report.inspection_report(found), found, json_file)
-    fault = found.get("code", {}).get("fault")
-    if fault:
+    inspection = inspect_checkpoint(source)
+    _print(inspection.report(batch), inspection.to_json(batch), json_file)
+    if inspection.code and inspection.code.fault:
         click.echo(
-            f"{NAME}: {source} carries the code of {NAME} {found['code']['version']}: {fault}; "
+            f"{NAME}: {source} carries the code of {NAME} {inspection.code.version}: {inspection.code.fault}; "
             f"replace it by {NAME} refresh {source}",
             err=True,
         )
@@ -218,7 +250,7 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
     from mea_compress.emit.code import refresh as refresh_checkpoint
 
     result = refresh_checkpoint(checkpoint, check=check).to_json()
-    _print(report.facts(result), result, json_file)
+    _print(report.key_value_table(result), result, json_file)
 
 
 @cli.command()
@@ -229,12 +261,10 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
 @_json_option
 def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, **flags: Any) -> None:
     """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
-    from mea_compress.plan.planning import make_plan
+    from mea_compress.planning.plans import make_plan
 
     planned = make_plan(source, load_recipe(recipe, flags))
-    data = planned.to_json(batch)
-    outlook = report.stock_outlook(data["stock_export"])
-    _print("\n\n".join([report.plan_report(data), *_choice(planned), outlook]), data, json_file)
+    _print(planned.report(batch), planned.to_json(batch), json_file)
 
 
 @cli.command()
@@ -244,29 +274,16 @@ def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, *
 @_options(Recipe)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags: Any) -> None:
-    r"""Write to OUT a checkpoint whose KV cache is a share of SRC's.
+    """Write to OUT a checkpoint whose KV cache is a share of SRC's.
 
     SRC is only read; OUT appears complete or not at all. The paper's own initialisation is
 
     \b
       --kv-ratio 0.5 --fit weights --key-composition head --value-composition head
-    """
+    """  # noqa: D301 - \b is Click's mark of lines that stay as they are
     from mea_compress.compression import compress as compress_checkpoint
 
-    result = compress_checkpoint(source, out, load_recipe(recipe, flags), resume=resume)
-    _print(_compressed(result))
-
-
-def _choice(plan: Any) -> list[str]:
-    """Which compositions were chosen and why, where the request left it open."""
-    return [f"Composition: {plan.choice}"] if plan.choice else []
-
-
-def _compressed(result: Any) -> str:
-    parts = [report.before_after(result.plan.to_json()), *_choice(result.plan)]
-    if result.fidelity:
-        parts.append(report.facts(result.fidelity))
-    return "\n\n".join([*parts, f"Written to {result.out}"])
+    _print(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume).report())
 
 
 @cli.command()
@@ -279,8 +296,8 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
     from mea_compress.healing import heal as heal_checkpoint
 
     settings = from_flags(HealRecipe, flags)
-    result = heal_checkpoint(checkpoint, teacher, out=out, **_given(settings))
-    _print(report.facts(result.to_json()))
+    result = heal_checkpoint(checkpoint, teacher=teacher, out=out, **given_settings(settings))
+    _print(report.key_value_table(result.to_json()))
 
 
 @cli.command()
@@ -294,7 +311,7 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
     """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
     from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 
-    settings = _given(from_flags(EvaluateRecipe, flags))
+    settings = given_settings(from_flags(EvaluateRecipe, flags))
     measured = evaluate_checkpoint(checkpoint, reference=reference, **settings).to_json()
     _print(report.evaluation_report(measured), measured, json_file)
 
@@ -314,11 +331,11 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
 @_json_option
 def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
-    from mea_compress.export.stock import export as export_checkpoint
+    from mea_compress.exporting.stock import export as export_checkpoint
 
-    result = export_checkpoint(checkpoint, out, form, resume=resume)
+    result = export_checkpoint(checkpoint, out, format=form, resume=resume)
     data = result.to_json()
-    text = [report.facts(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
+    text = [report.key_value_table(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
     _print("\n\n".join(text), data, json_file)
 
 
@@ -330,33 +347,10 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
 @_json_option
 def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_file: Path | None) -> None:
     """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
-    wanted = load_recipe(recipe, {"source": source, "out": out})
-    if wanted.source is None or wanted.out is None:
-        raise RequestError(
-            f"{recipe} does not say where from and where to: add source and out, or give --source and --out."
-        )
-    for text in (wanted.text, wanted.heal and wanted.heal.text, wanted.evaluate and wanted.evaluate.text):
-        if text and not text.is_file():
-            raise RequestError(f"{recipe} names the text {text}, which is not there: correct the path.")
+    from mea_compress.pipeline import run as run_recipe
 
-    from mea_compress.compression import compress as compress_checkpoint
-
-    result = compress_checkpoint(wanted.source, wanted.out, wanted, resume=resume)
-    texts, data = [_compressed(result)], {"plan": result.plan.to_json(), "fidelity": result.fidelity}
-    shared = {"device": wanted.device}
-    if wanted.heal and not (resume and (wanted.out / "healing.json").is_file()):
-        from mea_compress.healing import heal as heal_checkpoint
-
-        settings = {"seed": wanted.seed} | shared | _given(wanted.heal)
-        data["healing"] = heal_checkpoint(wanted.out, wanted.source, **settings).to_json()
-        texts.append(report.facts(data["healing"]))
-    if wanted.evaluate:
-        from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
-
-        settings = shared | _given(wanted.evaluate)
-        data["evaluation"] = evaluate_checkpoint(wanted.out, reference=wanted.source, **settings).to_json()
-        texts.append(report.evaluation_report(data["evaluation"]))
-    _print("\n\n".join(texts), data, json_file)
+    result = run_recipe(recipe, source=source, out=out, resume=resume)
+    _print(result.report(), result.to_json(), json_file)
 
 
 @cli.group(invoke_without_command=True)
@@ -403,8 +397,8 @@ def _builtin(name: str) -> Path:
     builtins = builtin_recipes()
     if name not in builtins:
         near = get_close_matches(name, builtins, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(builtins)}."
-        raise RequestError(f"There is no built-in recipe {name!r}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(builtins)}"
+        raise RequestError(f"there is no built-in recipe {name!r}: {hint}")
     return builtins[name]
 
 

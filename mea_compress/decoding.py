@@ -15,10 +15,14 @@ import torch
 from mea_compress.errors import VerificationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+    from transformers.utils import ModelOutput
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """Return the name under which a model's forward takes its cache: the parameter annotated with `Cache`.
 
     Raises:
@@ -28,7 +32,7 @@ def cache_argument(model: Any) -> str:
 
 
 @remember
-def _cache_argument(forward: Any) -> str:
+def _cache_argument(forward: Callable[..., Any]) -> str:
     for name, parameter in inspect.signature(forward).parameters.items():
         annotation = parameter.annotation
         if "Cache" in (annotation if isinstance(annotation, str) else str(annotation)):
@@ -36,7 +40,7 @@ def _cache_argument(forward: Any) -> str:
     raise TypeError(f"{forward.__qualname__} takes no cache under this release of transformers")
 
 
-def cache_of(output: Any) -> Cache | None:
+def cache_of(output: ModelOutput) -> Cache | None:
     """Return the cache among a model's outputs, or None."""
     from transformers.cache_utils import Cache
 
@@ -44,7 +48,7 @@ def cache_of(output: Any) -> Cache | None:
 
 
 def run_cached(
-    model: Any, ids: torch.Tensor, cache: Cache | None = None, **options: Any
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, **options: Any
 ) -> tuple[torch.Tensor, Cache | None]:
     """Run new tokens after those of a cache.
 
@@ -64,7 +68,7 @@ def run_cached(
 
 
 @torch.no_grad()
-def decode_greedily(model: Any, prompt: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_greedily(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Append the likeliest tokens to a prompt, one at a time with a cache.
 
     Args:
@@ -78,21 +82,21 @@ def decode_greedily(model: Any, prompt: torch.Tensor, steps: int) -> tuple[torch
     Raises:
         VerificationError: The cache does not hold the tokens that were run.
     """
-    ids, chosen, cache = prompt, [], None
-    new = prompt
+    ids, last_logits, cache = prompt, [], None
+    next_ids = prompt
     for _ in range(steps):
-        logits, cache = run_cached(model, new, cache)
-        held = 0 if cache is None else int(cache.get_seq_length())
-        if held != ids.shape[1]:
-            raise VerificationError(f"after {ids.shape[1]} tokens the cache holds {held}: decoding would lose tokens")
-        chosen.append(logits[:, -1:])
-        new = logits[:, -1:].argmax(-1)
-        ids = torch.cat((ids, new), dim=1)
-    return ids, torch.cat(chosen, dim=1)
+        logits, cache = run_cached(model, next_ids, cache)
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        if cached != ids.shape[1]:
+            raise VerificationError(f"after {ids.shape[1]} tokens the cache holds {cached}: decoding would lose tokens")
+        last_logits.append(logits[:, -1:])
+        next_ids = logits[:, -1:].argmax(-1)
+        ids = torch.cat((ids, next_ids), dim=1)
+    return ids, torch.cat(last_logits, dim=1)
 
 
 @torch.no_grad()
-def check_decoding(model: Any, prompt: torch.Tensor, steps: int, tolerance: float) -> float:
+def check_decoding(model: PreTrainedModel, prompt: torch.Tensor, steps: int, tolerance: float) -> float:
     """Check that greedy tokens with a cache are those without.
 
     Args:
@@ -108,14 +112,14 @@ def check_decoding(model: Any, prompt: torch.Tensor, steps: int, tolerance: floa
         VerificationError: They differ.
     """
     ids, cached = decode_greedily(model, prompt, steps)
-    whole = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -steps:]
-    size = whole.abs().max().clamp(min=1e-30)
-    difference = float((cached - whole).abs().max() / size)
-    tokens = ids[:, -steps:, None]
-    lost = float((whole.amax(-1, keepdim=True) - whole.gather(-1, tokens)).max() / size)
-    if not max(difference, lost) <= tolerance:  # also true for NaN
+    uncached = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -steps:]
+    largest = uncached.abs().max().clamp(min=1e-30)
+    difference = float((cached - uncached).abs().max() / largest)
+    # How far the tokens chosen with the cache are from being the likeliest ones without.
+    gap = float((uncached.amax(-1, keepdim=True) - uncached.gather(-1, ids[:, -steps:, None])).max() / largest)
+    if not max(difference, gap) <= tolerance:  # also true for NaN
         raise VerificationError(
-            f"decoding with a cache differs from the whole sequence by {max(difference, lost):.2e} of the largest logit"
+            f"decoding with a cache differs from the whole sequence by {max(difference, gap):.2e} of the largest logit"
         )
     return difference
 

@@ -1,4 +1,4 @@
-"""Healing: the compressed checkpoint learns from its original again, by distillation.
+"""Healing: end-to-end distillation of a compressed checkpoint from its original.
 
 The loss is KL(original ‖ compressed) of the next-token distributions, in nats per token, averaged over tokens. Only the
 attention blocks are trained by default: the components, their compositions, q_proj and o_proj are what compression
@@ -11,156 +11,80 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.checkpoint.workspace import exchange, sync_tree
+from mea_compress.checkpoint import (
+    CheckpointReader,
+    Entry,
+    NewTensor,
+    TensorInfo,
+    as_array,
+    torch_dtype,
+    write_shard,
+)
+from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
+from mea_compress.checkpoint.layout import lay_out
 from mea_compress.decoding import check_decoding
 from mea_compress.emit.code import carried_code, write_code
+from mea_compress.emit.directory import versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import hold_groups
-from mea_compress.text import (
+from mea_compress.loading import (
     choose_sequence_length,
     load_model,
     load_tokenizer,
-    read_documents,
     resolve_device,
-    sample_sequences,
-    token_sequences,
+    seeded,
+    vocabulary_size,
 )
+from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import key_value_table
+from mea_compress.text import read_documents, sample_sequences, token_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
-_SAMPLED_AT_MOST = 1024
-_HELD_OUT_AT_MOST = 64
-_LOGITS_AT_ONCE = 2**26
-# What is decoded with a cache and without before the healed checkpoint appears.
+_MAX_SAMPLED = 1024
+_MAX_HELD_OUT = 64
+# Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Sums over the predicted tokens of some sequences: losses in nats (float64)."""
+@dataclass(frozen=True, repr=False)
+class HealingResult(Shown):
+    """What healing did; losses in nats per token on sequences held out from training.
 
-    tokens: int
-    cross_entropy: float
-    kl: float
-    reference_cross_entropy: float
-    agreements: int
-
-    def __add__(self, other: Comparison) -> Comparison:
-        return Comparison(
-            self.tokens + other.tokens,
-            self.cross_entropy + other.cross_entropy,
-            self.kl + other.kl,
-            self.reference_cross_entropy + other.reference_cross_entropy,
-            self.agreements + other.agreements,
-        )
-
-
-NOTHING = Comparison(0, 0.0, 0.0, 0.0, 0)
-
-
-def rows_at_once(length: int, vocabulary: int) -> int:
-    """Sequences whose logits are about 256 MB in float32, at least one."""
-    return max(1, _LOGITS_AT_ONCE // (length * vocabulary))
-
-
-@torch.no_grad()
-def compare_logits(
-    logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor
-) -> Comparison:
-    """Cross-entropy, KL(reference ‖ model) and top-1 agreement from logits, some positions at a time.
-
-    In float64 where the device has it.
-
-    Args:
-        logits: (B, T, V), any floating dtype.
-        reference: (B, T, V) or None.
-        ids: (B, T) int64; the prediction at t is judged by ids[t + 1].
-        mask: (B, T) bool, False where ids are padding.
-
-    Returns:
-        Sums over the predictions whose target is not padding; without a reference its parts are 0.
+    Attributes:
+        out: The healed checkpoint.
+        steps: Optimiser steps.
+        tokens: Tokens trained on.
+        learning_rate: Peak.
+        train: ``attention`` or ``all``.
+        text: Name of the text file, or that text was sampled.
+        seed: Of sampling and of the order of sequences.
+        trained_parameters: Numbers that were free to change.
+        held_out_tokens: Predictions that losses are averaged over.
+        kl_before: KL(original ‖ compressed) before healing.
+        kl_after: The same of the weights kept.
+        cross_entropy_before: Cross-entropy before healing.
+        cross_entropy_after: The same of the weights kept.
+        kept: ``unhealed`` where training did not lower the KL.
+        seconds: Time it all took.
     """
-    keep = mask[:, 1:].flatten()
-    rows = keep.nonzero().squeeze(1)
-    targets = ids[:, 1:].flatten()[rows]
-    batch, length, vocabulary = logits.shape
-    rows = rows // (length - 1) * length + rows % (length - 1)
-    flat = logits.reshape(batch * length, vocabulary)
-    flat_reference = None if reference is None else reference.reshape(batch * length, vocabulary).to(flat.device)
-    step = max(1, 2**23 // vocabulary)
-    total = NOTHING
-    exact = torch.float32 if flat.device.type == "mps" else torch.float64
-    for start in range(0, len(rows), step):
-        part, target = rows[start : start + step], targets[start : start + step, None]
-        log_p = flat[part].to(exact).log_softmax(-1)
-        loss, kl, reference_loss, agreements = -log_p.gather(1, target).sum().item(), 0.0, 0.0, 0
-        if flat_reference is not None:
-            log_r = flat_reference[part].to(exact).log_softmax(-1)
-            reference_loss = -log_r.gather(1, target).sum().item()
-            # 0 · (−∞ − x) is 0: a token the reference rules out adds nothing.
-            kl = torch.where(log_r == -torch.inf, 0.0, log_r.exp() * (log_r - log_p)).sum().item()
-            agreements = int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
-        total += Comparison(len(part), loss, kl, reference_loss, agreements)
-    return total
-
-
-@torch.no_grad()
-def compare_models(model: Any, reference: Any | None, ids: torch.Tensor, mask: torch.Tensor) -> Comparison:
-    """`compare_logits` of one batch: a forward pass of each model, padding masked, nothing cached.
-
-    Args:
-        model: causal language model.
-        reference: causal language model of the same vocabulary, or None.
-        ids: (B, T) int64.
-        mask: (B, T) bool.
-    """
-    logits: list[Any] = []
-    for each in (model, reference):
-        if each is None:
-            logits.append(None)
-            continue
-        device = next(each.parameters()).device
-        attention = None if bool(mask.all()) else mask.long().to(device)
-        logits.append(each(input_ids=ids.to(device), attention_mask=attention, use_cache=False).logits)
-    device = logits[0].device
-    return compare_logits(logits[0], logits[1], ids.to(device), mask.to(device))
-
-
-def check_same_vocabulary(model: Any, reference: Any, names: tuple[Path | str, Path | str]) -> None:
-    """Both models must predict the same tokens.
-
-    Raises:
-        RequestError: their vocabularies differ in size.
-    """
-    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise RequestError(
-            f"{names[0]} has a vocabulary of {sizes[0]} and {names[1]} one of {sizes[1]}: "
-            "give the original it was made from."
-        )
-
-
-@dataclass(frozen=True)
-class HealingResult:
-    """What healing did; losses in nats per token on sequences held out from training."""
 
     out: Path
     steps: int
@@ -179,11 +103,17 @@ class HealingResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as in ``healing.json``."""
+        """Return plain data, as in ``healing.json``."""
         return asdict(self) | {"out": str(self.out)}
+
+    def report(self) -> str:
+        """Return what people read."""
+        return key_value_table(self.to_json())
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
+    """Training sequences, ids (N, T), one an item."""
+
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
 
@@ -197,10 +127,10 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 class _Distiller(Trainer):
     """Trainer whose loss is KL(teacher ‖ student) per token."""
 
-    def __init__(self, teacher: Any, **arguments: Any) -> None:
+    def __init__(self, teacher: PreTrainedModel, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.teacher = teacher
-        self.model_accepts_loss_kwargs = False  # the mean over accumulated micro-batches is the Trainer's part
+        self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
         self.last_loss = math.nan
 
     def compute_loss(
@@ -208,10 +138,10 @@ class _Distiller(Trainer):
     ) -> Any:
         ids = inputs["input_ids"]
         with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            log_r = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         output = model(input_ids=ids, use_cache=False)
         loss = torch.nn.functional.kl_div(
-            output.logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum"
+            output.logits.float().log_softmax(-1), log_r, log_target=True, reduction="sum"
         ) / (ids.shape[0] * ids.shape[1])
         self.last_loss = loss.item()
         return (loss, output) if return_outputs else loss
@@ -233,115 +163,116 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def _trainable(model: Any, train: str) -> dict[str, torch.nn.Parameter]:
-    chosen = {
+def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters to train by name, and freeze all others."""
+    trainable = {
         name: parameter for name, parameter in model.named_parameters() if train == "all" or _ATTENTION.search(name)
     }
-    if not chosen:
-        raise RequestError("The student has no weights that are recognised as attention: use train: all.")
+    if not trainable:
+        raise RequestError("the student has no weights that are recognised as attention: use all for `train`")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in trainable)
     hold_groups(model)
-    return chosen
+    return trainable
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that make the checkpoint: the index's when there is one, else every safetensors file."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(directory.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise RequestError(f"{index} names files outside the directory: this is no checkpoint to trust.")
-    return [directory / name for name in names]
+def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
+    """Return the dtype of every stored tensor that torch can compute with, by name."""
+    stored = {}
+    for info in CheckpointReader(student).tensors.values():
+        with suppress(KeyError):
+            stored[info.name] = torch_dtype(info.dtype)
+    return stored
 
 
-def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
-    dtypes = {}
-    for file in _weight_files(directory):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                dtypes[name] = weights.get_slice(name)[:0].dtype
-    return dtypes
+def _write_weights(student: CheckpointReader, directory: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Write the student's weight files again with some tensors replaced: same names, shards, dtypes and metadata.
 
+    Args:
+        student: The checkpoint; its index says the same of the new files and is not written again.
+        directory: Where to.
+        changed: New values by name, on any device, rounded to the dtype in which they are stored.
 
-def _write_weights(student: Path, directory: Path, changed: dict[str, torch.Tensor]) -> None:
-    """The student's weight files again, shard by shard, with some tensors replaced: same names, shards, dtypes."""
-    for file in _weight_files(student):
-        tensors = {}
-        with safe_open(file, framework="pt") as weights:
-            metadata = weights.metadata()
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                old = weights.get_tensor(name)
-                new = changed.get(name)
-                tensors[name] = old if new is None else new.detach().to("cpu", old.dtype).contiguous().clone()
-        save_file(tensors, directory / file.name, metadata=metadata)
+    Raises:
+        RequestError: The disk is full or refuses, or a source cannot be read.
+    """
 
+    def entry(info: TensorInfo) -> Entry:
+        tensor = changed.get(info.name)
+        if tensor is None:
+            return info
+        return NewTensor(info.name, info.dtype, info.shape, lambda: as_array(tensor.to("cpu", torch_dtype(info.dtype))))
 
-@contextmanager
-def _replacing(out: Path, student: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.healing-", dir=out.parent))
-    try:
-        work.chmod(student.stat().st_mode & 0o777)
-        yield work
-        sync_tree(work)
-        if out.exists() and out == student:
-            exchange(work, out)  # the old checkpoint goes with the scratch
-        else:
-            os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    for file in student.files:
+        entries = [entry(info) for info in student.tensors.values() if info.file == file]
+        write_shard(directory, lay_out(file.name, entries, student.metadata[file.name]))
 
 
 def _check_places(student: Path, teacher: Path, out: Path) -> None:
     if student == teacher:
-        raise RequestError(f"{student} cannot be its own teacher: give the original with --teacher.")
+        raise RequestError(f"{student} cannot be its own teacher: give the original as `teacher`")
     if out != student and (out.exists() or out.is_symlink()):
-        raise RequestError(f"{out} exists already: remove it, or choose another place.")
+        raise RequestError(f"{out} exists already: remove it, or choose another place")
     if (
         teacher == out
         or teacher in out.parents
         or out in teacher.parents
         or (out != student and student in out.parents)
     ):
-        raise RequestError(f"{out} lies in a checkpoint that is read: choose another place.")
+        raise RequestError(f"{out} lies in a checkpoint that is read: choose another place")
 
 
 def _sequences(
-    text: Path | None, teacher: Any, tokenizer: Any, length: int, wanted: int, seed: int, progress: bool
+    text: Path | None,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    trained: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences to train on and sequences held out (every part at least one)."""
+    """Return sequences to train on and sequences held out, ids (N, length) of each, N at least one.
+
+    Args:
+        text: Where they come from; None samples them from the teacher.
+        teacher: The original.
+        tokenizer: Makes ids of the text.
+        length: Tokens of a sequence.
+        trained: Sequences in all steps together; as many are sampled, within bounds.
+        seed: Of sampling.
+        progress: Show a bar on stderr.
+    """
     if text is not None:
         ids = token_sequences(read_documents(text), tokenizer, length)
         if len(ids) < 2:
             raise RequestError(
                 f"{text} fills one sequence of {length} tokens, and healing holds one out: "
-                "give more text, or a smaller --sequence-length."
+                "give more text, or a smaller `sequence_length`"
             )
     else:
-        count = min(wanted, _SAMPLED_AT_MOST)
-        count += max(2, min(_HELD_OUT_AT_MOST, count // 8))
+        count = min(trained, _MAX_SAMPLED)
+        count += max(2, min(_MAX_HELD_OUT, count // 8))
         ids = sample_sequences(teacher, tokenizer.bos_token_id, count, length, seed, progress=progress)
-    held_out = max(1, min(_HELD_OUT_AT_MOST, len(ids) // 9))
+    held_out = max(1, min(_MAX_HELD_OUT, len(ids) // 9))
     return ids[:-held_out], ids[-held_out:]
 
 
-def _measure(model: Any, teacher: Any, ids: torch.Tensor) -> Comparison:
+def _measure(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> Comparison:
+    """Sum the comparisons of ids (N, T), which have no padding."""
     total = NOTHING
-    for rows in ids.split(rows_at_once(ids.shape[1], teacher.config.get_text_config().vocab_size)):
+    for rows in ids.split(max_batch_size(ids.shape[1], vocabulary_size(teacher))):
         total += compare_models(model, teacher, rows, torch.ones_like(rows, dtype=torch.bool))
     return total
 
 
 def default_learning_rate(hidden_size: int) -> float:
-    """Peak learning rate that suits a width: 2e-3 at 128 and below, falling as 1 / width (1.2e-4 at 2048)."""
+    """Return the peak learning rate for a width: 2e-3 at 128 and below, then falling as 1 / width (1.2e-4 at 2048)."""
     return min(2e-3, 0.256 / hidden_size)
 
 
 def heal(
-    student: Path | str,
+    checkpoint: Path | str,
+    *,
     teacher: Path | str,
     text: Path | str | None = None,
     steps: int = 200,
@@ -354,43 +285,48 @@ def heal(
     progress: bool = True,
     train: Literal["attention", "all"] = "attention",
 ) -> HealingResult:
-    """Distils a compressed checkpoint from its original, and keeps the better of before and after.
+    """Distil a compressed checkpoint from its original, and keep the better of before and after.
 
     AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to
     zero. A tenth of the sequences (64 at most) is held out; the healed weights, rounded to the dtype they are stored
     in, are kept only where they lower the KL there.
 
     Args:
-        student: directory of the compressed checkpoint.
-        teacher: directory of the original; never written to.
+        checkpoint: Directory of the compressed checkpoint, the student.
+        teacher: Directory of the original; never written to.
         text: ``.txt`` or ``.jsonl``; None samples the text from the teacher.
-        steps: optimiser steps.
-        out: directory of the healed checkpoint, which must not exist; None puts it in the student's place.
+        steps: Optimiser steps.
+        out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
             Either way it appears complete or not at all.
-        learning_rate: peak; None suits it to the width (`default_learning_rate`).
-        batch_size: sequences in a step.
-        sequence_length: tokens of a sequence; None takes the model's context, at most 1024.
-        seed: of sampling and of the order of sequences.
+        learning_rate: Peak; None suits it to the width (`default_learning_rate`).
+        batch_size: Sequences in a step.
+        sequence_length: Tokens of a sequence; None takes the model's context, at most 1024.
+        seed: Of sampling and of the order of sequences.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        progress: show bars on stderr.
+        progress: Show bars on stderr.
         train: ``attention`` trains the attention blocks only, ``all`` every weight.
 
     Returns:
-        What was done, as in the ``healing.json`` beside the weights.
+        What was done, as in ``healing.json`` in the directory of the weights.
 
     Raises:
-        RequestError: a path is wrong or in the way, vocabularies differ, the text is too short, or a number
+        RequestError: A path is wrong or in the way, vocabularies differ, the text is too short, or a number
             makes no sense.
+
+    Example:
+        >>> result = heal("HALF", teacher="SRC", out="HEALED", text="held-out.txt", steps=2, progress=False)
+        >>> result.kl_after <= result.kl_before
+        True
     """
     began = time.monotonic()
-    student, teacher = Path(student).resolve(), Path(teacher).resolve()
+    student, teacher = Path(checkpoint).resolve(), Path(teacher).resolve()
     out = student if out is None else Path(os.path.abspath(out))
     if steps < 1 or batch_size < 1:
-        raise RequestError(f"--steps {steps} with --batch-size {batch_size} trains nothing: give 1 or more of each.")
+        raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise RequestError(f"--learning-rate {learning_rate} is not a positive number.")
+        raise RequestError(f"`learning_rate` {learning_rate} is not a positive number: give one such as 1e-4")
     if train not in ("attention", "all"):
-        raise RequestError(f"train: {train} is unknown: use attention or all.")
+        raise RequestError(f"`train` {train} is unknown: use attention or all")
     _check_places(student, teacher, out)
     target = resolve_device(device)
 
@@ -407,7 +343,7 @@ def heal(
     if len(changed_names) != len(parameters):
         missing = next(name for name in parameters if name not in stored)
         raise RequestError(
-            f"{student} stores {missing} under another name, so it cannot be trained: use train: attention."
+            f"{student} stores {missing} under another name, so it cannot be trained: use attention for `train`"
         )
     source = None if text is None else Path(text)
     training, held_out = _sequences(
@@ -443,8 +379,8 @@ def heal(
     )
     if not better:
         print(
-            f"Healing did not help (KL {before.kl / before.tokens:.4g} → {after.kl / after.tokens:.4g} on held-out "
-            "text): the weights stay as they were; try a lower --learning-rate, or more --steps.",
+            f"healing did not help (KL {before.kl / before.tokens:.4g} → {after.kl / after.tokens:.4g} on held-out "
+            "text), and the weights stay as they were: try a lower learning rate, or more steps",
             file=sys.stderr,
         )
     weights = model.state_dict()
@@ -455,15 +391,22 @@ def heal(
 
 
 def _train(
-    model: Any, teacher: Any, ids: torch.Tensor, steps: int, peak: float, batch_size: int, seed: int, progress: bool
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    steps: int,
+    peak: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
 ) -> None:
-    micro = min(batch_size, rows_at_once(ids.shape[1], teacher.config.get_text_config().vocab_size))
+    """Train a model in place on ids (N, T); `heal` says how."""
+    micro = min(batch_size, max_batch_size(ids.shape[1], vocabulary_size(teacher)))
     while batch_size % micro:
         micro -= 1
     device = next(model.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
     bar = _Bar(steps, progress)
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=cuda):
+    with tempfile.TemporaryDirectory() as scratch, seeded(seed, device):
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
@@ -486,7 +429,7 @@ def _train(
             dataloader_pin_memory=False,
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # one device: several come by launching several processes
+            arguments._n_gpu = 1  # several devices take several processes
         distiller = _Distiller(teacher, model=model, args=arguments, train_dataset=_Rows(ids), callbacks=[bar])
         bar.distiller = distiller
         distiller.remove_callback(PrinterCallback)
@@ -498,22 +441,17 @@ def _train(
 
 
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
-    """The student's directory with new weights and a ``healing.json``, complete or not at all."""
-    weights = {file.name for file in _weight_files(student)}
-    with _replacing(out, student) as work:
-        shutil.copytree(
-            student,
-            work,
-            dirs_exist_ok=True,
-            ignore=lambda directory, names: [
-                name for name in names if (Path(directory) == student and name in weights) or name == "__pycache__"
-            ],
-        )
-        _write_weights(student, work, changed)
+    """Write the student's directory with new weights and a ``healing.json``, complete or not at all.
+
+    Raises:
+        RequestError: The disk is full or refuses; what was at `out` is as it was.
+    """
+    reader = CheckpointReader(student)
+    with refusals(out), replacing_directory(out, student, "healing") as work:
+        copy_tree(student, work, {file.name for file in reader.files})
+        _write_weights(reader, work, changed)
         if carried_code(work).version is not None:  # by an older release, perhaps: what was run is this one's
             write_code(work)
-        record = result.to_json() | {
-            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
-        }
-        del record["out"]
-        (work / "healing.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {name: value for name, value in result.to_json().items() if name != "out"}
+        # A loss may be infinite here, which `write_json` refuses.
+        write_text(work / "healing.json", json.dumps(record | {"versions": versions()}, indent=2) + "\n")

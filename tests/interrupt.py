@@ -73,7 +73,7 @@ def attempt(source, out, recipe, resume, point=0, action="count"):
     if child == 0:
         status, said, counter = 1, "", Counter(point, action)
         try:
-            compress(source, out, recipe, resume=resume, progress=False)
+            compress(source, out, recipe=recipe, resume=resume, progress=False)
             status = 0
         except RequestError as error:
             status, said = 2, str(error)

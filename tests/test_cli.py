@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mea_compress.cli import cli
-from mea_compress.errors import RequestError
+from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
 
 PLAN = {
@@ -51,22 +51,22 @@ class Double(types.ModuleType):
     pass
 
 
-def result(data, **more):
-    return SimpleNamespace(to_json=lambda *batch: data, **more)
+def result(data, said="", **more):
+    return SimpleNamespace(to_json=lambda *batch: data, report=lambda *batch: said, **more)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     calls = Calls()
-    plan = result(PLAN, choice="head, for the norms allow no other")
-    compressed = SimpleNamespace(out=Path("OUT"), plan=plan, fidelity={"logit_difference": 1e-6})
+    plan = result(PLAN, "half of it")
+    compressed = result({"plan": PLAN, "fidelity": {}}, "Written to OUT", out=Path("OUT"), plan=plan)
     calls.stand_in(
         monkeypatch,
-        "plan.planning",
+        "planning.plans",
         "inspect_checkpoint",
-        result({"family": "llama", "cache_bytes": 2048, "attention": []}),
+        result({"family": "llama", "cache_bytes": 2048, "attention": []}, "2 KiB", code=None),
     )
-    calls.stand_in(monkeypatch, "plan.planning", "make_plan", plan)
+    calls.stand_in(monkeypatch, "planning.plans", "make_plan", plan)
     calls.stand_in(monkeypatch, "compression", "compress", compressed)
     calls.stand_in(monkeypatch, "measure.evaluation", "evaluate", result(EVALUATION))
     calls.stand_in(monkeypatch, "healing", "heal", result({"steps": 3}))
@@ -101,27 +101,29 @@ class TestCommands:
 
     def test_plan(self, calls):
         text = done("plan", "SRC", "--recipe", "paper-half", "--kv-ratio", "0.25")
-        assert "50 %" in text and "the norms allow" in text
+        assert text == "half of it\n"
         (_, (source, recipe), _) = calls[0]
         assert source == Path("SRC") and (recipe.kv_ratio, recipe.layers) == (0.25, "half")
         assert json.loads(done("plan", "SRC", "--kv-ratio", "1", "--json", "-")) == PLAN
 
     def test_compress(self, calls):
         text = done("compress", "SRC", "OUT", "--kv-ratio", 0.5, "--fit", "weights", "--seed", 3, "--resume")
-        assert "OUT" in text and "256 B" in text and "1e-06" in text
+        assert text == "Written to OUT\n"
         recipe = Recipe(kv_ratio=0.5, fit="weights", seed=3)
-        assert calls == [("compress", (Path("SRC"), Path("OUT"), recipe), {"resume": True})]
+        assert calls == [("compress", (Path("SRC"), Path("OUT")), {"recipe": recipe, "resume": True})]
 
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
-        expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4}
-        assert calls == [("heal", (Path("OUT"), Path("SRC")), expected)]
+        expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4, "teacher": Path("SRC")}
+        assert calls == [("heal", (Path("OUT"),), expected)]
 
     def test_evaluate(self, calls):
         assert "0.5000" in done("evaluate", "CKPT", "--reference", "SRC", "--text", "t.txt", "--batch-size", 4)
         expected = {"text": Path("t.txt"), "reference": Path("SRC"), "batch_size": 4}
         assert calls == [("evaluate", (Path("CKPT"),), expected)]
         assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
+        done("evaluate", "CKPT", "--text", "t.txt", "--contexts", "1024,8192", "--batches", 4)
+        assert calls[-1][2] == {"text": Path("t.txt"), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
 
     def test_demo(self, calls):
         assert done("demo", "--steps", 5) == "the table\n"
@@ -139,9 +141,9 @@ class TestCommands:
         assert "KL" in printed
         assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
         assert calls[0][1][:2] == (Path("SRC"), Path("B"))
-        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text}
-        assert calls[1][1:] == ((Path("B"), Path("SRC")), healing)
-        measuring = {"text": text, "reference": Path("SRC"), "device": "cpu", "limit": 2}
+        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text, "teacher": Path("SRC"), "progress": True}
+        assert calls[1][1:] == ((Path("B"),), healing)
+        measuring = {"text": text, "reference": Path("SRC"), "device": "cpu", "limit": 2, "progress": True}
         assert calls[2][1:] == ((Path("B"),), measuring)
         assert set(json.loads((tmp_path / "all.json").read_text())) == {"plan", "fidelity", "healing", "evaluation"}
 
@@ -192,7 +194,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         "error, status, said",
         [
-            (RequestError("SRC holds no weights: name another directory."), 2, "holds no weights"),
+            (RequestError("SRC holds no weights: name another directory"), 2, "holds no weights"),
             (RuntimeError("first line\nsecond line"), 1, "RuntimeError: first line"),
             (OSError(28, "No space left on device"), 1, "No space left"),
             (ZeroDivisionError(), 1, "ZeroDivisionError"),
@@ -200,12 +202,45 @@ class TestFailures:
         ],
     )
     def test_errors_of_the_work(self, calls, monkeypatch, error, status, said):
-        calls.stand_in(monkeypatch, "plan.planning", "inspect_checkpoint", error)
+        calls.stand_in(monkeypatch, "planning.plans", "inspect_checkpoint", error)
         assert said in refused("inspect", "SRC", status=status)
         for arguments in (["--debug", "inspect", "SRC"], ["inspect", "SRC", "--debug"]):
             outcome = invoke(*arguments)
             assert outcome.exit_code == status
             assert "Traceback" in outcome.stderr and outcome.stdout == ""
+
+    @pytest.mark.parametrize(
+        "message, shown",
+        [
+            (
+                "`sequence_length` 1 leaves nothing: give 2 or more",
+                "--sequence-length 1 leaves nothing: give 2 or more",
+            ),
+            ("`train` all: use attention for `train`", "--train all: use attention for --train"),
+            # Neither a flag of this command, nor a parameter: sentences, paths and recipes' keys stay as they are.
+            ("`contexts` 1 is too short", "`contexts` 1 is too short"),
+            ("write `steps: 3` into steps/sequence_length.yaml", "write `steps: 3` into steps/sequence_length.yaml"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", [RequestError, DiskFullError])
+    def test_parameters_are_shown_as_the_flags_of_the_command(self, calls, monkeypatch, message, shown, kind):
+        calls.stand_in(monkeypatch, "healing", "heal", kind(message))
+        assert refused("heal", "OUT", "--teacher", "SRC") == f"mea-compress: {shown}\n"
+
+    @pytest.mark.parametrize(
+        "arguments, shown",
+        [
+            (["compress", "A"], "mea-compress compress: missing argument 'OUT'; mea-compress compress --help shows"),
+            (
+                ["heal", "A", "--teacher", "B", "--stepz", "3"],
+                "mea-compress heal: no such option '--stepz' (did you mean",
+            ),
+            (["comprss"], "mea-compress: no such command 'comprss', did you mean 'compress'?; mea-compress --help"),
+        ],
+    )
+    def test_one_style_of_messages(self, calls, arguments, shown):
+        said = refused(*arguments)
+        assert said.startswith(shown) and not said.rstrip().endswith(".")
 
     def test_interrupting(self, calls, monkeypatch):
         calls.stand_in(monkeypatch, "compression", "compress", KeyboardInterrupt())

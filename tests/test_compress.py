@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, contents, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
-from mea_compress.architectures import open_source
 from mea_compress.checkpoint import writer
 from mea_compress.checkpoint.workspace import MANIFEST, partial_path
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.fit import layers as fitting
-from mea_compress.plan.planning import known_beforehand, make_plan, plan_source
+from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe, load_recipe
 
 HEAD = {"kv_ratio": 0.5, "key_composition": "head", "value_composition": "head"}
@@ -58,7 +58,7 @@ def source(original, tmp_path):
 
 
 def run(source, out, recipe=HALF, **options):
-    return compress(source, out, recipe, progress=False, **options)
+    return compress(source, out, recipe=recipe, progress=False, **options)
 
 
 def edit_config(source, **changes):
@@ -117,9 +117,9 @@ def current_umask():
 def test_the_plan_comes_true_on_disk_and_in_memory(source, tmp_path):
     plan = run(source, tmp_path / "out").plan
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert plan.parameters_after == sum(tensor.numel() for tensor in weights.values())
-    assert plan.output_bytes == sum(tensor.nbytes for tensor in weights.values())
-    assert plan.parameters_before == sum(t.numel() for t in load_file(source / "model.safetensors").values())
+    assert plan.costs.parameters_after == sum(tensor.numel() for tensor in weights.values())
+    assert plan.costs.output_bytes == sum(tensor.nbytes for tensor in weights.values())
+    assert plan.costs.parameters_before == sum(t.numel() for t in load_file(source / "model.safetensors").values())
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_weights_are_cast_where_asked(dtype, source, tmp_path):
     result = run(source, tmp_path / "out", with_recipe(dtype=dtype))
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
-    assert result.plan.output_bytes == sum(tensor.nbytes for tensor in weights.values())
+    assert result.plan.costs.output_bytes == sum(tensor.nbytes for tensor in weights.values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
 
 
@@ -550,10 +550,11 @@ def test_files_written_beside_the_fit_are_those_written_after_it(case, kinds, tm
     source = stock_checkpoint(tmp_path / "source", case)
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=kinds[0], value_composition=kinds[1])
     recipe = recipe.model_copy(update={"shard_size": "10KB"})
-    opened = open_source(source)
-    assert known_beforehand(opened, recipe, plan_source(opened, recipe))
+    plan = make_plan(source, recipe)
+    assert plan.decisions.has_static_shapes
     run(source, tmp_path / "beside", recipe)
-    monkeypatch.setattr("mea_compress.compression.known_beforehand", lambda *_: False)
+    late = replace(plan, decisions=replace(plan.decisions, has_static_shapes=False))
+    monkeypatch.setattr("mea_compress.compression.plan_source", lambda *_: late)
     run(source, tmp_path / "after", recipe)
     assert contents(tmp_path / "beside") == contents(tmp_path / "after")
 
@@ -579,6 +580,8 @@ from pathlib import Path
 from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
 import mea_compress.emit.verification
+import mea_compress.planning.decisions
+mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
 mea_compress.emit.verification.WHOLE_MODEL_BYTES = 0
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head", shard_size="4MB")
 compress(Path(sys.argv[1]), Path(sys.argv[1] + "-out"), recipe, progress=False)

@@ -10,9 +10,9 @@ from mea_compress import decoding
 from mea_compress.compression import compress
 from mea_compress.decoding import cache_argument, cache_of, check_decoding, decode_greedily, run_cached
 from mea_compress.errors import VerificationError
+from mea_compress.loading import load_model
 from mea_compress.modeling.attention_mea import MeaAttention, take_cache
 from mea_compress.recipe import Recipe
-from mea_compress.text import load_model
 
 FORMS = [("head", "head"), ("frequency", "latent"), ("latent", "latent"), ("joint", "joint"), ("pool", "pool")]
 
@@ -22,7 +22,7 @@ def model(request, tmp_path):
     keys, values = request.param
     source = stock_checkpoint(tmp_path / "source", head_dim=8)
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=keys, value_composition=values)
-    return load_model(compress(source, tmp_path / "out", recipe, progress=False).out)
+    return load_model(compress(source, tmp_path / "out", recipe=recipe, progress=False).out)
 
 
 def ids(*shape):

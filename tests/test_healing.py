@@ -1,14 +1,21 @@
+import errno
 import json
+import math
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_text import character_tokenizer, tiny_llama
+from letters import character_tokenizer, tiny_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mea_compress.errors import RequestError
-from mea_compress.healing import default_learning_rate, heal
+from mea_compress.checkpoint import CheckpointReader
+from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.healing import HealingResult, default_learning_rate, heal
+from mea_compress.healing import _publish as publish
 from mea_compress.measure.evaluation import evaluate
 
 
@@ -51,7 +58,7 @@ SETTINGS = {"steps": 40, "batch_size": 8, "device": "cpu", "progress": False, "l
 def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     before, original = files(student), files(teacher)
-    result = heal(student, teacher, **SETTINGS)
+    result = heal(student, teacher=teacher, **SETTINGS)
 
     assert result.kept == "healed" and result.kl_after < 0.7 * result.kl_before
     after = files(student)
@@ -72,7 +79,7 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
     make_student(tmp_path / "unhealed")
     kl = [
-        evaluate(tmp_path / name, tmp_path / "text.txt", teacher, device="cpu", progress=False).kl
+        evaluate(tmp_path / name, text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False).kl
         for name in ("unhealed", "student")
     ]
     assert kl[1] < kl[0]
@@ -83,9 +90,9 @@ def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):
     untouched = files(student)
     state = torch.get_rng_state()
     short = SETTINGS | {"steps": 4}
-    heal(student, teacher, out=tmp_path / "one", **short)
-    heal(student, teacher, out=tmp_path / "two", **short)
-    heal(student, teacher, out=tmp_path / "three", seed=1, **short)
+    heal(student, teacher=teacher, out=tmp_path / "one", **short)
+    heal(student, teacher=teacher, out=tmp_path / "two", **short)
+    heal(student, teacher=teacher, out=tmp_path / "three", seed=1, **short)
     assert torch.equal(torch.get_rng_state(), state)
     assert files(student) == untouched
     one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
@@ -96,7 +103,7 @@ def test_shards_names_and_dtypes_stay(tmp_path, teacher):
     student = make_student(tmp_path / "student", torch.bfloat16, max_shard_size="6KB")
     before, names = weights(student), sorted(path.name for path in student.iterdir())
     assert len(list(student.glob("*.safetensors"))) > 1
-    heal(student, teacher, **SETTINGS)
+    heal(student, teacher=teacher, **SETTINGS)
     after = weights(student)
     assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json"])
     assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
@@ -110,7 +117,7 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
     before = weights(student)
-    result = heal(student, teacher, tmp_path / "text.txt", train="all", sequence_length=16, **SETTINGS)
+    result = heal(student, teacher=teacher, text=tmp_path / "text.txt", train="all", sequence_length=16, **SETTINGS)
     assert result.text == "text.txt" and result.kl_after < result.kl_before
     changed = [name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])]
     assert "lm_head.weight" in changed and "model.layers.0.mlp.up_proj.weight" in changed
@@ -119,7 +126,7 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
 def test_it_never_ends_worse(tmp_path, teacher, capsys):
     student = make_student(tmp_path / "student")
     before = files(student)
-    result = heal(student, teacher, **SETTINGS | {"steps": 3, "learning_rate": 50.0})
+    result = heal(student, teacher=teacher, **SETTINGS | {"steps": 3, "learning_rate": 50.0})
     assert result.kept == "unhealed" and result.kl_after == result.kl_before
     assert weights(student).keys() == weights(teacher).keys()
     after = files(student)
@@ -129,7 +136,7 @@ def test_it_never_ends_worse(tmp_path, teacher, capsys):
 
 
 def test_nothing_on_stdout_and_a_bar_on_stderr(tmp_path, teacher, capsys):
-    heal(make_student(tmp_path / "student"), teacher, **SETTINGS | {"steps": 2, "progress": True})
+    heal(make_student(tmp_path / "student"), teacher=teacher, **SETTINGS | {"steps": 2, "progress": True})
     captured = capsys.readouterr()
     assert captured.out == "" and "healing" in captured.err and "kl=" in captured.err
 
@@ -141,31 +148,91 @@ def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mea_compress.healing.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        heal(student, teacher, **SETTINGS | {"steps": 1})
+    monkeypatch.setattr("mea_compress.healing.write_shard", fail)
+    with pytest.raises(RequestError, match="disk full"):
+        heal(student, teacher=teacher, **SETTINGS | {"steps": 1})
     assert files(student) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
 
+@pytest.mark.parametrize("call", ["pwrite", "allocate", "copyfile", "mkdtemp"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_full_disk_is_one_sentence_and_leaves_the_student(call, in_place, tmp_path, teacher, monkeypatch):
+    student = make_student(tmp_path / "student")
+    before = files(student)
+    result = HealingResult(student, 1, 1, 1.0, "attention", "text", 0, 1, 1, 1.0, 1.0, 1.0, 1.0, "healed", 1.0)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    changed = {name: weights(student)[name] + 1}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if call == "allocate":
+        monkeypatch.setattr("mea_compress.checkpoint.writer.allocate", lambda *_: errno.ENOSPC)
+        monkeypatch.setattr("mea_compress.checkpoint.writer.share_page", lambda *_: False)
+    else:
+        module = {"pwrite": os, "copyfile": shutil, "mkdtemp": tempfile}[call]
+        monkeypatch.setattr(module, call, full)
+    out = student if in_place else tmp_path / "out"
+    with pytest.raises(DiskFullError, match="disk or quota is full") as refusal:
+        publish(student, out, changed, result)
+    monkeypatch.undo()
+    assert "\n" not in str(refusal.value) and files(student) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+    publish(student, out, changed, result)
+    assert torch.equal(weights(out)[name], changed[name])
+
+
+def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
+    """No index, names and metadata of their own, a dtype that nothing computes with, and other files of all kinds."""
+    student, out = tmp_path / "student", tmp_path / "out"
+    student.mkdir()
+    tensors = {
+        "b": torch.randn(3, 5, dtype=torch.float64),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.randint(0, 9, (4,), dtype=torch.uint8),
+    }
+    save_file({"b": tensors["b"], "a": tensors["a"]}, student / "first.safetensors", metadata={"made": "by hand"})
+    save_file({"c": tensors["c"]}, student / "second.safetensors")
+    for name in (".git/config", "original/model.bin", "config.json", "code/__pycache__/old.pyc"):
+        (student / name).parent.mkdir(parents=True, exist_ok=True)
+        (student / name).write_text(name)
+    before = files(student)
+    reader = CheckpointReader(student)
+    result = HealingResult(out, 1, 1, 1.0, "all", "text", 0, 1, 1, math.inf, 1.0, 1.0, 1.0, "healed", 1.0)
+    publish(student, out, {"a": torch.arange(7.0).requires_grad_()}, result)
+    assert files(student) == before
+    after = files(out)
+    assert set(after) == set(before) - {"code/__pycache__/old.pyc"} | {"healing.json"}
+    assert all(after[name] == before[name] for name in after if name not in ("first.safetensors", "healing.json"))
+    healed = CheckpointReader(out)
+    assert healed.metadata == reader.metadata
+    for name, info in reader.tensors.items():
+        assert (healed.info(name).dtype, healed.info(name).shape) == (info.dtype, info.shape)
+        assert healed.info(name).file.name == info.file.name
+    assert torch.equal(healed.read("b"), tensors["b"])
+    assert torch.equal(healed.read("a"), torch.arange(7.0).bfloat16())
+    assert json.loads(after["healing.json"])["versions"]["safetensors"]
+
+
 def test_wrong_requests(tmp_path, teacher):
     student = make_student(tmp_path / "student")
-    with pytest.raises(RequestError, match="own teacher"):
-        heal(student, student, **SETTINGS)
+    with pytest.raises(RequestError, match="own teacher: give the original as `teacher`"):
+        heal(student, teacher=student, **SETTINGS)
     with pytest.raises(RequestError, match="exists already"):
-        heal(student, teacher, out=teacher, **SETTINGS)
+        heal(student, teacher=teacher, out=teacher, **SETTINGS)
     with pytest.raises(RequestError, match="choose another place"):
-        heal(student, teacher, out=teacher / "healed", **SETTINGS)
-    with pytest.raises(RequestError, match="--steps 0"):
-        heal(student, teacher, **SETTINGS | {"steps": 0})
-    with pytest.raises(RequestError, match="--learning-rate"):
-        heal(student, teacher, **SETTINGS | {"learning_rate": -1.0})
+        heal(student, teacher=teacher, out=teacher / "healed", **SETTINGS)
+    with pytest.raises(RequestError, match="`steps` 0 with `batch_size` 8 trains nothing"):
+        heal(student, teacher=teacher, **SETTINGS | {"steps": 0})
+    with pytest.raises(RequestError, match=r"`learning_rate` -1\.0 is not"):
+        heal(student, teacher=teacher, **SETTINGS | {"learning_rate": -1.0})
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(RequestError, match="holds one out"):
-        heal(student, teacher, tmp_path / "short.txt", **SETTINGS)
+        heal(student, teacher=teacher, text=tmp_path / "short.txt", **SETTINGS)
     tiny_llama(vocab_size=40).save_pretrained(tmp_path / "other")
     with pytest.raises(RequestError, match="vocabulary"):
-        heal(student, tmp_path / "other", **SETTINGS)
+        heal(student, teacher=tmp_path / "other", **SETTINGS)
 
 
 def test_the_learning_rate_falls_with_the_width():

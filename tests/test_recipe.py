@@ -170,9 +170,9 @@ class TestFiles:
         message = refusal(tmp_path, f"{key}: {value}")
         assert key in message and "mine.yaml" in message
 
-    def test_an_impossible_flag_is_named_as_a_flag(self, tmp_path):
+    def test_an_impossible_parameter_is_named_as_one(self, tmp_path):
         message = refusal(tmp_path, "kv_ratio: 0.5", kv_ratio=1.5)
-        assert message.startswith("--kv-ratio") and "1.5" in message and "mine.yaml" not in message
+        assert message.startswith("`kv_ratio`") and "1.5" in message and "mine.yaml" not in message
 
     def test_not_a_recipe(self, tmp_path):
         assert "not a recipe" in refusal(tmp_path, "- 1\n- 2\n")
@@ -184,7 +184,7 @@ class TestFiles:
             load_recipe(tmp_path / "mine.yaml")
 
     def test_something_must_say_how_much_to_keep(self, tmp_path):
-        assert "--kv-ratio" in refusal(tmp_path, "fit: weights")
+        assert "`kv_ratio`" in refusal(tmp_path, "fit: weights")
         assert load_recipe(None, {"key_components": 2}).kv_ratio is None
 
 
@@ -220,7 +220,7 @@ def test_parse_size_refuses(text):
 
 @pytest.mark.parametrize("value", ["5x", "0", "1024;2048", ""])
 def test_contexts_are_whole_numbers(value):
-    with pytest.raises(RequestError, match=r"--contexts should be whole numbers such as 8192 or 1024,8192, not"):
+    with pytest.raises(RequestError, match=r"`contexts` should be whole numbers such as 8192 or 1024,8192, not"):
         from_flags(EvaluateRecipe, {"text": Path("a.txt"), "contexts": value})
 
 

@@ -1,60 +1,14 @@
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from letters import VOCABULARY, character_tokenizer, ids_of, tiny_llama
 
 from mea_compress.errors import RequestError
-from mea_compress.text import (
-    choose_sequence_length,
-    load_model,
-    load_tokenizer,
-    padded_sequences,
-    read_documents,
-    resolve_device,
-    sample_sequences,
-    token_sequences,
-)
+from mea_compress.loading import load_tokenizer
+from mea_compress.text import padded_sequences, read_documents, sample_sequences, token_sequences
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
-VOCABULARY = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate(LETTERS)}
-
-
-def character_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    names = {"unk_token": "<unk>", "eos_token": "</s>"}
-    if bos:
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        names["bos_token"] = "<s>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.3,
-    } | changes
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
-
-
-def ids_of(text: str) -> list[int]:
-    return [VOCABULARY[letter] for letter in text]
 
 
 def test_documents_of_both_kinds(tmp_path):
@@ -72,8 +26,8 @@ def test_documents_of_both_kinds(tmp_path):
         ("a.csv", b"x", "neither .txt nor .jsonl"),
         ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
         ("a.txt", b" \n", "no text"),
-        ("a.jsonl", b'"fine"\n{"text": ', "Line 2"),
-        ("a.jsonl", b'{"body": "x"}', "Line 1"),
+        ("a.jsonl", b'"fine"\n{"text": ', "line 2"),
+        ("a.jsonl", b'{"body": "x"}', "line 1"),
         ("a.jsonl", b"3", "neither a string"),
     ],
 )
@@ -109,7 +63,7 @@ def test_padded_sequences_keep_documents_apart():
 
 @pytest.mark.parametrize("make", [token_sequences, padded_sequences])
 def test_text_shorter_than_a_sequence(make):
-    with pytest.raises(RequestError, match=r"has 4 tokens.*sequence of 9.*--sequence-length"):
+    with pytest.raises(RequestError, match=r"has 4 tokens.*sequence of 9.*`sequence_length`"):
         make(["abc"], character_tokenizer(), 9)
     with pytest.raises(RequestError, match="nothing to predict"):
         make(["abc"], character_tokenizer(), 1)
@@ -121,15 +75,6 @@ def test_a_flood_of_unknown_tokens_is_said(capsys):
     token_sequences(["aÄ" * 4], character_tokenizer(), 4)
     captured = capsys.readouterr()
     assert "unknown" in captured.err and captured.out == ""
-
-
-def test_sequence_length_follows_the_context():
-    model = tiny_llama()
-    assert choose_sequence_length(model) == 32
-    assert choose_sequence_length(tiny_llama(max_position_embeddings=4096)) == 1024
-    assert choose_sequence_length(model, 7) == 7
-    with pytest.raises(RequestError, match="context of 32"):
-        choose_sequence_length(model, 33)
 
 
 def test_sampling_is_seeded_full_length_and_never_ends():
@@ -144,6 +89,46 @@ def test_sampling_is_seeded_full_length_and_never_ends():
     assert not torch.equal(rows, sample_sequences(model, 1, 5, 20, seed=4, batch_size=2, progress=False))
 
 
+@pytest.mark.parametrize("bos", [1, None])
+def test_samples_are_drawn_in_turn_from_one_generator(bos):
+    """Written out: whole softmax of each last position, float32, end token taken out."""
+    model, generator, rows = tiny_llama(), torch.Generator().manual_seed(3), []
+    ordinary = torch.ones(len(VOCABULARY))
+    ordinary[2] = 0
+    for size in (2, 2, 1):
+        row = torch.multinomial(ordinary.expand(size, -1), 1, generator=generator) if bos is None else None
+        row = torch.full((size, 1), bos) if row is None else row
+        for _ in range(11):
+            with torch.no_grad():
+                logits = model(input_ids=row).logits[:, -1]
+            logits[:, 2] = -torch.inf
+            row = torch.cat((row, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
+        rows.append(row)
+    assert torch.equal(sample_sequences(model, bos, 5, 12, seed=3, batch_size=2, progress=False), torch.cat(rows))
+
+
+def test_what_a_checkpoint_says_of_generation_is_put_aside_and_back():
+    model, tuned = tiny_llama(), tiny_llama()
+    tuned.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1, max_new_tokens=2, eos_token_id=2)
+    before = tuned.generation_config.to_dict()
+    rows = sample_sequences(tuned, 1, 4, 12, progress=False)
+    assert torch.equal(rows, sample_sequences(model, 1, 4, 12, progress=False))
+    with pytest.raises(RuntimeError, match="stop"):
+        tuned.register_forward_pre_hook(stop)
+        sample_sequences(tuned, 1, 4, 12, progress=False)
+    assert tuned.generation_config.to_dict() == before
+
+
+def stop(*_):
+    raise RuntimeError("stop")
+
+
+def test_the_bar_counts_every_token(capsys):
+    sample_sequences(tiny_llama(), 1, 5, 6, batch_size=2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "sampling text" in captured.err and "30/30" in captured.err
+
+
 def test_samples_follow_the_models_distribution():
     # Against the uncached softmax, with the end token taken out.
     model = tiny_llama()
@@ -154,10 +139,10 @@ def test_samples_follow_the_models_distribution():
         p = model(input_ids=prefix).logits[0].double()
     p[:, 2] = -torch.inf
     p = p.softmax(-1)
-    for observed, wanted in ((rows[:, 1], p[0]), (rows[rows[:, 1] == second[0]][:, 2], p[1])):
+    for observed, expected in ((rows[:, 1], p[0]), (rows[rows[:, 1] == second[0]][:, 2], p[1])):
         counts = observed.bincount(minlength=len(VOCABULARY)).double()
-        spread = (wanted * (1 - wanted) / counts.sum()).sqrt()
-        assert ((counts / counts.sum() - wanted).abs() <= 5 * spread + 1e-9).all()
+        spread = (expected * (1 - expected) / counts.sum()).sqrt()
+        assert ((counts / counts.sum() - expected).abs() <= 5 * spread + 1e-9).all()
 
 
 def test_without_bos_rows_start_with_ordinary_tokens():
@@ -165,34 +150,9 @@ def test_without_bos_rows_start_with_ordinary_tokens():
     assert len(set(rows[:, 0].tolist())) > 5 and not (rows == 2).any()
     with pytest.raises(RequestError, match="context of 32"):
         sample_sequences(tiny_llama(), 1, 1, 33, progress=False)
-
-
-def test_loading_says_what_is_wrong(tmp_path):
-    with pytest.raises(RequestError, match="not a directory"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(RequestError, match=r"config\.json"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(RequestError, match="pickles"):
-        load_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(RequestError, match="cannot be loaded"):
-        load_model(tmp_path)
-    with pytest.raises(RequestError, match="tokenizer"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(RequestError, match="--device"):
-        resolve_device("gpu7")
-    with pytest.raises(RequestError, match="--dtype"):
-        load_model(tmp_path, dtype="int8")
-
-
-def test_loading_keeps_the_dtype(tmp_path):
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
-    assert load_model(tmp_path, device="cpu").dtype == torch.bfloat16
-    assert load_model(tmp_path, "float64", "cpu").dtype == torch.float64
-    assert load_tokenizer(tmp_path)("ab")["input_ids"] == [1, *ids_of("ab")]
+    with pytest.raises(RequestError, match="makes no text"):
+        sample_sequences(tiny_llama(), 1, 0, 8, progress=False)
+    assert sample_sequences(tiny_llama(), 1, 3, 1, progress=False).tolist() == [[1]] * 3
 
 
 @pytest.mark.skipif(not (SHARED / "models/babyllama105").is_dir(), reason="shared/models/babyllama105 is not there")

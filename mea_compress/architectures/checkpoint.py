@@ -1,4 +1,4 @@
-"""A checkpoint to compress: its headers, its family and its configuration, checked against each other."""
+"""Any opened checkpoint: its headers, its family and its configuration, checked against each other."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures.common_config import plain_facts
+from mea_compress.architectures.common_config import ModelShape, read_common_config
 from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError
@@ -19,62 +19,61 @@ SIDES = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was found whole.
+    """A checkpoint whose tensors are all there, with the shapes that its configuration asks for.
 
     Attributes:
         reader: Its tensors, headers only.
-        family: What it calls its parts.
-        config: What the configuration of the MEA form of the family says, as `Facts` or as an object of
-            transformers; ``config.mea`` says what each layer caches (compositions ``none`` where the checkpoint is not
-            an MEA model).
+        family: The names of its parts.
+        config: The configuration of the MEA form of the family, or transformers' object with the same attributes;
+            ``config.mea`` says what each layer caches (compositions ``none`` where the checkpoint is not an MEA model).
         native: Whether the checkpoint is an MEA model already.
         raw_config: config.json as it stands.
     """
 
     reader: CheckpointReader
     family: Family
-    config: Any
+    config: ModelShape
     native: bool
     raw_config: dict[str, Any]
 
     @cached_property
     def model_config(self) -> Any:
-        """The configuration object of the MEA form of the family, to make modules and models of."""
+        """Return the configuration object of the MEA form of the family, for modules and models."""
         where = str(self.reader.directory / "config.json")
         return model_configuration(self.raw_config, self.family, self.native, where)
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Return the channels of a head."""
         return _head_dim(self.config)
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that RoPE turns."""
+        """Return the channels of a head that RoPE rotates."""
         return _rotary_dim(self.config)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(info.nbytes for info in self.reader.tensors.values())
 
     @property
     def dtype(self) -> str:
-        """Safetensors name of the dtype of the attention weights."""
+        """Return the safetensors name of the dtype of the attention weights."""
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused
         return self.reader.info(f"{self.family.attention(0)}{name}.weight").dtype
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: ModelShape) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rotary_dim(config: Any) -> int:
+def _rotary_dim(config: ModelShape) -> int:
     return int(_head_dim(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
 
 def open_source(directory: Path) -> Source:
-    """Opens a checkpoint and checks, from headers alone, that every attention tensor is there with the right shape.
+    """Open a checkpoint and check, from headers alone, that every tensor is there with the right shape.
 
     Raises:
         RequestError: Something is missing or does not fit; the message names the file or tensor.
@@ -89,8 +88,8 @@ def open_source(directory: Path) -> Source:
     return source
 
 
-def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> Any:
-    """The facts of config.json: plain ones without transformers, anything else as its class finds them."""
+def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> ModelShape:
+    """Return what config.json says: a common one is read without transformers, any other by its class."""
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     for key in (*sizes, "num_key_value_heads", "head_dim"):
         value = raw.get(key)
@@ -106,11 +105,11 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
     heads = raw.get("num_key_value_heads") or query_heads
     if query_heads % heads:
         raise RequestError(f"{where}: {query_heads} query heads cannot share {heads} key/value heads evenly")
-    return plain_facts(_fields(raw, family, native), family) or model_configuration(raw, family, native, where)
+    return read_common_config(_fields(raw, family, native), family) or model_configuration(raw, family, native, where)
 
 
 def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]:
-    """The settings of the MEA form; a stock source gets a section that says ``none`` for every layer."""
+    """Return the settings of the MEA form; a stock checkpoint gets a section that says ``none`` for every layer."""
     fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     if not native:
         heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
@@ -120,7 +119,7 @@ def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]
 
 
 def model_configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> Any:
-    """The configuration object of the MEA form, as transformers makes and checks it.
+    """Return the configuration object of the MEA form, as transformers makes and checks it.
 
     Raises:
         RequestError: It is not usable.
@@ -132,7 +131,7 @@ def model_configuration(raw: dict[str, Any], family: Family, native: bool, where
         config = kind.from_dict(copy.deepcopy(_fields(raw, family, native)))
         rotary = _rotary_dim(config)
         if not 2 <= rotary <= _head_dim(config) or rotary % 2 or _head_dim(config) % 2:
-            raise ValueError(f"RoPE cannot turn {rotary} of {_head_dim(config)} channels of a head")
+            raise ValueError(f"RoPE cannot rotate {rotary} of {_head_dim(config)} channels of a head")
         _check_settings(config, rotary)
         return config
     except Exception as error:  # transformers' strict configurations raise classes of their own
@@ -141,7 +140,7 @@ def model_configuration(raw: dict[str, Any], family: Family, native: bool, where
 
 
 def _check_settings(config: Any, rotary_dim: int) -> None:
-    """What a model of this configuration would stumble over when it is built, long after the work has begun."""
+    """Raise for what would stop a model of this configuration from being built, long after the work has begun."""
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -158,7 +157,7 @@ def _check_settings(config: Any, rotary_dim: int) -> None:
 
 
 def _check_tensors(source: Source) -> None:
-    """Every tensor that the model needs must be there with its shape, attention's in a dtype to compute in."""
+    """Raise unless every tensor of the model is there with its shape, attention's in a dtype to compute in."""
     reader, where = source.reader, source.reader.directory
     for layer in range(source.config.num_hidden_layers):
         for name, shape in attention_shapes(source, layer).items():
@@ -201,7 +200,7 @@ def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -
 
 
 def attention_shapes(source: Source, layer: int) -> Shapes:
-    """The tensors of a layer's attention and their shapes, by full name."""
+    """Return the tensors of a layer's attention and their shapes, by full name."""
     config, family = source.config, source.family
     spec, bias = config.mea["layers"][layer], config.mea["bias"]
     hidden, width = config.hidden_size, config.num_attention_heads * source.head_dim
@@ -231,7 +230,7 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
 
 
 def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
-    """Where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
+    """Return where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
 
     Args:
         source: The checkpoint.

@@ -1,8 +1,8 @@
-"""The facts of a config.json in which all that matters is plainly there, without loading transformers.
+"""Fast path for common config.json files, without importing transformers.
 
-`plain_facts` is a fast path for what nearly every checkpoint looks like. It accepts only settings that it knows, each
-plainly well-formed; of anything else it makes nothing, and the configuration class of the family, which stays the
-authority, is asked instead (`source.model_configuration`).
+`read_common_config` accepts only settings that it knows, each plainly well-formed. For anything else it returns None,
+and the configuration class of the family, which stays the authority, is asked instead
+(`mea_compress.architectures.checkpoint.model_configuration`).
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ _ROPE = {
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the work asks of a configuration, under the names that transformers gives it.
+class ModelShape:
+    """Sizes and settings of a model that compression depends on, under the names that transformers gives them.
 
     What a family does not have keeps its default.
     """
@@ -55,15 +55,16 @@ class Facts:
     mea: dict[str, Any] = field(default_factory=dict)
 
 
-def plain_facts(fields: Mapping[str, Any], family: Family) -> Facts | None:
-    """The facts of a configuration, or None where something in it is missing or not quite usual.
+def read_common_config(fields: Mapping[str, Any], family: Family) -> ModelShape | None:
+    """Return the shape of a model from its configuration, or None where something is missing or not quite usual.
 
     Args:
         fields: config.json without ``model_type``, ``architectures`` and ``auto_map``, with a ``mea`` section.
         family: Of the checkpoint.
     """
-    own_required, own_optional = _OWN[family.model_type]
-    required, known = _REQUIRED | own_required, _REQUIRED | own_required | _OPTIONAL | own_optional
+    family_required, family_optional = _FAMILY_SETTINGS[family.model_type]
+    required = _REQUIRED | family_required
+    known = required | _OPTIONAL | family_optional
     if not required.keys() <= fields.keys() <= known.keys():
         return None
     if not all(known[name](value) for name, value in fields.items()):
@@ -83,26 +84,26 @@ def plain_facts(fields: Mapping[str, Any], family: Family) -> Facts | None:
         layer_types = [_LAYER_TYPES[layer >= first] for layer in range(depth)]
     if rope is None or (layer_types is not None and len(layer_types) != depth):
         return None
-    given = {name: fields[name] for name in Facts.__dataclass_fields__ if name in fields}
-    found = {"rope_parameters": rope, "head_dim": head_dim, "sliding_window": window, "layer_types": layer_types}
+    settings = {name: fields[name] for name in ModelShape.__dataclass_fields__ if name in fields}
+    settings |= {"rope_parameters": rope, "head_dim": head_dim, "sliding_window": window, "layer_types": layer_types}
     if family.model_type == "qwen3_moe":
         counts = [fields[name] for name in ("num_experts", "num_local_experts") if name in fields]
         if len(counts) != 1:  # transformers saves the second name and published files have the first
             return None
-        found["num_experts"] = counts[0]
-    facts = Facts(**(given | found))
+        settings["num_experts"] = counts[0]
+    shape = ModelShape(**settings)
     flag = fields.get("attention_bias", False)
     bias = {"query": flag, "key": flag, "value": flag, "output": flag}
     if family.model_type == "qwen2":
         bias = {"query": True, "key": True, "value": True, "output": False}
     try:
-        return replace(facts, mea=complete_section(fields["mea"], facts, qk_norm=family.qk_norm, bias=bias))
+        return replace(shape, mea=complete_section(fields["mea"], shape, qk_norm=family.qk_norm, bias=bias))
     except Exception:  # the class says what is wrong with the section
         return None
 
 
 def _rope(fields: Mapping[str, Any], family: Family, head_dim: int) -> dict[str, Any] | None:
-    """``rope_parameters`` as the class completes them, or None."""
+    """Return ``rope_parameters`` as the class completes them, or None."""
     rope = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     if "rope_theta" in fields:
         rope.setdefault("rope_theta", fields["rope_theta"])
@@ -126,8 +127,8 @@ def _rope(fields: Mapping[str, Any], family: Family, head_dim: int) -> dict[str,
     share = rope.get("partial_rotary_factor", 1.0)
     if not _number(share):
         return None
-    turned = int(head_dim * share)
-    return rope if 2 <= turned <= head_dim and turned % 2 == head_dim % 2 == 0 else None
+    rotary_dim = int(head_dim * share)
+    return rope if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == head_dim % 2 == 0 else None
 
 
 def _size(value: Any) -> bool:
@@ -159,7 +160,7 @@ def _token(value: Any) -> bool:
 
 
 def _tokens(value: Any) -> bool:
-    return _token(value) or (isinstance(value, list) and all(type(one) is int and _token(one) for one in value))
+    return _token(value) or (isinstance(value, list) and all(type(token) is int and _token(token) for token in value))
 
 
 def _optional(known: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -191,7 +192,7 @@ _REQUIRED: _Known = {
     "tie_word_embeddings": _flag,
     "mea": _section,
 }
-# Of these the work asks nothing, but the class would refuse some values.
+# Compression asks nothing of most of these, but the class would refuse some values.
 _OPTIONAL: _Known = {
     "head_dim": _size,
     "hidden_act": _among(_ACTIVATIONS),
@@ -227,7 +228,7 @@ _ROUTING: _Known = {
     "router_aux_loss_coef": _share,
     "max_window_layers": _size,
 }
-_OWN: dict[str, tuple[_Known, _Known]] = {
+_FAMILY_SETTINGS: dict[str, tuple[_Known, _Known]] = {
     "llama": ({}, _BIAS | {"mlp_bias": _flag, "pretraining_tp": _size}),
     "mistral": (_WINDOW, {}),
     "qwen2": (_CHOSEN_WINDOW, _TYPES),
@@ -244,4 +245,4 @@ _OWN: dict[str, tuple[_Known, _Known]] = {
         },
     ),
 }
-"""Settings that a family must have beside `_REQUIRED`, and others that it may have."""
+"""Settings that a family must have, those of `_REQUIRED` apart, and others that it may have."""

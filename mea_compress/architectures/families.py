@@ -14,7 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def gated(config: Any, layer: int) -> Shapes:
-    """A gated MLP with three projections."""
+    """Return the tensors of a gated MLP with three projections."""
     inner, hidden = config.intermediate_size, config.hidden_size
     shapes: Shapes = {
         "mlp.gate_proj.weight": (inner, hidden),
@@ -27,13 +27,13 @@ def gated(config: Any, layer: int) -> Shapes:
 
 
 def fused_gated(config: Any, layer: int) -> Shapes:
-    """A gated MLP whose gate and up projections are stacked."""
+    """Return the tensors of a gated MLP whose gate and up projections are stacked."""
     inner, hidden = config.intermediate_size, config.hidden_size
     return {"mlp.gate_up_proj.weight": (2 * inner, hidden), "mlp.down_proj.weight": (hidden, inner)}
 
 
 def experts(config: Any, layer: int) -> Shapes:
-    """A mixture of gated experts, each stored on its own; some layers have one MLP instead."""
+    """Return the tensors of a mixture of gated experts, each stored apart; some layers have one MLP instead."""
     count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     if layer in config.mlp_only_layers or count < 1 or (layer + 1) % config.decoder_sparse_step:
         return gated(config, layer)
@@ -54,9 +54,9 @@ class Family:
         prefix: Stem of its classes here: ``Llama`` for ``MeaLlamaConfig``.
         layer: Prefix of a layer's tensors, with ``{layer}`` for its number.
         fused: Name of one projection that holds queries, keys and values stacked, or None where they are apart.
-        mlp: What a layer has beside its attention and its two norms.
+        mlp: What a layer has but for its attention and its two norms.
         qk_norm: Whether queries and keys pass an RMSNorm over head_dim before RoPE.
-        stock_export: Whether a stock checkpoint of this family can hold wider heads with frequencies of their own.
+        stock_export: Whether a stock checkpoint of this family can hold wider heads with other frequencies.
     """
 
     model_type: str
@@ -69,7 +69,7 @@ class Family:
 
     @property
     def emitted_type(self) -> str:
-        """``model_type`` of what is emitted."""
+        """``model_type`` of emitted checkpoints."""
         return MEA_PREFIX + self.model_type
 
     def attention(self, layer: int) -> str:
@@ -86,8 +86,8 @@ FAMILIES = (
     Family("phi3", "Phi3", fused="qkv_proj", mlp=fused_gated, stock_export=False),
 )
 
-# Well-known families whose attention does not fit, and why.
-_UNFIT_FAMILIES = {
+# Well-known families whose attention cannot be compressed here, and why.
+_UNSUPPORTED_FAMILIES = {
     "gemma2": "its attention logits are soft-capped",
     "gemma3": "its layers rotate at two different bases",
     "gemma3_text": "its layers rotate at two different bases",
@@ -100,8 +100,8 @@ _UNFIT_FAMILIES = {
     "bloom": "its positions are not rotary",
 }
 
-# Settings under which the attention of a known family is no longer plain attention over key/value heads.
-_UNFIT = {
+# Settings under which the attention of a supported family is no longer plain attention over key/value heads.
+_UNSUPPORTED_SETTINGS = {
     "attn_logit_softcapping": "its attention logits are soft-capped",
     "kv_lora_rank": "its attention already caches a latent (MLA)",
     "quantization_config": "its weights are quantised; save it unquantised first",
@@ -109,7 +109,7 @@ _UNFIT = {
 
 
 def find_family(config: dict[str, Any], where: str) -> Family:
-    """The family of a config.json.
+    """Return the family of a config.json.
 
     Args:
         config: The parsed file.
@@ -123,9 +123,9 @@ def find_family(config: dict[str, Any], where: str) -> Family:
         raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
     known = {family.model_type: family for family in FAMILIES}
     family = known.get(model_type.removeprefix(MEA_PREFIX))
-    if family is None and model_type in _UNFIT_FAMILIES:
+    if family is None and model_type in _UNSUPPORTED_FAMILIES:
         raise RequestError(
-            f"{where}: {model_type} checkpoints cannot be compressed, {_UNFIT_FAMILIES[model_type]}; "
+            f"{where}: {model_type} checkpoints cannot be compressed, {_UNSUPPORTED_FAMILIES[model_type]}; "
             f"supported are {', '.join(known)}"
         )
     if family is None:
@@ -135,7 +135,7 @@ def find_family(config: dict[str, Any], where: str) -> Family:
             f"{where}: model_type {model_type!r} cannot be compressed{hint}; supported are {', '.join(known)} "
             f"and their {MEA_PREFIX} forms"
         )
-    for key, reason in _UNFIT.items():
+    for key, reason in _UNSUPPORTED_SETTINGS.items():
         if config.get(key) is not None:
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
     return family

@@ -1,19 +1,9 @@
 """Safetensors checkpoints on disk, one tensor at a time; knows nothing of model families."""
 
 from mea_compress.checkpoint.dtypes import array_dtype, as_array, as_tensor, dtype_name, torch_dtype
-from mea_compress.checkpoint.reader import CheckpointReader, TensorInfo, read_array, read_tensor
-from mea_compress.checkpoint.writer import (
-    DEFAULT_SHARD_BYTES,
-    Entry,
-    NewTensor,
-    Shard,
-    plan_shards,
-    required_bytes,
-    shard_finished,
-    write_checkpoint,
-    write_index,
-    write_shard,
-)
+from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES, Entry, NewTensor, Shard, TensorInfo, plan_shards
+from mea_compress.checkpoint.reader import CheckpointReader, read_array, read_tensor
+from mea_compress.checkpoint.writer import shard_finished, write_checkpoint, write_index, write_shard
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -29,7 +19,6 @@ __all__ = [
     "plan_shards",
     "read_array",
     "read_tensor",
-    "required_bytes",
     "shard_finished",
     "torch_dtype",
     "write_checkpoint",

@@ -1,4 +1,4 @@
-"""Dtypes of safetensors, as NumPy (with ml_dtypes) and as PyTorch have them.
+"""Dtypes of safetensors, in NumPy (with ml_dtypes) and in PyTorch.
 
 Headers need neither, and importing them takes time: each is loaded where it is used.
 """
@@ -38,17 +38,25 @@ DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 @cache
 def array_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a safetensors dtype name (KeyError for those that nobody computes with, such as `F4`)."""
+    """Return the NumPy dtype of a safetensors dtype name.
+
+    Raises:
+        KeyError: Nobody computes with that dtype, such as `F4`.
+    """
     import ml_dtypes
     import numpy as np
 
-    own = TORCH_NAMES[name]
-    return np.dtype(getattr(ml_dtypes, own, own))
+    numpy_name = TORCH_NAMES[name]
+    return np.dtype(getattr(ml_dtypes, numpy_name, numpy_name))
 
 
 @cache
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name that torch can compute with (KeyError for others, such as `F4`)."""
+    """Return the torch dtype of a safetensors dtype name.
+
+    Raises:
+        KeyError: This torch cannot compute with that dtype, such as `F4`.
+    """
     import torch
 
     dtype = getattr(torch, TORCH_NAMES[name], None)
@@ -58,23 +66,27 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype | np.dtype[Any]) -> str:
-    """The safetensors name of a torch or NumPy dtype (KeyError where safetensors has none)."""
+    """Return the safetensors name of a torch or NumPy dtype.
+
+    Raises:
+        KeyError: Safetensors has no such dtype.
+    """
     return DTYPE_NAMES[str(dtype).removeprefix("torch.")]
 
 
 def as_array(tensor: torch.Tensor) -> NDArray[Any]:
-    """The numbers of a tensor on any device, in its own dtype; those of a CPU tensor are shared where they can be."""
+    """Return a tensor on any device as an array of its dtype; memory of a CPU tensor is shared where it can be."""
     import torch
 
-    plain = tensor.detach().cpu().contiguous()
-    if plain.dtype != torch.bfloat16 and plain.element_size() > 1:
-        return plain.numpy()
-    raw = plain.reshape(-1).view(torch.uint8).numpy()
-    return raw.view(array_dtype(dtype_name(plain.dtype))).reshape(plain.shape)
+    contiguous = tensor.detach().cpu().contiguous()
+    if contiguous.dtype != torch.bfloat16 and contiguous.element_size() > 1:
+        return contiguous.numpy()
+    raw = contiguous.reshape(-1).view(torch.uint8).numpy()
+    return raw.view(array_dtype(dtype_name(contiguous.dtype))).reshape(contiguous.shape)
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """A CPU tensor of the same numbers in their own dtype; memory is shared where it can be.
+    """Return an array as a CPU tensor of its dtype; memory is shared where it can be.
 
     Raises:
         KeyError: PyTorch has no such dtype.
@@ -83,5 +95,5 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     import torch
 
     dtype = torch_dtype(dtype_name(array.dtype))
-    whole = np.require(array, requirements=("C", "W"))
-    return torch.from_numpy(whole.reshape(-1).view(np.uint8)).view(dtype).reshape(array.shape)
+    contiguous = np.require(array, requirements=("C", "W"))
+    return torch.from_numpy(contiguous.reshape(-1).view(np.uint8)).view(dtype).reshape(array.shape)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from mea_compress.heads.composed import FactoredHeads
     from mea_compress.heads.statistics import LayerStatistics
     from mea_compress.heads.types import AttentionHeads
-    from mea_compress.recipe import Recipe
 
 ENTRY_POINTS = "mea_compress.methods"
 _MODULES = {
@@ -55,6 +54,20 @@ DEFAULT_METHODS = {"key": "frequency", "value": "latent"}
 
 Choice = str | Mapping[str, Any]
 """A method as recipes name it: its name, or a mapping of ``method`` to the name and of options to their values."""
+
+
+class Choices(Protocol):
+    """What a recipe says of the methods; it may have settings that are options of some of them."""
+
+    @property
+    def key_composition(self) -> Choice | None:
+        """The method of keys."""
+        ...
+
+    @property
+    def value_composition(self) -> Choice | None:
+        """The method of values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,7 @@ def method_name(choice: Choice) -> str:
     return choice if isinstance(choice, str) else str(choice["method"])
 
 
-def side_choice(recipe: Recipe, side: str, name: str) -> Choice:
+def side_choice(recipe: Choices, side: str, name: str) -> Choice:
     """Return the recipe's choice of a method for one side, or its name where the recipe leaves it to the plan."""
     choice = recipe.key_composition if side == "key" else recipe.value_composition
     return choice if choice is not None and method_name(choice) == name else name
@@ -228,7 +241,7 @@ def check_choice(choice: Choice, side: str) -> None:
     configured(choice)
 
 
-def configured(choice: Choice, recipe: Recipe | None = None) -> Any:
+def configured(choice: Choice, recipe: Choices | None = None) -> Any:
     """Return the method that a choice means, with its options.
 
     Args:
@@ -263,11 +276,11 @@ def _checked(method: type[Method], option: str, value: object) -> object:
         raise RequestError(f"option {option} of method {method.name} {expectation}, not {value!r}") from None
 
 
-def method_allocates_uniformly(choice: Choice, recipe: Recipe) -> bool:
+def method_allocates_uniformly(choice: Choice, recipe: Choices) -> bool:
     """Return whether the method gives each rotary pair as many components, whatever the weights are."""
     return bool(getattr(configured(choice, recipe), "allocates_uniformly", False))
 
 
-def method_needs_queries(choice: Choice, recipe: Recipe) -> bool:
+def method_needs_queries(choice: Choice, recipe: Choices) -> bool:
     """Return whether the method reads or changes q_proj or o_proj even where the fit looks at weights alone."""
     return bool(getattr(configured(choice, recipe), "needs_queries", True))

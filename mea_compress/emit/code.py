@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 
 from mea_compress import modeling
 from mea_compress.architectures import open_source
-from mea_compress.checkpoint.workspace import exchange, sync_tree
+from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
+from mea_compress.emit.outside import FORM_FILES, form_file, outside_forms
 from mea_compress.errors import RequestError
-from mea_compress.modeling.outside import FORM_FILES, form_file, outside_forms
 from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import key_value_table
 
 CODE_FILES = (
     "attention_mea.py",
@@ -58,9 +59,9 @@ class CarriedCode:
 
 def carried_code(directory: Path) -> CarriedCode:
     """Return which code a checkpoint carries, as its files say; nothing of it is run."""
-    found = [name for name in CODE_FILES if (directory / name).is_file()]
-    changed = tuple(name for name in CODE_FILES if name not in found or not _is_ours(directory / name))
-    if not found:
+    present = [name for name in CODE_FILES if (directory / name).is_file()]
+    changed = tuple(name for name in CODE_FILES if name not in present or not _is_ours(directory / name))
+    if not present:
         return CarriedCode(None, changed, None)
     version = _UNNUMBERED
     with suppress(OSError):
@@ -92,8 +93,8 @@ def _is_ours(file: Path) -> bool:
     return file.read_bytes() == _ours(file)
 
 
-@dataclass(frozen=True)
-class RefreshResult:
+@dataclass(frozen=True, repr=False)
+class RefreshResult(Shown):
     """What `refresh` found and did.
 
     Attributes:
@@ -116,25 +117,27 @@ class RefreshResult:
             "tested_transformers": list(TESTED_TRANSFORMERS),
         }
 
+    def report(self) -> str:
+        """Return what people read."""
+        return key_value_table(self.to_json())
 
-def refresh(checkpoint: Path | str, check: bool = False) -> RefreshResult:
+
+def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
     """Replace the modeling code that a checkpoint carries by this release's; weights and configuration stay.
 
-    The directory is made anew next to its place, with links to the same weights, and changes places with the old one,
-    so that a kill leaves one or the other.
+    A sibling directory is made, with links to the same weights, and changes places with the old one, so that a kill
+    leaves one or the other.
 
     Args:
         checkpoint: A checkpoint that this program wrote, by whatever release.
         check: Only report.
 
     Raises:
-        RequestError: It is no such checkpoint, or its directory cannot be written to.
+        RequestError: It is no such checkpoint, its directory cannot be written to, or the disk is full.
 
     Example:
-        >>> refresh("no-such-directory")
-        Traceback (most recent call last):
-        ...
-        mea_compress.errors.RequestError: no-such-directory: ...
+        >>> refresh("HALF").refreshed  # what was compressed now carries the code of now
+        False
     """
     directory = Path(os.path.realpath(checkpoint))
     source = open_source(Path(checkpoint))
@@ -146,34 +149,20 @@ def refresh(checkpoint: Path | str, check: bool = False) -> RefreshResult:
     before = carried_code(directory)
     if check or not before.changed:
         return RefreshResult(Path(checkpoint), before, False)
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.refresh-", dir=directory.parent))
-        try:
-            work.chmod(directory.stat().st_mode & 0o777)
-            shutil.copytree(directory, work, symlinks=True, dirs_exist_ok=True, copy_function=_link)
-            for name in (*CODE_FILES, "README.md"):
-                (work / name).unlink(missing_ok=True)  # a link: what it leads to is the old directory's
-            write_code(work)
-            _note(directory / "README.md", work / "README.md")
-            sync_tree(work)
-            exchange(work, directory)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise RequestError(
-            f"{error.filename or directory}: {os.strerror(error.errno or 0)}; make {directory.parent} writable, or "
-            "copy the checkpoint elsewhere and refresh that"
-        ) from None
+    remedy = f"make {directory.parent} writable, or copy the checkpoint elsewhere and refresh that"
+    with refusals(directory, remedy), replacing_directory(directory, directory, "refresh") as work:
+        copy_tree(directory, work, (*CODE_FILES, "README.md"), _link, follow_links=False)
+        write_code(work)
+        _note(directory / "README.md", work / "README.md")
     return RefreshResult(Path(checkpoint), before, True)
 
 
-def _link(old: str, new: str) -> str:
+def _link(old: str, new: str) -> None:
     """Link a file, so that weights are not copied, or copy it where the file system has no links."""
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:
         shutil.copy2(old, new, follow_symlinks=False)
-    return new
 
 
 def _note(card: Path, new: Path) -> None:

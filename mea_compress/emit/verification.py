@@ -1,4 +1,4 @@
-"""Reload an emitted checkpoint, compare it with plain attention over its composed heads, and decode with it."""
+"""Reload an emitted checkpoint, compare it with explicit attention over the reconstructed heads, and decode with it."""
 
 import copy
 import gc
@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mea_compress.architectures import Source, open_source
 from mea_compress.checkpoint import as_tensor
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.decoding import check_decoding, run_cached
 from mea_compress.errors import VerificationError
 from mea_compress.heads.composed import join_heads
 from mea_compress.layers.read import read_side
+from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import every_head
-from mea_compress.plan.planning import WHOLE_MODEL_BYTES
+from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4
@@ -31,12 +33,12 @@ _SMALL_HIDDEN, _SMALL_MLP, _SMALL_VOCABULARY = 64, 16, 64
 
 
 def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
-    """Reloads a checkpoint and checks it.
+    """Reload a checkpoint and check it.
 
     Every layer's keys and values, as its attention module reads them from what it gives to a cache, must equal those
-    of plain attention whose weights are the composed heads multiplied out in float64; a model that is small enough is
-    also loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached. Greedy
-    tokens decoded with a cache must be those of whole sequences (see `verify_decoding`).
+    of explicit attention whose weights are the reconstructed heads in float64; a model that is small enough is also
+    loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached. Greedy tokens
+    decoded with a cache must be those of whole sequences (see `check_decoding`).
 
     Args:
         directory: The emitted checkpoint.
@@ -51,57 +53,42 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         VerificationError: It does not hold.
     """
     emitted = open_source(directory)
-    measured, worst, model = 0, 0.0, None
+    measured, largest, model = 0, 0.0, None
     layers = range(emitted.config.num_hidden_layers)
     for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
         difference, layer_bytes = _check_layer(emitted, layer)
         measured += layer_bytes
-        worst = max(worst, difference)
-    result: dict[str, Any] = {"compared": "keys and values of every layer", "largest_difference": worst}
+        largest = max(largest, difference)
+    compared = "keys and values of every layer"
     if emitted.weight_bytes <= WHOLE_MODEL_BYTES:
-        difference, whole_bytes, model = _check_model(emitted)
-        measured = whole_bytes
-        worst = max(worst, difference)
-        result = {"compared": "logits of the whole model", "largest_difference": worst}
-    if not worst <= TOLERANCE:  # also true for NaN
+        difference, measured, model = _check_model(emitted)
+        largest = max(largest, difference)
+        compared = "logits of the whole model"
+    if not largest <= TOLERANCE:  # also true for NaN
         raise VerificationError(
-            f"the reloaded checkpoint differs from the composed model by {worst:.2e} ({result['compared']})"
+            f"the reloaded checkpoint differs from attention over its reconstructed heads by {largest:.2e} ({compared})"
         )
     if measured != promised_bytes:
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
-    decoding = decode_layers(emitted) if model is None else _decode(model, seed=0)
-    return result | {"kv_bytes_per_token": measured, "decoding_difference": decoding}
+    return {
+        "compared": compared,
+        "largest_difference": largest,
+        "kv_bytes_per_token": measured,
+        "decoding_difference": decode_layers(emitted) if model is None else _decode(model, seed=0),
+    }
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds."""
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim() > 0)
-
-
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected number; infinite where something is not a number."""
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+def relative_difference(measured: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference over the largest expected number; infinite where something is not a number."""
+    error = float((measured - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     return math.inf if math.isnan(error) else error
 
 
 def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
-    """Largest relative difference of a layer's keys and values, and its cache bytes per token."""
-    config, prefix = emitted.config, emitted.family.attention(layer)
-    with torch.device("meta"):
-        attention = MeaAttention(config, layer)
-    del attention.q_proj, attention.o_proj  # only keys and values are looked at
-    names = [name for name, _ in attention.named_parameters()]
-    state = {name: emitted.reader.read(prefix + name).to(torch.float32) for name in names}
-    attention.load_state_dict(state, strict=False, assign=True)
-    for module in (attention.key_composition, attention.value_composition):
-        if module is not None and any(buffer.is_meta for buffer in module.buffers()):
-            tables = type(module)(module.sizes, tuple(module.weight.shape))
-            for name, buffer in tables.named_buffers():
-                setattr(module, name, buffer)
-
+    """Return the largest relative difference of a layer's keys and values, and its cache bytes per token."""
+    attention = _keys_and_values_of(emitted, layer)
     generator = torch.Generator().manual_seed(layer)
-    hidden = torch.randn(1, _TOKENS, config.hidden_size, generator=generator)
+    hidden = torch.randn(1, _TOKENS, emitted.config.hidden_size, generator=generator)
     angles = torch.rand(1, _TOKENS, attention.rotary_dim // 2, generator=generator) * 6
     cos, sin = angles.repeat(1, 1, 2).cos(), angles.repeat(1, 1, 2).sin()
 
@@ -109,45 +96,63 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
         return cos[:, positions[0]], sin[:, positions[0]]
 
     with torch.no_grad():
-        keys, values = attention.project(hidden, cos, sin)
-        found_keys, found_values = attention.expand(keys, values, torch.arange(_TOKENS)[None], None, rotary)
-        expected_keys = _plain_keys(emitted, layer, attention, hidden, cos, sin)
-        expected_values = _plain_heads(emitted, layer, "value", hidden)
-    worst = 0.0
-    for found, expected in ((found_keys, expected_keys), (found_values, expected_values)):
-        repeat = expected.shape[1] // found.shape[1]  # pooled heads stand for their whole group
-        worst = max(worst, relative_difference(found.repeat_interleave(repeat, dim=1), expected))
-    itemsize = emitted.reader.info(f"{prefix}k_proj.weight").nbytes // math.prod(
-        emitted.reader.info(f"{prefix}k_proj.weight").shape
-    )
-    return worst, (keys.numel() + values.numel()) * itemsize // _TOKENS
+        cached_keys, cached_values = attention.project(hidden, cos, sin)
+        positions = torch.arange(_TOKENS)[None]
+        keys, values = attention.expand(cached_keys, cached_values, positions, None, rotary)
+        expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
+        expected_values = _explicit_heads(emitted, layer, "value", hidden)
+    difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))
+    itemsize = DTYPE_BITS[emitted.reader.info(f"{emitted.family.attention(layer)}k_proj.weight").dtype] // 8
+    return difference, (cached_keys.numel() + cached_values.numel()) * itemsize // _TOKENS
 
 
-def _plain_heads(emitted: Source, layer: int, side: str, hidden: torch.Tensor) -> torch.Tensor:
-    """The composed heads of a side, multiplied out, applied to (1, T, D): (1, H, T, d)."""
+def _keys_and_values_of(emitted: Source, layer: int) -> MeaAttention:
+    """Return a layer's attention in float32, without the projections of queries and output."""
+    with torch.device("meta"):
+        attention = MeaAttention(emitted.config, layer)
+    del attention.q_proj, attention.o_proj
+    names = [name for name, _ in attention.named_parameters()]
+    prefix = emitted.family.attention(layer)
+    state = {name: emitted.reader.read(prefix + name).to(torch.float32) for name in names}
+    attention.load_state_dict(state, strict=False, assign=True)
+    for module in (attention.key_composition, attention.value_composition):
+        if module is not None and any(buffer.is_meta for buffer in module.buffers()):
+            tables = type(module)(module.sizes, tuple(module.weight.shape))
+            for name, buffer in tables.named_buffers():
+                setattr(module, name, buffer)
+    return attention
+
+
+def _difference_of_heads(heads: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative difference of (B, C, T, d) from (B, H, T, d); pooled heads stand for their whole group."""
+    return relative_difference(heads.repeat_interleave(expected.shape[1] // heads.shape[1], dim=1), expected)
+
+
+def _explicit_heads(emitted: Source, layer: int, side: str, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the reconstructed heads of a side applied to (1, T, D) in float64: (1, H, T, d) float32."""
     heads = as_tensor(read_side(emitted, layer, side))  # (H, d, D + 1)
     ones = hidden.new_ones(*hidden.shape[:-1], 1)
     return torch.einsum("hdx,btx->bhtd", heads, torch.cat((hidden, ones), -1).double()).float()
 
 
-def _plain_keys(
+def _explicit_keys(
     emitted: Source, layer: int, attention: MeaAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    keys = _plain_heads(emitted, layer, "key", hidden)
+    """Return the reconstructed keys after their norm and RoPE, (1, H, T, d)."""
+    keys = _explicit_heads(emitted, layer, "key", hidden)
     if attention.qk_norm:
         keys = attention.k_norm(keys)
     half = cos.shape[-1] // 2
-    turned, rest = keys[..., : 2 * half], keys[..., 2 * half :]
-    real, imaginary = turned[..., :half], turned[..., half:]
+    real, imaginary, unrotated = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
     c, s = cos[:, None, :, :half], sin[:, None, :, :half]
-    return torch.cat((real * c - imaginary * s, imaginary * c + real * s, rest), dim=-1)
+    return torch.cat((real * c - imaginary * s, imaginary * c + real * s, unrotated), dim=-1)
 
 
 def decode_layers(emitted: Source) -> float:
-    """Decode with every kind of layer of a checkpoint, each in a small model around its own attention.
+    """Decode with every kind of layer of a checkpoint, each in a small model around its attention.
 
-    The model has one layer and the checkpoint's own heads, compositions, positions and masks; its hidden size is cut
-    down and its MLP is random, so that no more than one layer's attention is in memory.
+    The model has one layer with the checkpoint's heads, compositions, positions and masks; its hidden size is cut down
+    and its MLP is random, so that no more than one layer's attention is in memory.
 
     Returns:
         The largest relative difference of logits with a cache from those without.
@@ -172,15 +177,32 @@ def _decode(model: Any, seed: int) -> float:
 
 
 def _small_model(emitted: Source, layer: int) -> Any:
-    """One layer's attention, with the first channels of its hidden state, in a model of its family, float32."""
+    """Return a float32 model of the family with one layer's attention, on the first channels of its hidden state."""
     from mea_compress.modeling import modeling_mea
 
+    config = _small_config(emitted, layer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layer)
+        model = getattr(modeling_mea, f"Mea{emitted.family.prefix}ForCausalLM")(config).float().eval()
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            tensor = emitted.reader.read(emitted.family.attention(layer) + name)
+            if name.startswith("o_proj."):
+                tensor = tensor[: config.hidden_size]
+            elif name.endswith("_proj.weight"):
+                tensor = tensor[:, : config.hidden_size]
+            parameter.copy_(tensor)
+    return model
+
+
+def _small_config(emitted: Source, layer: int) -> Any:
+    """Return the checkpoint's configuration cut down to one layer, a small hidden size, MLP and vocabulary."""
     config = copy.deepcopy(emitted.model_config)
-    hidden = min(config.hidden_size, _SMALL_HIDDEN)
     small = {
         "num_hidden_layers": 1,
         "head_dim": emitted.head_dim,
-        "hidden_size": hidden,
+        "hidden_size": min(config.hidden_size, _SMALL_HIDDEN),
         "vocab_size": _SMALL_VOCABULARY,
         "intermediate_size": _SMALL_MLP,
         "moe_intermediate_size": _SMALL_MLP,
@@ -192,29 +214,16 @@ def _small_model(emitted: Source, layer: int) -> Any:
         "layer_types": (getattr(config, "layer_types", None) or [None])[layer : layer + 1],
     }
     for name, value in small.items():
-        if name == "head_dim" or getattr(config, name, None) is not None:
+        if name == "head_dim" or getattr(config, name, None) is not None:  # what the family has
             setattr(config, name, value)
     config.mea = {**config.mea, "layers": [config.mea["layers"][layer]]}
     config._attn_implementation = "sdpa"
     config._experts_implementation = "eager"
-    prefix = emitted.family.attention(layer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layer)
-        model = getattr(modeling_mea, f"Mea{emitted.family.prefix}ForCausalLM")(config).float().eval()
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        for name, parameter in attention.named_parameters():
-            tensor = emitted.reader.read(prefix + name)
-            if name.startswith("o_proj."):
-                tensor = tensor[:hidden]
-            elif name.endswith("_proj.weight"):
-                tensor = tensor[:, :hidden]
-            parameter.copy_(tensor)
-    return model
+    return config
 
 
 def _check_model(emitted: Source) -> tuple[float, int, Any]:
-    """Largest relative difference of logits, cache bytes per token, and the loaded model in float32."""
+    """Return the largest relative difference of logits, the cache bytes per token, and the model in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
 
@@ -231,14 +240,14 @@ def _check_model(emitted: Source) -> tuple[float, int, Any]:
         measured = cache_bytes(filled) // ids.numel()
         if model.dtype in (torch.float16, torch.bfloat16):
             model = model.float()
-        found = model(ids, use_cache=False).logits
-        expected = _composed_model(emitted, model)(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
+        expected = _explicit_model(emitted, model)(ids, use_cache=False).logits
     gc.collect()
-    return relative_difference(found, expected), measured, model
+    return relative_difference(logits, expected), measured, model
 
 
-def _composed_model(emitted: Source, model: Any) -> Any:
-    """The model with every composition multiplied out: plain attention over all heads."""
+def _explicit_model(emitted: Source, model: Any) -> Any:
+    """Return the model with explicit attention over the reconstructed heads: no layer is composed."""
     heads = emitted.config.num_key_value_heads
     config = type(model.config).from_dict(model.config.to_dict())
     config.mea = {**config.mea, "layers": [every_head(heads) for _ in config.mea["layers"]]}
@@ -252,11 +261,8 @@ def _composed_model(emitted: Source, model: Any) -> Any:
             if f"{prefix}{name}.bias" in state:
                 state[f"{prefix}{name}.bias"] = rows[:, -1]
     with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(state, strict=True, assign=True)
-    plain.model.rotary_emb = model.model.rotary_emb
-    plain.tie_weights()
-    return plain.eval()
-
-
-__all__ = ["VerificationError", "cache_bytes", "decode_layers", "relative_difference", "verify"]
+        explicit = type(model)(config)
+    explicit.load_state_dict(state, strict=True, assign=True)
+    explicit.model.rotary_emb = model.model.rotary_emb
+    explicit.tie_weights()
+    return explicit.eval()

@@ -15,9 +15,8 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from mea_compress.architectures import Source
 from mea_compress.architectures.checkpoint import FLOATS, SIDES, projection_info
 from mea_compress.checkpoint import (
     CheckpointReader,
@@ -34,8 +33,8 @@ from mea_compress.checkpoint import (
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.plan.planning import LayerPlan, Plan, stored_shapes
-from mea_compress.recipe import Recipe
+from mea_compress.planning.sizes import stored_shapes
+from mea_compress.planning.types import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,8 +48,8 @@ def layer_directory(workspace: Workspace, layer: int) -> Path:
     return workspace.work / f"layer-{layer:05d}"
 
 
-def write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool) -> None:
-    """All shards, when every layer has been fitted: new attention tensors in the place of the old ones."""
+def write_weights(plan: Plan, workspace: Workspace, progress: bool) -> None:
+    """Write all shards when every layer has been fitted: new attention tensors in the place of the old ones."""
     fitted: dict[int, Mapping[str, Entry]] = {}
     for layer in plan.layers:
         if layer.compressed:
@@ -58,18 +57,16 @@ def write_weights(source: Source, plan: Plan, recipe: Recipe, workspace: Workspa
             fitted[layer.layer] = {
                 info.name: NewTensor(info.name, info.dtype, info.shape, partial(read_array, info)) for info in stored
             }
-    entries = _entries(source, plan, fitted)
-    if recipe.dtype is not None:
-        entries = [_cast(entry, recipe.dtype) for entry in entries]
+    entries, dtype = _entries(plan, fitted), plan.recipe.dtype
+    if dtype is not None:
+        entries = [_cast(entry, dtype) for entry in entries]
     # Tensors of any size are made where all are cast: one of them in memory at a time.
-    write_shards(entries, recipe.shard_bytes, workspace, progress, 1 if recipe.dtype is not None else _FILES_AT_ONCE)
+    write_shards(entries, plan.recipe.shard_bytes, workspace, progress, 1 if dtype is not None else _FILES_AT_ONCE)
 
 
 @contextmanager
-def writing_beside(
-    source: Source, plan: Plan, recipe: Recipe, workspace: Workspace, progress: bool
-) -> Iterator[Callable[[int], None]]:
-    """All shards, written by another thread while the block fits the layers; the block ends when both are through.
+def writing_concurrently(plan: Plan, workspace: Workspace, progress: bool) -> Iterator[Callable[[int], None]]:
+    """Write all shards in threads while the block fits the layers; the block ends when both are through.
 
     An error or interruption of the fit ends the writing at once, and one of the writing the fit, with its layer.
 
@@ -80,11 +77,11 @@ def writing_beside(
     fitted: dict[int, Mapping[str, Entry]] = {}
     for layer in plan.layers:
         if layer.compressed:
-            fitted[layer.layer] = _promised(source, layer, workspace, fit)
-            if workspace.finished("layers", str(layer.layer)) is not None:
+            fitted[layer.layer] = _deferred_tensors(plan, layer, workspace, fit)
+            if workspace.result_of("layers", str(layer.layer)) is not None:
                 fit.stored[layer.layer].set()
-    entries = _entries(source, plan, fitted)
-    with _writing(entries, recipe.shard_bytes, workspace, progress, fit) as files:
+    entries = _entries(plan, fitted)
+    with _writing(entries, plan.recipe.shard_bytes, workspace, progress, fit) as files:
 
         def stored(layer: int) -> None:
             fit.stored[layer].set()
@@ -95,8 +92,8 @@ def writing_beside(
         yield stored
 
 
-def check_written(source: Source, plan: Plan, workspace: Workspace) -> None:
-    """Attention tensors of the checkpoint are, bit for bit, those that were fitted.
+def check_written(plan: Plan, workspace: Workspace) -> None:
+    """Check that attention tensors of the checkpoint are, bit for bit, those that were fitted.
 
     Raises:
         VerificationError: One is not.
@@ -107,13 +104,13 @@ def check_written(source: Source, plan: Plan, workspace: Workspace) -> None:
             continue
         fitted = CheckpointReader(layer_directory(workspace, layer.layer))
         for name in fitted.tensors:
-            found = written.read_array(source.family.attention(layer.layer) + name)
+            found = written.read_array(plan.source.family.attention(layer.layer) + name)
             if found.tobytes() != fitted.read_array(name).tobytes():
                 raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
 
-class _GivenUpError(Exception):
-    """Ends the thread that writes when there is nothing to wait for any more; nobody sees it."""
+class _Cancelled(Exception):
+    """Ends a thread that writes when there is nothing to wait for any more."""
 
 
 @dataclass
@@ -129,14 +126,14 @@ class _Fit:
     given_up: Event = field(default_factory=Event)
 
     def check(self) -> None:
-        """Ends the thread that calls it where the fit has ended early."""
+        """End the thread that calls it where the fit has ended early."""
         if self.given_up.is_set():
-            raise _GivenUpError
+            raise _Cancelled
 
 
 @dataclass(frozen=True)
-class _Promise:
-    """Makes a tensor of a layer as soon as that has been stored."""
+class _DeferredTensor:
+    """Reads a tensor of a layer as soon as that has been stored."""
 
     directory: Path
     name: str
@@ -149,20 +146,20 @@ class _Promise:
         return CheckpointReader(self.directory).read_array(self.name)
 
 
-def _promised(source: Source, layer: LayerPlan, workspace: Workspace, fit: _Fit) -> dict[str, Entry]:
-    """The tensors that the fit of a layer will make, by their names below ``self_attn.``."""
+def _deferred_tensors(plan: Plan, layer: LayerPlan, workspace: Workspace, fit: _Fit) -> dict[str, Entry]:
+    """Return the tensors that the fit of a layer will make, by their names below ``self_attn.``."""
     stored = fit.stored[layer.layer] = Event()
     directory = layer_directory(workspace, layer.layer)
     return {
-        name: NewTensor(name, source.dtype, shape, _Promise(directory, name, stored, fit))
-        for name, shape in stored_shapes(source, layer).items()
+        name: NewTensor(name, plan.source.dtype, shape, _DeferredTensor(directory, name, stored, fit))
+        for name, shape in stored_shapes(plan.source, layer.spec).items()
     }
 
 
 def write_shards(
     entries: Sequence[Entry], shard_bytes: int, workspace: Workspace, progress: bool, at_once: int = _FILES_AT_ONCE
 ) -> None:
-    """Writes all weights of the checkpoint, with a bar; files that an interrupted run has finished stay as they are.
+    """Write all weights of the checkpoint, with a bar; files that an interrupted run has finished stay as they are.
 
     Args:
         entries: The tensors, in order.
@@ -184,7 +181,7 @@ def _writing(
     fit: _Fit,
     at_once: int = _FILES_AT_ONCE,
 ) -> Iterator[list[Future[None]]]:
-    """The same beside the block, in threads, each with a file of its own: what a fit makes is waited for last.
+    """Write shards in a thread pool while the block runs; tensors still to be fitted are written last in each shard.
 
     Yields:
         What becomes of every file.
@@ -203,11 +200,11 @@ def _writing(
                 bar.update(count)
 
         def write(shard: Shard) -> None:
-            if shard_finished(workspace.path, shard) and workspace.finished("shards", shard.name):
+            if shard_finished(workspace.path, shard) and workspace.result_of("shards", shard.name):
                 tell(shard.nbytes)
                 return
             write_shard(workspace.path, shard, tell)
-            workspace.record("shards", shard.name, True)
+            workspace.commit("shards", shard.name, True)
 
         files: list[Future[None]] = []
         try:
@@ -223,15 +220,14 @@ def _writing(
     write_index(workspace.path, shards)
 
 
-def _entries(source: Source, plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entry]:
-    """All tensors of the checkpoint in order, what a layer gets new in the place of the first that gives way.
+def _entries(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entry]:
+    """Return all tensors of the checkpoint in order, a layer's new ones in the place of the first that gives way.
 
     Args:
-        source: The checkpoint.
         plan: What happens to every layer.
         fitted: For each composed layer, its new tensors by their names below ``self_attn.``.
     """
-    family = source.family
+    source, family = plan.source, plan.source.family
     old: dict[str, list[str]] = {}  # names below each layer's attention
     for name in source.reader.tensors:
         before, stem, own = name.partition("self_attn.")

@@ -1,4 +1,4 @@
-"""Text to statistics: what a layer's attention sees, in float64."""
+"""Calibration: run text through a layer and accumulate the statistics that fits are made from, in float64."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch
 
 from mea_compress.errors import RequestError
 from mea_compress.heads.statistics import LayerStatistics
-from mea_compress.layers.runner import Trace
+from mea_compress.layers.runner import CapturedAttention
 from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import rotary_pairs
 
-# Queries per sequence at which attention is looked at: each costs as much as a head as wide as the model.
-_ATTENDED_QUERIES = 64
+# Queries per sequence whose attention is evaluated: each costs as much as a head as wide as the model.
+_SAMPLED_QUERIES = 64
 
 
 class StatisticsAccumulator:
-    """Sums of `LayerStatistics` over batches."""
+    """Accumulate the sums of `LayerStatistics` over batches."""
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
@@ -24,20 +24,20 @@ class StatisticsAccumulator:
         size = attention.q_proj.in_features + 1
         pairs = (attention.head_dim + 1) // 2
         self.moment = torch.zeros(size, size, dtype=torch.float64)
-        self.attended = torch.zeros(size, size, dtype=torch.float64)
+        self.attention_weighted_moment = torch.zeros(size, size, dtype=torch.float64)
         self.key_covariance = torch.zeros(pairs, attention.heads, attention.heads, dtype=torch.complex128)
-        self.cost = torch.zeros(attention.heads, pairs, dtype=torch.float64)
+        self.sensitivity = torch.zeros(attention.heads, pairs, dtype=torch.float64)
         output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
         if attention.has_head_norm:
             output = output * attention.head_norm.weight
         self.metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
 
     @torch.no_grad()
-    def add(self, trace: Trace) -> None:
-        """Takes in one batch."""
+    def add(self, captured: CapturedAttention) -> None:
+        """Add one batch of the attention's inputs."""
         attention = self.attention
-        cos, sin = trace.position_embeddings
-        x = trace.inputs  # (B, T, D)
+        cos, sin = captured.position_embeddings
+        x = captured.inputs  # (B, T, D)
         ones = x.new_ones(*x.shape[:-1], 1)
         wide = torch.cat((x, ones), dim=-1)  # (B, T, D + 1)
         self.moment += _second_moment(wide.flatten(0, 1))
@@ -47,7 +47,7 @@ class StatisticsAccumulator:
         if attention.qk_norm:
             queries = attention.q_norm(queries)
         length = x.shape[1]
-        at = torch.linspace(0, length - 1, min(length, _ATTENDED_QUERIES), device=x.device).round().long()
+        at = torch.linspace(0, length - 1, min(length, _SAMPLED_QUERIES), device=x.device).round().long()
         queries = rotate_heads(queries, cos, sin)[:, at].transpose(1, 2)  # (B, Hq, S, d)
         positions = torch.arange(length, device=x.device)[None]
         keys, values = attention.expand(*attention.project(x, cos, sin), positions, None, attention.rotary)
@@ -58,20 +58,22 @@ class StatisticsAccumulator:
             visible &= torch.arange(length, device=x.device) > at[:, None] - attention.sliding_window
         weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)  # (B, Hq, S, T)
         for head in range(weights.shape[1]):
-            self.attended += _second_moment((weights[:, head] @ wide).flatten(0, 1)) / weights.shape[1]
+            self.attention_weighted_moment += _second_moment((weights[:, head] @ wide).flatten(0, 1)) / weights.shape[1]
         self.queries += len(at) * len(x)
         for sequence in zip(weights, queries, keys, values, strict=True):  # one at a time: each is several A in size
-            self.notice(*(part[None] for part in sequence))
+            self.accumulate_key_sensitivity(*(part[None] for part in sequence))
 
-    def notice(self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds to the key statistics that judge an error behind the softmax.
+    def accumulate_key_sensitivity(
+        self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Accumulate the first-order sensitivity of the attention output to key errors, through the softmax.
 
         To first order, errors e[t] of the logits of one query move the output of its head by sum over t of
         A[t] W_O (v[t] - o) e[t]. What all of them have in common changes nothing; the variance of e under A counts,
         times r = sum of A² ‖W_O (v - o)‖² / (1 - sum of A²), with which both agree on independent errors. An error of
         rotary pair p of the keys has e[t] = Re(conj(q[p]) k[t, p]) after RoPE, so it costs r |q[p]|² times the
         variance of k[t, p] under A. Each head and pair sums that up with the attention of its own query heads; inner
-        products of heads, which need one attention for both, take the average that has the most at stake.
+        products of heads, which need one attention for both, take the average that is most important.
 
         Args:
             weights: A, (B, Hq, S, T).
@@ -82,20 +84,22 @@ class StatisticsAccumulator:
         heads, group = self.attention.heads, keys.shape[1] // self.attention.heads
         # Variances do not see it, and in float32 they would be lost beside the square of a large mean.
         keys = keys - keys.mean(2, keepdim=True)
-        stake = self._leverage(weights, values)[..., None] * self._energy(queries)  # (B, Hq, S, P)
+        importance = self._leverage(weights, values)[..., None] * self._energy(queries)  # (B, Hq, S, P)
         variance = weights @ self._energy(keys) - self._energy(weights @ keys)
-        cost = (stake * variance.clamp(min=0)).cpu().double().sum((0, 2))  # (Hq, P)
-        self.cost += cost.unflatten(0, (heads, group)).sum(1)
+        cost = (importance * variance.clamp(min=0)).cpu().double().sum((0, 2))  # (Hq, P)
+        self.sensitivity += cost.unflatten(0, (heads, group)).sum(1)
 
-        stake = stake.sum(-1)  # (B, Hq, S)
-        common = torch.einsum("bis,bist->bst", stake, weights)  # the average attention times its weight
+        importance = importance.sum(-1)  # (B, Hq, S)
+        common = torch.einsum("bis,bist->bst", importance, weights)  # the average attention times its weight
         keys = keys[:, ::group]  # (B, H, T, d)
-        weight = stake.sum(1)  # (B, S)
+        weight = importance.sum(1)  # (B, S)
         centre = common[:, None] @ keys / weight.clamp(min=1e-30)[:, None, :, None]  # (B, H, S, d)
         self.key_covariance += self._inner(keys, common.sum(1)) - self._inner(centre, weight)
 
     def _leverage(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The r of `notice` for weights (B, Hq, S, T) and values (B, Hq, T, d): (B, Hq, S).
+        """Return the output sensitivity of each query to its logits, r in `accumulate_key_sensitivity`: (B, Hq, S).
+
+        Weights are (B, Hq, S, T), values (B, Hq, T, d).
 
         A head norm divides by the size of o and does not see what lies along it: v - o loses that part.
         """
@@ -115,31 +119,34 @@ class StatisticsAccumulator:
         return (squares * change).sum(-1) * scale**2 / (1 - squares.sum(-1)).clamp(min=1e-3)
 
     def _energy(self, heads: torch.Tensor) -> torch.Tensor:
-        """|z|² of the rotary pairs of heads (..., d): (..., P)."""
+        """Return |z|² of the rotary pairs of heads (..., d): (..., P)."""
         first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
         return heads[..., first].square() + heads[..., second].square()
 
     def _inner(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Sum over rows of weight (B, N) times z[g] conj(z[h]), for heads (B, H, N, d): (P, H, H), on the CPU."""
+        """Return the sum over rows of weight (B, N) times z[g] conj(z[h]) of heads (B, H, N, d): (P, H, H)."""
         first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
         wide = (heads * weight.sqrt()[:, None, :, None]).cpu().double().permute(3, 1, 0, 2).flatten(2)  # (d, H, B N)
         pairs = torch.complex(wide[first], wide[second])  # (P, H, B N)
         return pairs @ pairs.mH
 
     def finish(self) -> LayerStatistics:
-        """The means.
+        """Return the means.
 
         Raises:
             RequestError: Something is not finite.
         """
         size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=0)  # (H, P)
-        # Layers whose keys, values or output are all zero have nothing at stake.
-        at_stake = bool(self.cost.max() > 0) and bool(size.max() > 0)
+        # Layers whose keys, values or output are all zero cost nothing.
+        nonzero = bool(self.sensitivity.max() > 0) and bool(size.max() > 0)
+        sensitivity = torch.ones_like(size)
+        if nonzero:
+            sensitivity = self.sensitivity / size.clamp(min=1e-12 * float(size.max()))
         means = (
             self.moment / self.tokens,
-            self.attended / self.queries,
+            self.attention_weighted_moment / self.queries,
             self.key_covariance / self.queries,
-            self.cost / size.clamp(min=1e-12 * float(size.max())) if at_stake else torch.ones_like(self.cost),
+            sensitivity,
         )
         if not all(torch.isfinite(mean).all() for mean in means):
             raise RequestError(
@@ -149,7 +156,7 @@ class StatisticsAccumulator:
 
 
 def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:
-    """Second moments of D inputs need more than D tokens to mean anything.
+    """Check that there are tokens enough: second moments of D inputs need more than D to mean anything.
 
     Raises:
         RequestError: There are fewer than 2 D tokens.
@@ -163,6 +170,6 @@ def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:
 
 
 def _second_moment(x: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of x xᵀ, float64, on the CPU."""
+    """Return the sum over rows of x xᵀ, float64, on the CPU."""
     x = x.double() if x.device.type != "mps" else x.cpu().double()
     return (x.T @ x).cpu()

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from mea_compress.architectures import Source
 from mea_compress.compositions.base import CompositionOptions, configured, side_choice
 from mea_compress.compositions.groups import cluster, compose_groups
 from mea_compress.heads.composed import Array, FactoredHeads, join_heads
@@ -13,20 +12,16 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads, ComposedLayer
 from mea_compress.layers.read import read_composed, read_heads
 from mea_compress.layers.store import rounded
-from mea_compress.plan.planning import LayerPlan, needs_whole_layer, stored_dtype
-from mea_compress.recipe import Recipe
+from mea_compress.planning.types import LayerPlan, Plan
 
 
-def compose(
-    source: Source, layer: LayerPlan, statistics: LayerStatistics | None, recipe: Recipe
-) -> tuple[ComposedLayer, dict[str, float]]:
-    """Fit one layer in closed form.
+def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) -> tuple[ComposedLayer, dict[str, float]]:
+    """Fit the closed form of one layer.
 
     Args:
-        source: The checkpoint.
-        layer: What the plan says of the layer.
+        plan: Checkpoint, fit, methods and their options.
+        layer: The layer, as the plan has it or with another split.
         statistics: Of its inputs; None with the ``weights`` fit.
-        recipe: Fit, methods and their options.
 
     Returns:
         The composed layer, and for each side the share of the heads' squared weights that is lost in the dtype that
@@ -36,24 +31,23 @@ def compose(
         RequestError: A weight is not finite, or the method cannot do what is asked.
     """
     # Weight-only fits change k_proj and v_proj alone: q_proj and o_proj are not read.
+    source, recipe = plan.source, plan.recipe
     grouped = recipe.kv_groups > 1
-    heads = original = read_heads(source, layer.layer, with_queries=needs_whole_layer(recipe, layer))
+    heads = original = read_heads(source, layer.layer, with_queries=layer.needs_queries)
     if grouped:
         heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
-    spec = source.config.mea["layers"][layer.layer]
-    for side in ("key", "value"):
-        name, count = getattr(layer, f"{side}_composition"), getattr(layer, f"{side}_components")
-        if (name, count) == (spec[f"{side}_composition"], spec[f"{side}_components"]):
+    for side, opposite in (("key", "value"), ("value", "key")):
+        spec = layer.spec.side(side)
+        if spec == layer.before.side(side):
             continue
-        fitter = getattr(configured(side_choice(recipe, side, name), recipe), f"{side}s")
-        other = layer.value_components if side == "key" else layer.key_components
-        options = CompositionOptions(count, recipe.fit, other)
+        fitter = getattr(configured(side_choice(recipe, side, spec.composition), recipe), f"{side}s")
+        options = CompositionOptions(spec.components, recipe.fit, layer.spec.side(opposite).components)
         if grouped:
             factored, heads = compose_groups(fitter, heads, statistics, options, recipe.kv_groups)
         else:
             factored, heads = fitter(heads, statistics, options)
-        sides[side] = replace(factored, composition=name)
+        sides[side] = replace(factored, composition=spec.composition)
     for side in {"key", "value"} - set(sides):
         kept = read_composed(source, layer.layer, side)
         if kept.form.identity:  # heads may have come into another order
@@ -66,7 +60,7 @@ def compose(
         output=None if heads.output is original.output else heads.output,
         head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
     )
-    dtype = stored_dtype(source, recipe)
+    dtype = plan.decisions.stored_dtype
     lost = {
         f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype, side), side) for side in ("key", "value")
     }

@@ -1,4 +1,4 @@
-"""A model run one decoder layer at a time: weights from the lazy reader, activations kept or spilled to disk."""
+"""Run a model one decoder layer at a time: weights from the lazy reader, activations kept or spilled to disk."""
 
 import copy
 import tempfile
@@ -13,7 +13,7 @@ from mea_compress.architectures import Source
 from mea_compress.checkpoint import as_tensor
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.store import StoredLayer
-from mea_compress.plan.planning import SPILL_BYTES
+from mea_compress.planning.sizes import SPILL_BYTES
 
 
 class Activations:
@@ -44,20 +44,18 @@ class Activations:
 
 
 @dataclass
-class Trace:
-    """What the attention of one layer saw and sent in one batch.
+class CapturedAttention:
+    """Inputs and outputs of one attention block in one batch, from forward hooks.
 
     Attributes:
         inputs: (B, T, D), the normed input of the attention block.
         outputs: (B, T, D), what the block adds to the residual stream.
         position_embeddings: cos and sin, each (B or 1, T, rotary_dim).
-        mask: The attention mask that it was given, or None.
     """
 
     inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     position_embeddings: tuple[torch.Tensor, torch.Tensor] = field(default_factory=tuple)  # type: ignore[assignment]
-    mask: torch.Tensor | None = None
 
 
 class LayerRunner:
@@ -113,22 +111,21 @@ class LayerRunner:
         self.device = torch.device(device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for (B, T, D), with gradients where they are enabled."""
+        """Return the layer's output for (B, T, D), with gradients where they are enabled."""
         embeds = hidden.to(self.device, self.model.dtype)
         return self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
     @torch.no_grad()
-    def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Trace]:
-        """Runs the layer on (B, T, D): the next hidden states and what its attention saw."""
-        trace = Trace()
+    def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, CapturedAttention]:
+        """Run the layer on (B, T, D); return the next hidden states and what its attention got and sent."""
+        captured = CapturedAttention()
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            trace.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            trace.position_embeddings = kwargs["position_embeddings"]
-            trace.mask = kwargs.get("attention_mask")
+            captured.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            captured.position_embeddings = kwargs["position_embeddings"]
 
         def after(_: nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-            trace.outputs = output[0]
+            captured.outputs = output[0]
 
         hooks = [
             self.attention.register_forward_pre_hook(before, with_kwargs=True),
@@ -139,11 +136,11 @@ class LayerRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        return following, trace
+        return following, captured
 
 
 def embed(source: Source, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
-    """Token embeddings of all sequences, (N, T) -> (N, T, D); only the rows that occur are read."""
+    """Return the token embeddings of all sequences, (N, T) -> (N, T, D); only the rows that occur are read."""
     name = "model.embed_tokens.weight"
     unique, inverse = tokens.unique(return_inverse=True)
     rows = torch.stack([source.reader.read_rows(name, int(row), int(row) + 1)[0].to(dtype) for row in unique])
@@ -154,13 +151,13 @@ def embed(source: Source, tokens: torch.Tensor, dtype: torch.dtype = torch.float
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` out of `count`."""
+    """Yield slices of at most `size` out of `count`."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def _layer_state(source: Source, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The layer's tensors under the names of layer 0; a fused projection is split."""
+    """Return the layer's tensors under the names of layer 0; a fused projection is split."""
     prefix, attention = source.family.layer.format(layer=layer), source.family.attention(layer)
     state = {}
     fused = source.family.fused if not source.native else None
@@ -174,4 +171,4 @@ def _layer_state(source: Source, layer: int, dtype: torch.dtype) -> dict[str, to
     return state
 
 
-__all__ = ["Activations", "LayerRunner", "Trace", "batches", "embed"]
+__all__ = ["Activations", "LayerRunner", "CapturedAttention", "batches", "embed"]

@@ -1,6 +1,6 @@
-"""What running a checkpoint takes: prefill, decoding, cache and memory, against context and batch, beside its original.
+"""What running a checkpoint takes: prefill, decoding, cache and memory, by context and batch, and beside its original.
 
-Every model of a line takes turns with the others, round after round, on the same tokens; what counts are the ratios.
+Models are timed in turns, round after round, on the same tokens: their ratios are what counts.
 """
 
 from __future__ import annotations
@@ -9,37 +9,42 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from mea_compress.checkpoint.system import release
+from mea_compress.checkpoint.system import trim_heap
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
+from mea_compress.loading import context_length
+from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling.section_mea import side_form
-from mea_compress.text import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROUNDS = 3
 _DECODED_TOKENS = 16
+WARM_UP_TOKENS = 4
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One model at one context and batch; times are medians over rounds, memory is the most of them.
+    """One model at one context and batch; times are medians over rounds, memory is their maximum.
 
     Attributes:
-        model: ``checkpoint``, ``checkpoint, expanded`` (composed heads are built at every step) or ``reference``.
-        context: tokens of a sequence that are cached in the end.
-        batch: sequences.
-        prefill_seconds: of all tokens but the last few.
-        decode_milliseconds: of one step, which decodes one token of every sequence.
-        cache_bytes: of all tensors of the cache in the end.
-        peak_bytes: memory at its peak above that of the loaded models; None where the system does not tell.
+        model: ``checkpoint``, ``checkpoint, expanded`` (reconstructed heads are built at every step) or ``reference``.
+        context: Cached tokens of a sequence in the end.
+        batch: Sequences.
+        prefill_seconds: For all tokens but the last few.
+        decode_milliseconds: For one step, which decodes one token of every sequence.
+        cache_bytes: Of all tensors of the cache in the end.
+        peak_bytes: Peak memory above that of the loaded models; None where the platform has no counter.
     """
 
     model: str
@@ -51,73 +56,55 @@ class Timing:
     peak_bytes: int | None
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor reachable from a cache through attributes, lists, tuples and dictionaries, each once."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, seen)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from _tensors(vars(value), seen)
+@dataclass(frozen=True)
+class _Run:
+    """One prefill and the decode steps after it."""
+
+    prefill_seconds: float
+    step_seconds: float
+    cache_bytes: int
+    peak_bytes: int | None
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a filled cache keeps alive: the storages of all its tensors, each storage once.
-
-    Counters (tensors of fewer than two dimensions) do not count. A view counts as much as the storage behind it.
-    """
-    storages = {}
-    for tensor in _tensors(cache, set()):
-        if tensor.ndim >= 2:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def check_contexts(models: dict[str, Any], contexts: Sequence[int]) -> None:
-    """Refuses what cannot be measured, before any work.
+def check_contexts(models: Mapping[str, PreTrainedModel], contexts: Sequence[int]) -> None:
+    """Check, before any work, that every context can be measured.
 
     Raises:
-        RequestError: a context is too short to decode in, or longer than a model's.
+        RequestError: A context is too short to decode in, or longer than a model's.
     """
     for context in contexts:
         longest = min((limit for limit in map(context_length, models.values()) if limit), default=context)
         if not 2 <= context <= longest:
             raise RequestError(
-                f"--contexts {context} cannot be measured: give contexts between 2 and the model's {longest}."
+                f"`contexts` {context} cannot be measured: give contexts between 2 and the model's {longest}"
             )
 
 
 @torch.no_grad()
 def measure_speed(
-    models: dict[str, Any],
+    models: Mapping[str, PreTrainedModel],
     ids: torch.Tensor,
     contexts: Sequence[int],
-    batches: Sequence[int],
+    batches: Sequence[int] = (1,),
     progress: bool = True,
 ) -> list[Timing]:
-    """Measures models at every context and batch.
+    """Measure models at every context and batch.
 
     Args:
-        models: causal language models by name, on one device; ``checkpoint`` is also measured with expanded heads
+        models: Causal language models by name, on one device; ``checkpoint`` is also measured with expanded heads
             where it is an MEA model that could be read without.
-        ids: int64 (T,), tokens of real text; repeated as often as needed.
-        contexts: cached tokens of a sequence.
-        batches: numbers of sequences.
-        progress: show a bar on stderr.
+        ids: (T,), int64, tokens of real text; repeated as often as needed.
+        contexts: Cached tokens of a sequence.
+        batches: Numbers of sequences.
+        progress: Show a bar on stderr.
 
     Raises:
-        RequestError: as `check_contexts`.
+        RequestError: As `check_contexts`.
     """
     check_contexts(models, contexts)
-    variants: list[tuple[str, Any, str | None]] = [(name, model, None) for name, model in models.items()]
+    variants: list[tuple[str, PreTrainedModel, Literal["expand"] | None]] = [
+        (name, model, None) for name, model in models.items()
+    ]
     mea = getattr(models["checkpoint"].config, "mea", None)
     if mea and not all(side_form(layer, side).plain for layer in mea["layers"] for side in ("key", "value")):
         variants.insert(1, ("checkpoint, expanded", models["checkpoint"], "expand"))
@@ -127,54 +114,82 @@ def measure_speed(
         for context in contexts:
             for batch in batches:
                 rows = ids.repeat(-(-context // len(ids)))[:context].expand(batch, -1)
-                runs: dict[str, list[tuple[float, float, int, int | None]]] = {}
+                runs: dict[str, list[_Run]] = {name: [] for name, _, _ in variants}
                 for _ in range(_ROUNDS):
-                    for name, model, decode in variants:
-                        with _reading(model, decode):
-                            runs.setdefault(name, []).append(_run(model, rows))
+                    for name, model, mode in variants:
+                        with _decode_mode(model, mode):
+                            runs[name].append(_run(model, rows))
                         bar.update()
-                for name, found in runs.items():
-                    prefill, step, cached, peaks = zip(*found, strict=True)
-                    peak = None if None in peaks else max(peaks)
-                    medians = statistics.median(prefill), statistics.median(step) * 1000
-                    timings.append(Timing(name, context, batch, *medians, cached[0], peak))
+                timings += [_summary(name, context, batch, rounds) for name, rounds in runs.items()]
     return timings
 
 
-def _run(model: Any, rows: torch.Tensor) -> tuple[float, float, int, int | None]:
-    """Seconds of prefill and of one decoding step, bytes of the cache, bytes at the peak."""
+@torch.no_grad()
+def measure_decode_speed(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> float:
+    """Measure tokens per second of greedy decoding after a prompt, without its prefill and a warm-up.
+
+    Args:
+        model: Causal language model with a cache.
+        prompt: (1, T), int64.
+        tokens: Tokens timed.
+    """
+    device = next(model.parameters()).device
+    logits, cache = run_cached(model, prompt.to(device))
+    began = 0.0
+    for step in range(WARM_UP_TOKENS + tokens):
+        if step == WARM_UP_TOKENS:
+            began = _clock(device)
+        logits, cache = run_cached(model, logits[:, -1:].argmax(-1), cache)
+    return tokens / (_clock(device) - began)
+
+
+def _summary(name: str, context: int, batch: int, rounds: Sequence[_Run]) -> Timing:
+    peaks = [run.peak_bytes for run in rounds if run.peak_bytes is not None]
+    return Timing(
+        model=name,
+        context=context,
+        batch=batch,
+        prefill_seconds=statistics.median(run.prefill_seconds for run in rounds),
+        decode_milliseconds=statistics.median(run.step_seconds for run in rounds) * 1000,
+        cache_bytes=rounds[0].cache_bytes,
+        peak_bytes=max(peaks) if len(peaks) == len(rounds) else None,
+    )
+
+
+def _run(model: PreTrainedModel, rows: torch.Tensor) -> _Run:
+    """Time a prefill and the decoding of the last tokens of rows (B, T)."""
     device = next(model.parameters()).device
     rows = rows.to(device)
     decoded = min(_DECODED_TOKENS, rows.shape[1] // 2)
-    release()
-    with _peak(device) as peak:
-        began = _now(device)
+    trim_heap()
+    with _peak_memory(device) as peak:
+        began = _clock(device)
         _, cache = run_cached(model, rows[:, :-decoded], logits_to_keep=1)
-        prefill = _now(device) - began
+        prefill = _clock(device) - began
         steps = []
         for column in range(rows.shape[1] - decoded, rows.shape[1]):
-            began = _now(device)
-            token = rows[:, column : column + 1]
-            _, cache = run_cached(model, token, cache)
-            steps.append(_now(device) - began)
-    return prefill, statistics.median(steps), cache_bytes(cache), peak[0] if peak else None
+            began = _clock(device)
+            _, cache = run_cached(model, rows[:, column : column + 1], cache)
+            steps.append(_clock(device) - began)
+    return _Run(prefill, statistics.median(steps), cache_bytes(cache), peak[0] if peak else None)
 
 
 @contextlib.contextmanager
-def _reading(model: Any, decode: str | None) -> Iterator[None]:
-    """Lets a model read its cache in another way for a while; see ``decode`` in the ``mea`` section."""
-    if decode is None:
+def _decode_mode(model: PreTrainedModel, mode: Literal["expand"] | None) -> Iterator[None]:
+    """Set ``decode`` of the ``mea`` section inside the block; None leaves the model as it is."""
+    if mode is None:
         yield
         return
     before = model.config.mea
-    model.config.mea = {**before, "decode": decode}
+    model.config.mea = {**before, "decode": mode}
     try:
         yield
     finally:
         model.config.mea = before
 
 
-def _now(device: torch.device) -> float:
+def _clock(device: torch.device) -> float:
+    """Return the time in seconds at which all work on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -183,30 +198,31 @@ def _now(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, after the block, the bytes at its peak above those before; empty where nobody tells."""
-    found: list[int] = []
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Yield a list that holds, after the block, its peak bytes above those before; empty without a counter for it."""
+    peak: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
-    told = device.type == "cpu" and _STATUS.is_file()
-    if told:
+    available = device.type == "cpu" and _STATUS.is_file()
+    if available:
         try:
-            _REFERENCES.write_text("5")  # Linux: the high-water mark starts anew
+            _REFERENCES.write_text("5")  # Linux: resets the high-water mark
         except OSError:
-            told = False
-    before = _resident("VmRSS") if told else 0
-    yield found
-    if told:
-        found.append(max(0, _resident("VmHWM") - before))
+            available = False
+    before = _resident("VmRSS") if available else 0
+    yield peak
+    if available:
+        peak.append(max(0, _resident("VmHWM") - before))
 
 
 def _resident(name: str) -> int:
+    """Return a memory counter of this process from ``/proc/self/status``, in bytes."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 
-__all__ = ["Timing", "cache_bytes", "measure_speed"]
+__all__ = ["WARM_UP_TOKENS", "Timing", "check_contexts", "measure_decode_speed", "measure_speed"]

@@ -1,8 +1,25 @@
-"""MEA as a transformers model."""
+"""MEA as a transformers model, and its registration there."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 
 def register() -> None:
-    """Makes ``AutoModelForCausalLM.from_pretrained`` load MEA checkpoints without remote code. Safe to repeat."""
+    """Make ``AutoModelForCausalLM.from_pretrained`` load MEA checkpoints without remote code. Safe to repeat.
+
+    Example:
+        >>> register()
+        >>> from transformers import AutoConfig
+        >>> AutoConfig.for_model("mea_llama").model_type
+        'mea_llama'
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from mea_compress.modeling import configuration_mea, modeling_mea
@@ -12,3 +29,43 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, getattr(modeling_mea, f"Mea{family}Model"), exist_ok=True)
         AutoModelForCausalLM.register(config, getattr(modeling_mea, f"Mea{family}ForCausalLM"), exist_ok=True)
+
+
+def register_with_transformers() -> None:
+    """Register now where transformers is loaded already, or else as soon as it is; loading it takes seconds."""
+    if "transformers" in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Lets the import of transformers end with `register`; finds nothing itself."""
+
+    def __init__(self) -> None:
+        self.searching = False
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of transformers that the other finders give, whose loader registers when it is through."""
+        if fullname != "transformers" or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            try:
+                register()
+            except Exception as error:  # what is wrong with this package is no reason not to have transformers
+                warnings.warn(f"MEA checkpoints are not known to this transformers: {error}", stacklevel=2)
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec

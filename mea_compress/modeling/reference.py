@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from mea_compress.heads.composed import FactoredHeads
 from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import COMPLEX, KEPT, LOW_RANK, REAL, SELECTED, SHARED_LATENT, Form
 
@@ -27,11 +25,7 @@ def reconstruct(form: Form, composition: Any, components: torch.Tensor, heads: i
     if form.plain:  # (groups, d) -> each group's component stands for all its heads
         shared = components.reshape(len(components), -1, head_dim)
         return shared.repeat_interleave(heads // shared.shape[1], dim=1)
-    if form.name in RECONSTRUCT:
-        return RECONSTRUCT[form.name](composition, components, heads)
-    weight = composition.weight.detach().double().numpy()
-    side = FactoredHeads(form, heads, head_dim, np.zeros((components.shape[1], 1)), weight)  # a form from outside
-    return (components @ torch.from_numpy(side.expansion()).T.to(components)).unflatten(-1, (heads, head_dim))
+    return RECONSTRUCT[form.name](composition, components, heads)
 
 
 def _real(composition: Any, components: torch.Tensor, heads: int) -> torch.Tensor:
@@ -62,7 +56,7 @@ RECONSTRUCT: dict[str, Callable[[Any, torch.Tensor, int], torch.Tensor]] = {
     COMPLEX.name: _complex,
     **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
 }
-"""The formula of each form with a weight; any other is read by its expansion."""
+"""The formula of each form with a weight."""
 
 
 def reference_attention(

@@ -305,6 +305,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as `1024,8192`."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def _parse_layers(spec: str) -> list[tuple[int, int | None]]:
     """Closed ranges of a layer list; None stands for the last layer."""
     ranges: list[tuple[int, int | None]] = []
@@ -397,10 +402,32 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
     recipe = _validated(Recipe, values | flags, where, flags)
     if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
         raise RequestError(
-            "Nothing says how much of the cache to keep: give --kv-ratio 0.5 (or kv_ratio in a recipe), or "
-            "--key-components and --value-components."
+            "nothing says how much of the cache to keep: give `kv_ratio` 0.5, or `key_components` and "
+            "`value_components`"
         )
     return recipe
+
+
+def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any]) -> Recipe:
+    """Return a recipe from what a call in Python names: a recipe, its name or file, and fields that win over it.
+
+    Args:
+        recipe: A `Recipe`, a built-in recipe's name, a YAML file, or None for the defaults.
+        settings: Values by field name; None means "not given".
+
+    Raises:
+        RequestError: As `load_recipe`.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, settings)
+    changed = {name: value for name, value in settings.items() if value is not None}
+    return _validated(Recipe, recipe.model_dump(exclude_unset=True) | changed, "the recipe", changed)
+
+
+def given_settings(settings: BaseModel) -> dict[str, Any]:
+    """Return the settings that are set, by name; the defaults of the others stay where the work is done."""
+    values = {name: value for name, value in settings if value is not None}
+    return values | {name: parse_counts(values[name]) for name in ("contexts", "batches") if name in values}
 
 
 def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:
@@ -487,7 +514,7 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
         prefix = "".join(f"{key}." for key in keys[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
         return f"{where} has an unknown key {name}: {hint}"
-    label = "--" + keys[0].replace("_", "-") if keys and keys[0] in flags else f"{name} in {where}"
+    label = f"`{keys[0]}`" if keys and keys[0] in flags else f"{name} in {where}"
     if first["type"] == "missing":
         return f"{label} is missing: add it."
     if first["type"] == "string_pattern_mismatch":

@@ -1,25 +1,17 @@
-"""What people read: tables, units, JSON files and the model card. Plain data in, text out."""
+"""What people read: tables, units and reports of plans, compressions and measurements. Plain data in, text out."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mea_compress.modeling.section_mea import FORM_OF
-
 _NUMBER = re.compile(r"^[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?(%|×|B|[KMGT]iB|[KMBT]|m?s))?$")
-_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_WORST_LAYERS = 5
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """A Markdown table, padded so that it also reads well as plain text.
+    """Lay out a Markdown table, padded so that it also reads well as plain text.
 
     Args:
         rows: Cells by row, each row as long as `headers`; None shows as a dash.
@@ -28,7 +20,7 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     Returns:
         Lines without a final newline. Columns that hold only numbers (units and signs allowed) are right-aligned.
     """
-    cells = [["–" if cell is None else _one_line(cell) for cell in row] for row in rows]
+    cells = [["–" if cell is None else one_line(cell) for cell in row] for row in rows]
     numeric = [
         bool(cells) and all(row[column] == "–" or _NUMBER.match(row[column]) for row in cells)
         for column in range(len(headers))
@@ -52,7 +44,7 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes in the largest binary unit that leaves at least 1: `512 B`, `1.5 KiB`, `2.25 GiB`."""
+    """Return bytes in the largest binary unit that leaves at least 1: `512 B`, `1.5 KiB`, `2.25 GiB`."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
@@ -63,7 +55,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """A count in thousands, millions or billions to three digits: `512`, `105 M`, `1.24 B`."""
+    """Return a count in thousands, millions or billions to three digits: `512`, `105 M`, `1.24 B`."""
     value = float(number)
     for unit in ("", " K", " M", " B", " T"):
         if abs(value) < 999.5 or unit == " T":
@@ -72,44 +64,8 @@ def format_count(number: float) -> str:
     return f"{value:.3g}{unit}" if abs(value) < 999.5 else f"{value:.0f}{unit}"
 
 
-def to_json(data: object) -> str:
-    """JSON with two spaces of indentation and a final newline; not-a-number is refused, for JSON has none.
-
-    Raises:
-        ValueError: A number is NaN or infinite.
-    """
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file appears whole or not at all.
-
-    Args:
-        path: The file; missing directories above it are made. An existing file is replaced.
-        data: Anything that `to_json` takes.
-
-    Raises:
-        OSError: The place cannot be written to.
-    """
-    text = to_json(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def facts(values: Mapping[str, Any]) -> str:
-    """Any flat or nested mapping of names to values as a two-column table.
+def key_value_table(values: Mapping[str, Any]) -> str:
+    """Lay out any flat or nested mapping of names to values as a table of two columns.
 
     Keys that speak of bytes are shown in units, whole numbers with separators; nested keys are joined by spaces, and
     anything longer than a few items is left to the JSON form.
@@ -118,7 +74,7 @@ def facts(values: Mapping[str, Any]) -> str:
 
 
 def plan_report(plan: Mapping[str, Any]) -> str:
-    """A plan (the JSON of `plan`) as a summary and one row for each run of layers that are treated alike."""
+    """Report a plan (the JSON of `plan`): a summary, and one row for each run of layers that are treated alike."""
     rows: list[list[object]] = []
     runs: list[tuple[dict[str, Any], int, int]] = []
     for layer in plan["layers"]:
@@ -143,19 +99,19 @@ def plan_report(plan: Mapping[str, Any]) -> str:
 
 
 def _whole_caches(plan: Mapping[str, Any]) -> list[str]:
-    """Whole caches at some lengths, from the JSON of `plan` or `inspect`, where it has them."""
+    """Return a table of whole caches at some lengths, from the JSON of `plan` or `inspect`, where it has them."""
     sizes = plan.get("cache", [])
     if not sizes:
         return []
     batch = sizes[0]["batch"]
-    what = "KV cache" if batch == 1 else f"KV cache, {batch} sequences"
+    title = "KV cache" if batch == 1 else f"KV cache, {batch} sequences"
     columns = [key for key in ("before", "after", "bytes") if key in sizes[0]]
     rows = [[f"{size['tokens']:,} tokens", *(format_bytes(size[key]) for key in columns)] for size in sizes]
-    return [table(rows, [what, *("" if key == "bytes" else key for key in columns)])]
+    return [table(rows, [title, *("" if key == "bytes" else key for key in columns)])]
 
 
 def inspection_report(inspection: Mapping[str, Any]) -> str:
-    """What a checkpoint is (the JSON of `inspect`): the facts, one row for each run of like layers, whole caches."""
+    """Report a checkpoint (the JSON of `inspect`): what it is, one row for each run of like layers, whole caches."""
     rows: list[list[object]] = []
     first = 0
     layers = inspection["attention"]
@@ -175,15 +131,15 @@ def inspection_report(inspection: Mapping[str, Any]) -> str:
         first = index + 1
     table_of_layers = table(rows, ["layers", "keys", "values", "window", "KV/token"])
     plain = {key: value for key, value in inspection.items() if key not in ("cache", "attention")}
-    return "\n\n".join([facts(plain), table_of_layers, *_whole_caches(inspection)])
+    return "\n\n".join([key_value_table(plain), table_of_layers, *_whole_caches(inspection)])
 
 
 def before_after(plan: Mapping[str, Any]) -> str:
-    """Cache and parameters before and after, from the JSON of `plan`."""
+    """Compare cache and parameters before and after, from the JSON of `plan`."""
     cache, parameters = plan["kv_bytes_per_token"], plan["parameters"]
     rows: list[list[object]] = [
-        ["KV cache per token", *(format_bytes(cache[key]) for key in ("before", "after")), _share(cache)],
-        ["parameters", *(format_count(parameters[key]) for key in ("before", "after")), _share(parameters)],
+        ["KV cache per token", *(format_bytes(cache[key]) for key in ("before", "after")), share(cache)],
+        ["parameters", *(format_count(parameters[key]) for key in ("before", "after")), share(parameters)],
     ]
     for title, key in (
         ("weights on disk", "output_bytes"),
@@ -194,8 +150,33 @@ def before_after(plan: Mapping[str, Any]) -> str:
     return table(rows, ["", "before", "after", "share"])
 
 
+def fidelity_report(fidelity: Mapping[str, Any]) -> str:
+    """Report how close a compression is (``fidelity`` of compression.json): its worst layers, and what was verified.
+
+    Layers are ordered by the larger relative error of keys and values; refined ones also show the error of the
+    attention's output before and after refinement.
+    """
+    layers = fidelity.get("layers", {})
+    worst = sorted(layers, key=lambda layer: (-_largest_error(layers[layer]), int(layer)))[:_WORST_LAYERS]
+    headers = ["layer", "key relative error", "value relative error"]
+    rows = [[layer, *(layers[layer].get(f"{side}_relative_error") for side in ("key", "value"))] for layer in worst]
+    if any("refinement" in layers[layer] for layer in worst):
+        headers += ["output error before refinement", "after"]
+        for row, layer in zip(rows, worst, strict=True):
+            row += [layers[layer].get("refinement", {}).get(moment) for moment in ("before", "after")]
+    parts = [table([[_shown("", cell) for cell in row] for row in rows], headers)] if rows else []
+    if len(layers) > len(worst):
+        parts.append(f"The {len(worst)} layers with the largest errors; compression.json has all {len(layers)}")
+    verified = {name: value for name, value in fidelity.items() if name != "layers"}
+    return "\n\n".join([*parts, *([key_value_table(verified)] if verified else [])])
+
+
+def _largest_error(report: Mapping[str, Any]) -> float:
+    return max(report.get(f"{side}_relative_error") or 0.0 for side in ("key", "value"))
+
+
 def evaluation_report(evaluation: Mapping[str, Any]) -> str:
-    """A measurement (the JSON of `evaluate`) as a table, beside the reference's where there is one."""
+    """Report a measurement (the JSON of `evaluate`), and the reference's next to it where there is one."""
     reference = evaluation.get("reference") or {}
     shown = [
         ("tokens", "tokens", lambda value: f"{value:,}"),
@@ -218,7 +199,7 @@ def evaluation_report(evaluation: Mapping[str, Any]) -> str:
 
 
 def _speed_report(timings: Sequence[Mapping[str, Any]]) -> str:
-    """What `evaluate --contexts` measured, a line for each context, batch and model."""
+    """Lay out timings, a row for each context, batch and model."""
     rows = [
         [
             f"{timing['context']:,}",
@@ -234,101 +215,8 @@ def _speed_report(timings: Sequence[Mapping[str, Any]]) -> str:
     return table(rows, ["context", "batch", "model", "prefill", "decoding a token", "cache", "peak above the model"])
 
 
-def model_card(
-    source: str,
-    plan: Mapping[str, Any],
-    fidelity: Mapping[str, Any],
-    recipe_yaml: str,
-    versions: Mapping[str, str],
-    source_card: str | None = None,
-) -> str:
-    """The README.md of an emitted checkpoint.
-
-    Args:
-        source: Name of the original: a hub id, or its directory's name; a path is shortened to its last part.
-        plan: The JSON of `plan`.
-        fidelity: What was measured when the checkpoint was verified, by name.
-        recipe_yaml: The resolved recipe.
-        versions: Package name to version.
-        source_card: The original's README.md; its licence and language are carried over.
-
-    Returns:
-        Markdown with the hub's YAML front matter, ending in a newline.
-    """
-    name = _one_line(Path(source).name if os.path.isabs(source) or source.startswith(".") else source)
-    front = {
-        "base_model": name,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **_front_matter(source_card),
-        "tags": ["mea", "kv-cache", "compression"],
-    }
-    share = _share(plan["kv_bytes_per_token"])
-    parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
-        f"# {name}, with {share} of its KV cache",
-        f"Made from `{name}` with mea-compress: keys and values are composed from fewer component heads "
-        "(Multi-head Explicit Attention, [arXiv 2601.19611](https://arxiv.org/abs/2601.19611)), and only the "
-        "components are cached.",
-        plan_report(plan),
-        "## Load it",
-        "Where mea-compress is not installed:",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-        "```",
-        "`trust_remote_code=True` runs the files `*_mea.py` of this directory. Where mea-compress is installed, "
-        "`import mea_compress` first and leave the flag out.",
-    ]
-    if fidelity:
-        parts += ["## How close it is", facts(fidelity)]
-    parts += [
-        "## How it was made",
-        "```yaml\n" + recipe_yaml.rstrip("\n") + "\n```",
-        "With " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def export_card(
-    source: str, exported: Mapping[str, Any], versions: Mapping[str, str], source_card: str | None = None
-) -> str:
-    """The README.md of a stock checkpoint that was exported.
-
-    Args:
-        source: Name of the model before compression; a path is shortened to its last part.
-        exported: The JSON of `export`.
-        versions: Package name to version.
-        source_card: The compressed checkpoint's README.md; its licence and language are carried over.
-
-    Returns:
-        Markdown with the hub's YAML front matter, ending in a newline.
-    """
-    name = _one_line(Path(source).name if os.path.isabs(source) or source.startswith(".") else source)
-    front = {
-        "base_model": name,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **_front_matter(source_card),
-        "tags": ["kv-cache", "compression"],
-    }
-    parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
-        f"# {name} with a smaller KV cache, as a plain {exported['model_type']} checkpoint",
-        f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
-        "the query and output projections: what is left is grouped-query attention with "
-        f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
-        "are written in config.json. It loads without remote code.",
-        facts(exported),
-        stock_outlook(exported),
-        "With " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def stock_outlook(outlook: Mapping[str, Any]) -> str:
-    """What a stock export costs and saves, in a sentence, or why there can be none."""
+    """Say in a sentence what a stock export costs and saves, or why there can be none."""
     if "reason" in outlook:
         return f"Stock export: not possible, {outlook['reason']}."
     width, added = outlook["query_and_output_width"], outlook["weight_bytes_added"]
@@ -345,18 +233,18 @@ def stock_outlook(outlook: Mapping[str, Any]) -> str:
     )
 
 
-def _one_line(cell: object) -> str:
+def one_line(cell: object) -> str:
+    """Return a value as text on one line that cannot end a table's cell."""
     return " ".join(str(cell).split()).replace("|", "\\|")
 
 
-def _share(pair: Mapping[str, float]) -> str:
+def share(pair: Mapping[str, float]) -> str:
+    """Return what ``after`` is of ``before``, in per cent."""
     return f"{100 * pair['after'] / pair['before']:.3g} %" if pair["before"] else "–"
 
 
 def _composed(components: object, composition: str | None) -> str:
-    form = None if composition is None else FORM_OF.get(composition)
-    whole = composition is None or (form is not None and form.identity)
-    return f"{components} {'as they are' if whole else composition}"
+    return f"{components} as they are" if composition in (None, "none") else f"{components} {composition}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
@@ -369,11 +257,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
             if len(value) <= 8 and not any(isinstance(item, Mapping | list | tuple) for item in value):
                 rows.append([name, ", ".join(str(item) for item in value)])
         else:
-            rows.append([name, _fact(name, value)])
+            rows.append([name, _shown(name, value)])
     return rows
 
 
-def _fact(name: str, value: object) -> object:
+def _shown(name: str, value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float) and "bytes" in name:
@@ -381,15 +269,3 @@ def _fact(name: str, value: object) -> object:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else value
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _front_matter(card: str | None) -> dict[str, Any]:
-    """What of a card's front matter stays true of a compressed model."""
-    if not card or not card.startswith("---\n"):
-        return {}
-    block, end, _ = card[4:].partition("\n---")
-    try:
-        values = yaml.safe_load(block) if end else None
-    except yaml.YAMLError:
-        return {}
-    return {key: values[key] for key in _CARRIED if key in values} if isinstance(values, dict) else {}

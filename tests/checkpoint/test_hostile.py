@@ -2,11 +2,11 @@
 
 import json
 import os
-import sys
 
 import ml_dtypes  # noqa: F401 - loaded here, so that no file of it is opened while checkpoints are read
 import pytest
 import torch
+from audit import recorded_opens
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,16 +20,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 HUGE = "9" * 5000
-
-opened: list[str] | None = None
-
-
-def record_opens(event, arguments):
-    if event == "open" and opened is not None and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.path.realpath(os.fsdecode(arguments[0])))
-
-
-sys.addaudithook(record_opens)
 
 
 def refused(action, *words):
@@ -361,21 +351,20 @@ def test_what_is_not_a_file_does_not_hang(tmp_path, name, kind):
 
 def judged(directory):
     """What the reader makes of a directory: its tensors, or None if it refuses, properly."""
-    global opened
-    opened = []
-    try:
-        reader = CheckpointReader(directory)
-        for name, info in reader.tensors.items():
-            if DTYPE_BITS.get(info.dtype, 0) >= 8:
-                assert tuple(reader.read(name).shape) == info.shape
-        return reader.tensors
-    except RequestError as error:
-        check_sentence(str(error))
-        return None
-    finally:
-        paths, opened = opened, None
-        root = os.path.realpath(directory) + os.sep
-        assert all(path.startswith(root) for path in paths), paths
+    with recorded_opens() as opens:
+        try:
+            reader = CheckpointReader(directory)
+            for name, info in reader.tensors.items():
+                if DTYPE_BITS.get(info.dtype, 0) >= 8:
+                    assert tuple(reader.read(name).shape) == info.shape
+            tensors = reader.tensors
+        except RequestError as error:
+            check_sentence(str(error))
+            tensors = None
+    paths = [os.path.realpath(path) for path, _ in opens]
+    root = os.path.realpath(directory) + os.sep
+    assert all(path.startswith(root) for path in paths), paths
+    return tensors
 
 
 def agrees_with_the_library(path, tensors):

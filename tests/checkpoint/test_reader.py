@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from audit import recorded_opens
 from safetensors.torch import load_file, save_file
 
 from mea_compress.checkpoint import CheckpointReader, array_dtype, as_array, as_tensor, dtype_name, torch_dtype
@@ -33,25 +33,6 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-
-opened: list[tuple[str, int]] | None = None
-
-
-def record_opens(event, arguments):
-    if event == "open" and opened is not None and isinstance(arguments[0], (str, bytes)):
-        opened.append((os.fsdecode(arguments[0]), arguments[2]))
-
-
-sys.addaudithook(record_opens)
-
-
-@pytest.fixture
-def opens():
-    """Paths and flags of every file opened during the test."""
-    global opened
-    opened = []
-    yield opened
-    opened = None
 
 
 def random_tensor(dtype, shape, seed=0):
@@ -148,15 +129,15 @@ def test_a_header_is_all_that_is_read_at_first(tmp_path):
     assert torch.equal(reader.read_rows("x", rows - 1, rows), torch.zeros(1, width))
 
 
-def test_the_source_is_only_opened_for_reading(tmp_path, opens):
+def test_the_source_is_only_opened_for_reading(tmp_path):
     sharded(tmp_path, [{"a": torch.zeros(2)}, {"b": torch.zeros(2)}])
     (tmp_path / "config.json").write_text("{}")
-    opens.clear()
-    reader = CheckpointReader(tmp_path)
-    reader.read("a")
-    reader.read_rows("b", 0, 1)
-    reader.config()
-    reader.other_files()
+    with recorded_opens() as opens:
+        reader = CheckpointReader(tmp_path)
+        reader.read("a")
+        reader.read_rows("b", 0, 1)
+        reader.config()
+        reader.other_files()
     ours = [(path, flags) for path, flags in opens if path.startswith(str(tmp_path))]
     assert len(ours) >= 6
     assert all(flags & os.O_ACCMODE == os.O_RDONLY and not flags & (os.O_CREAT | os.O_TRUNC) for _, flags in ours)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import mea_compress  # noqa: F401
 from mea_compress.compression import compress
-from mea_compress.export.stock import export
-from mea_compress.measure.evaluation import measure_cache_bytes
+from mea_compress.exporting.stock import export
+from mea_compress.measure.cache import measure_cache_bytes
 from mea_compress.recipe import Recipe
 
 QUICK = {"kv_ratio": 0.5, "sequences": 8, "sequence_length": 24, "refine": 3, "split": "even"}
@@ -33,7 +33,7 @@ found = {}
 for name, (case, options) in CASES.items():
     source = stock_checkpoint(place / f"{name}-source", case, **({"head_dim": 8} if case == "llama" else {}))
     recipe = Recipe(**{**QUICK, **options})
-    result = compress(source, place / name, recipe, progress=False)
+    result = compress(source, place / name, recipe=recipe, progress=False)
     model = AutoModelForCausalLM.from_pretrained(place / name, experts_implementation="eager")
     found[name] = {"planned": result.plan.bytes_after, "measured": measure_cache_bytes(model)}
     found[name]["decoding"] = result.fidelity["verification"]["decoding_difference"]

@@ -53,7 +53,7 @@ def checkpoints(tmp_path_factory):
         traits = {"head_dim": 8} if case == "llama" else {}
         source = stock_checkpoint(place / f"{name}-source", case, **traits)
         recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition=keys, value_composition=values)
-        compress(source, place / name, recipe, progress=False)
+        compress(source, place / name, recipe=recipe, progress=False)
         found[name] = place / name
     return found
 

@@ -21,12 +21,12 @@ from mea_compress.compositions import base, configured, find_method, methods, re
 from mea_compress.compositions.moments import apply_covariance, moment
 from mea_compress.compression import compress
 from mea_compress.emit.code import carried_code, refresh
+from mea_compress.emit.outside import FORM_FILES, register_form
 from mea_compress.emit.verification import verify
 from mea_compress.errors import RequestError
 from mea_compress.heads.composed import EXPANSIONS, FactoredHeads, join_heads
 from mea_compress.modeling.attention_mea import MODULES
-from mea_compress.modeling.outside import FORM_FILES, register_form
-from mea_compress.modeling.reference import reference_attention
+from mea_compress.modeling.reference import RECONSTRUCT, reference_attention
 from mea_compress.modeling.section_mea import FORMS, POOLED, REAL, Form
 from mea_compress.recipe import Recipe, from_flags, load_recipe, to_yaml
 
@@ -36,10 +36,13 @@ FORM_FILE = Path(__file__).with_name("mapped_mea.py")
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What a test registers is unknown again after it."""
-    for registry in (base._methods, FORMS, MODULES, EXPANSIONS, FORM_FILES):
+    registries = (base._methods, FORMS, MODULES, EXPANSIONS, RECONSTRUCT, FORM_FILES)
+    for registry in registries:
         for name, entry in list(registry.items()):
             monkeypatch.setitem(registry, name, entry)
-    before = [(registry, set(registry)) for registry in (base._methods, FORMS, MODULES, EXPANSIONS, FORM_FILES)]
+    before = [
+        (registry, set(registry)) for registry in (base._methods, FORMS, MODULES, EXPANSIONS, RECONSTRUCT, FORM_FILES)
+    ]
     yield
     for registry, names in before:
         for name in set(registry) - names - set(base.BUILT_IN):
@@ -97,7 +100,7 @@ def mapped(mapped_form):
 def compressed(tmp_path, name, case="llama", **settings):
     source = stock_checkpoint(tmp_path / "source", case)
     settings = {"kv_ratio": 0.5, "fit": "weights", "refine": 0, "key_composition": "frequency", **settings}
-    return compress(source, tmp_path / "out", Recipe(value_composition=name, **settings), progress=False)
+    return compress(source, tmp_path / "out", recipe=Recipe(value_composition=name, **settings), progress=False)
 
 
 def check_decoding_and_reference(out):
@@ -182,8 +185,8 @@ def test_a_checkpoint_outlives_its_method(tmp_path):
     assert source.config.mea["layers"][0]["value_composition"] == "strided"
     check_decoding_and_reference(out)
     again = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="latent")
-    layers = compress(out, tmp_path / "again", replace_keys(again), progress=False).plan.layers
-    assert layers[0].value_composition == "strided"
+    layers = compress(out, tmp_path / "again", recipe=replace_keys(again), progress=False).plan.layers
+    assert layers[0].spec.value.composition == "strided"
 
 
 def replace_keys(recipe):
@@ -219,7 +222,7 @@ def test_a_form_that_is_not_registered_is_named(tmp_path):
 def test_flags_and_recipes_take_every_registered_method(tmp_path):
     strided()
     assert from_flags(Recipe, {"value_composition": "strided", "kv_ratio": 0.5}).value_composition == "strided"
-    with pytest.raises(RequestError, match=r"--value-composition cannot be used: .*did you mean strided\?$"):
+    with pytest.raises(RequestError, match=r"value_composition` cannot be used: .*did you mean strided\?$"):
         from_flags(Recipe, {"value_composition": "stridet"})
     with pytest.raises(RequestError, match="does not fit keys; choose one of head"):
         from_flags(Recipe, {"key_composition": "strided"})

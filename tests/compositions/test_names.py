@@ -12,8 +12,8 @@ from mea_compress.modeling.attention_mea import MODULES
 from mea_compress.modeling.section_mea import FORM_OF, FORMS
 
 PACKAGE = Path(mea_compress.__file__).parent
-# The methods' own files, the table of forms, and what only lists names for help.
-EXEMPT = ("compositions/", "modeling/section_mea.py", "recipe/")
+# The methods' own files, the table of forms, and texts: what lists names for help or puts one into words.
+EXEMPT = ("compositions/", "modeling/section_mea.py", "recipe/", "report/")
 
 
 def is_name(node):

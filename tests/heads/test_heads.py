@@ -47,7 +47,7 @@ def test_heads_are_the_projections_in_float64_with_the_bias_as_last_column(case,
 def test_a_layer_survives_being_stored(tmp_path):
     source = stock_checkpoint(tmp_path / "source", "qwen2", torch.float64)
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="frequency", value_composition="latent")
-    compress(source, tmp_path / "out", recipe, progress=False)
+    compress(source, tmp_path / "out", recipe=recipe, progress=False)
     opened = open_source(tmp_path / "out")
     composed = {side: read_composed(opened, 1, side) for side in ("key", "value")}
     stored = store_layer(ComposedLayer(**composed), opened.config.mea["bias"], "F64")

@@ -1,0 +1,246 @@
+"""Write a compressed checkpoint as a standard one: entries, configuration, card.
+
+See `mea_compress.exporting.form` for what can be exported, and `mea_compress.exporting.fold` for the folded weights.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mea_compress.architectures import Source, open_source
+from mea_compress.checkpoint import (
+    Entry,
+    NewTensor,
+    TensorInfo,
+    array_dtype,
+    read_array,
+)
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES
+from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
+from mea_compress.compression import SPARE_BYTES
+from mea_compress.emit.directory import copy_other_files, fingerprint, other_bytes, versions, write_config
+from mea_compress.emit.weights import write_shards
+from mea_compress.errors import RequestError
+from mea_compress.exporting.fold import absorbed_output, absorbed_queries, ordered_keys
+from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
+from mea_compress.exporting.verification import verify_export
+from mea_compress.heads.composed import Array
+from mea_compress.modeling.section_mea import side_form
+from mea_compress.planning.sizes import layer_window
+from mea_compress.report.cards import export_card
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import key_value_table, stock_outlook
+
+REPORT = "export.json"
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Shown):
+    """An export and what was measured of it.
+
+    Attributes:
+        out: The exported checkpoint.
+        form: Its attention.
+        cost: Its weights and cache against the model before compression.
+        verification: Differences and cache bytes, see `verify_export`.
+        model_type: Of the exported checkpoint.
+    """
+
+    out: Path
+    form: StockForm
+    cost: ExportCost
+    verification: dict[str, float]
+    model_type: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `export --json` and export.json."""
+        return {
+            "model_type": self.model_type,
+            "key_value_heads": self.form.groups,
+            "head_dim": self.form.head_dim,
+            **self.cost.to_json(),
+            "verification": self.verification,
+        }
+
+    def report(self) -> str:
+        """Return what people read."""
+        data = self.to_json()
+        return "\n\n".join([key_value_table(self.verification), stock_outlook(data), f"Written to {self.out}"])
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, *, format: str = "stock", resume: bool = False, progress: bool = True
+) -> ExportResult:
+    """Write a compressed checkpoint in a format that engines serve without code of this package.
+
+    OUT appears complete or not at all: it is built in a sibling directory, reloaded with the stock classes, checked
+    against the compressed checkpoint, and renamed last. One layer is in memory at a time.
+
+    Args:
+        checkpoint: A checkpoint of this package.
+        out: New directory.
+        format: ``stock``, the base family's, or ``llama``, which every engine knows best.
+        resume: Take up an interrupted run.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        RequestError: The checkpoint cannot be written in that format exactly, or the disk does not allow it.
+        VerificationError: The export computes something else.
+
+    Example:
+        >>> exported = export("HALF", "STOCK", progress=False)
+        >>> exported.model_type, exported.form.groups
+        ('llama', 1)
+    """
+    checkpoint, out = Path(checkpoint), Path(out).absolute()
+    source = open_source(checkpoint)
+    if not source.native:
+        raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
+    form = stock_form(source, source.config.mea["layers"], format)
+    windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
+    cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
+    model_type = source.family.model_type if format == "stock" else format
+    if resume and already_published(out):
+        return ExportResult(out, form, cost, json.loads((out / REPORT).read_text())["verification"], model_type)
+    check_free(out, checkpoint)
+    entries = _entries(source, form, format)
+    check_space(out, sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
+    with open_workspace(out, _fingerprint(source, format), resume) as workspace:
+        write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
+        write_config(workspace.path, _config(source, form, format))
+        copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
+        result = ExportResult(out, form, cost, verify_export(source, workspace.path, progress), model_type)
+        write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
+        _write_card(source, result, workspace.path)
+        workspace.publish(out)
+    return result
+
+
+def _fingerprint(source: Source, target: str) -> dict[str, Any]:
+    return {
+        "the checkpoint": fingerprint(source.reader, source.raw_config),
+        "the format": target,
+        "a library version": versions(),
+    }
+
+
+def _config(source: Source, form: StockForm, target: str) -> dict[str, Any]:
+    """Return config.json of the base family, with nothing of this package in it."""
+    config = {key: value for key, value in source.raw_config.items() if key not in ("auto_map", "mea")}
+    family = source.family
+    config["model_type"], config["architectures"] = family.model_type, [f"{family.prefix}ForCausalLM"]
+    config["num_key_value_heads"], config["head_dim"] = form.groups, form.head_dim
+    if not form.keeps_rope:
+        for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+            config.pop(key, None)
+    config |= rope_settings(source, form)
+    if target == "llama" and family.model_type != "llama":
+        for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+            config.pop(key, None)
+        config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
+        config["attention_bias"], config["mlp_bias"] = bool(source.config.mea["bias"]["query"]), False
+    return config
+
+
+def _entries(source: Source, form: StockForm, target: str) -> list[Entry]:
+    """Return all tensors of the export in the order of the source."""
+    replaced: dict[str, Entry | None] = {}
+    for layer in range(source.config.num_hidden_layers):
+        tensors = _layer_entries(source, form, layer)
+        fuses = source.family.fused and target == "stock"
+        replaced |= _fused_projections(source, layer, tensors) if fuses else tensors
+    entries: list[Entry] = []
+    for info in source.reader.tensors.values():
+        entry = replaced.get(info.name, info)
+        if target == "llama" and info.name.endswith("mlp.gate_up_proj.weight"):
+            entries += _gate_and_up(info)
+        elif entry is not None:
+            entries.append(entry)
+        if target == "llama" and info.name.endswith("self_attn.q_proj.bias"):
+            name = info.name.replace("q_proj", "o_proj")
+            if not source.reader.has(name):  # Llama has biases everywhere or nowhere
+                entries.append(_zeros(name, info.dtype, source.config.hidden_size))
+    return entries
+
+
+def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Entry | None]:
+    """Return what takes the place of a layer's tensors, by name; None where nothing does."""
+    spec, prefix = source.config.mea["layers"][layer], source.family.attention(layer)
+    hidden_size, width = source.config.hidden_size, source.config.num_attention_heads * form.head_dim
+    tensors: dict[str, Entry | None] = {
+        prefix + f"{side}_composition.weight": None
+        for side in ("key", "value")
+        if source.reader.has(prefix + f"{side}_composition.weight")
+    }
+
+    def replace_tensor(name: str, shape: tuple[int, ...], produce: Callable[[], Array]) -> None:
+        dtype, full_name = source.reader.info(prefix + name).dtype, prefix + name
+        tensors[full_name] = NewTensor(full_name, dtype, shape, lambda: _rounded(produce(), dtype, full_name))
+
+    def replace_projection(name: str, rows: int, produce: Callable[[], Array]) -> None:
+        """Replace a weight and its bias, which is the last column of what `produce` returns."""
+        replace_tensor(f"{name}.weight", (rows, hidden_size), lambda: produce()[:, :-1])
+        if source.reader.has(f"{prefix}{name}.bias"):
+            replace_tensor(f"{name}.bias", (rows,), lambda: produce()[:, -1])
+
+    if not side_form(spec, "key").plain or not form.keeps_rope:
+        replace_projection("q_proj", width, lambda: absorbed_queries(source, form, layer))
+        replace_projection("k_proj", form.groups * form.head_dim, lambda: ordered_keys(source, form, layer))
+    if not side_form(spec, "value").plain or form.head_dim != source.head_dim:
+        replace_tensor("o_proj.weight", (hidden_size, width), lambda: absorbed_output(source, form, layer))
+    return tensors
+
+
+def _fused_projections(source: Source, layer: int, tensors: dict[str, Entry | None]) -> dict[str, Entry | None]:
+    """Return a layer's tensors with queries, keys and values stacked in the one projection that the family has."""
+    prefix = source.family.attention(layer)
+    names = [f"{prefix}{side}_proj.weight" for side in "qkv"]
+    projections = [tensors.get(name) or source.reader.info(name) for name in names]
+    rows, columns = sum(entry.shape[0] for entry in projections), projections[0].shape[1]
+
+    def produce() -> Array:
+        return np.concatenate(
+            [entry.produce() if isinstance(entry, NewTensor) else read_array(entry) for entry in projections]
+        )
+
+    stacked = NewTensor(f"{prefix}{source.family.fused}.weight", projections[0].dtype, (rows, columns), produce)
+    return tensors | {names[0]: stacked, names[1]: None, names[2]: None}
+
+
+def _gate_and_up(info: TensorInfo) -> list[Entry]:
+    """Return the gate and up projections that a family stacks."""
+    rows, half = info.shape[0] // 2, info.nbytes // 2
+    shape = (rows, *info.shape[1:])
+    return [
+        replace(info, name=info.name.replace("gate_up", name), shape=shape, offset=info.offset + i * half, nbytes=half)
+        for i, name in enumerate(("gate", "up"))
+    ]
+
+
+def _zeros(name: str, dtype: str, size: int) -> NewTensor:
+    return NewTensor(name, dtype, (size,), lambda: np.zeros(size, array_dtype(dtype)))
+
+
+def _rounded(array: Array, dtype: str, name: str) -> Array:
+    """Return the array in a stored dtype, or raise if a number does not fit into it."""
+    with np.errstate(over="ignore"):
+        rounded = array.astype(array_dtype(dtype))
+    if not np.isfinite(rounded).all():
+        raise RequestError(f"{name} has numbers too large for {dtype}; compress with --dtype bfloat16 and export that")
+    return rounded
+
+
+def _write_card(source: Source, result: ExportResult, target: Path) -> None:
+    directory = source.reader.directory
+    record = directory / "compression.json"
+    name = json.loads(record.read_text())["source"] if record.is_file() else directory.resolve().name
+    card = directory / "README.md"
+    original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    text = export_card(name, result.to_json(), versions(), original)
+    (target / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,229 @@
+"""Models and tokenizers in: checkpoint directories loaded with transformers, on the device and in the dtype asked for.
+
+Only safetensors are read, and no code of the directory runs unless that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mea_compress.errors import RequestError
+from mea_compress.modeling import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_DEFAULT_SEQUENCE = 1024
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the torch device of a name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        RequestError: The name is no device, or this machine has no such device.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"`device` {device} is not a device: use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"`device` {device} was asked for, but this machine has no such GPU: use cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the torch dtype of a name; None stays None (the checkpoint's own).
+
+    Raises:
+        RequestError: The name is not a floating-point dtype.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise RequestError(f"`dtype` {dtype} is not a floating-point type: use float32, bfloat16, float16 or float64")
+    return resolved
+
+
+def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint directory.
+
+    Raises:
+        RequestError: No such directory, or it holds no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    path = _checkpoint_directory(path)
+    register()
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise RequestError(
+            f"the tokenizer of {path} cannot be loaded ({_first_line(error)}): copy the tokenizer's files there"
+        ) from error
+
+
+def load_model(
+    path: Path | str,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the causal language model of a checkpoint directory, in evaluation mode, from safetensors only.
+
+    Args:
+        path: Directory of the checkpoint.
+        dtype: Dtype of the weights; None keeps the checkpoint's.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        trust_remote_code: Run modelling code of the directory. Never needed for the models of this package.
+
+    Raises:
+        RequestError: No such directory, no safetensors in it, or transformers cannot make a model of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = _checkpoint_directory(path)
+    register()
+    if not any(path.glob("*.safetensors")):
+        raise RequestError(
+            f"{path} has no *.safetensors file: convert its weights to safetensors first (pickles are not read)"
+        )
+    target, weights_dtype = resolve_device(device), resolve_dtype(dtype) or "auto"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=weights_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise RequestError(
+            f"the model of {path} cannot be loaded ({_first_line(error)}): give a checkpoint that transformers loads"
+        ) from error
+    return model.to(target).eval()
+
+
+def load(
+    checkpoint: Path | str, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a compressed checkpoint, or any that transformers loads, with its tokenizer.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        dtype: Dtype of the weights; None keeps the checkpoint's.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer, None where the directory has none.
+
+    Raises:
+        RequestError: No such directory, no safetensors in it, or transformers cannot make a model of it.
+
+    Example:
+        >>> model, tokenizer = load("HALF", device="cpu")
+        >>> model.config.model_type
+        'mea_llama'
+    """
+    model = load_model(checkpoint, dtype, device)
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    has_tokenizer = any((Path(checkpoint) / name).is_file() for name in names)
+    return model, load_tokenizer(checkpoint) if has_tokenizer else None
+
+
+def _checkpoint_directory(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise RequestError(
+            f"{path} is not a directory: give the directory of a checkpoint (config.json and *.safetensors)"
+        )
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model predicts."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the positions that a model was made for, from its config; None where it does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def check_sequence_length(sequence_length: int) -> None:
+    """Check that a sequence has a token to predict.
+
+    Raises:
+        RequestError: It is shorter than two tokens.
+    """
+    if sequence_length < 2:
+        raise RequestError(f"`sequence_length` {sequence_length} leaves nothing to predict: give 2 or more")
+
+
+def check_context(model: PreTrainedModel, sequence_length: int) -> None:
+    """Check that sequences fit into a model's context.
+
+    Raises:
+        RequestError: They are longer.
+    """
+    context = context_length(model)
+    if context is not None and sequence_length > context:
+        raise RequestError(
+            f"`sequence_length` {sequence_length} is longer than the model's context of {context} tokens: give no more"
+        )
+
+
+def choose_sequence_length(model: PreTrainedModel, sequence_length: int | None = None) -> int:
+    """Return the tokens of a sequence: the number asked for, else the model's context, at most 1024.
+
+    Raises:
+        RequestError: It is shorter than two tokens, or longer than the model's context.
+    """
+    if sequence_length is None:
+        return min(context_length(model) or MAX_DEFAULT_SEQUENCE, MAX_DEFAULT_SEQUENCE)
+    check_sequence_length(sequence_length)
+    check_context(model, sequence_length)
+    return sequence_length
+
+
+def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """Return the ids that end a text, from the model's config and generation config, in ascending order."""
+    ends: set[int] = set()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        value = getattr(config, "eos_token_id", None)
+        ends.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(ends))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global random generator of a device inside the block, and put its state back behind it."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)

@@ -1,0 +1,106 @@
+"""All that a recipe asks for, in order: compress, then heal and evaluate where it has such sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mea_compress.errors import RequestError
+from mea_compress.recipe import Recipe, given_settings, make_recipe
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import evaluation_report, key_value_table
+
+if TYPE_CHECKING:
+    from mea_compress.compression import CompressionResult
+    from mea_compress.healing import HealingResult
+    from mea_compress.measure.evaluation import Evaluation
+
+
+@dataclass(frozen=True, repr=False)
+class PipelineResult(Shown):
+    """What `run` did.
+
+    Attributes:
+        compression: What was compressed.
+        healing: What healing did, or None where the recipe has no such section or it was done before.
+        evaluation: What was measured, or None.
+    """
+
+    compression: CompressionResult
+    healing: HealingResult | None = None
+    evaluation: Evaluation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `run --json`."""
+        data = self.compression.to_json()
+        if self.healing is not None:
+            data["healing"] = self.healing.to_json()
+        if self.evaluation is not None:
+            data["evaluation"] = self.evaluation.to_json()
+        return data
+
+    def report(self) -> str:
+        """Return what people read."""
+        parts = [self.compression.report()]
+        if self.healing is not None:
+            parts.append(key_value_table(self.healing.to_json()))
+        if self.evaluation is not None:
+            parts.append(evaluation_report(self.evaluation.to_json()))
+        return "\n\n".join(parts)
+
+
+def run(
+    recipe: Recipe | Path | str,
+    *,
+    source: Path | str | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> PipelineResult:
+    """Do all that a recipe asks for.
+
+    Args:
+        recipe: A `Recipe`, a built-in recipe's name or a YAML file.
+        source: The checkpoint to compress, instead of the recipe's.
+        out: Where the result goes, instead of the recipe's.
+        resume: Take up an interrupted run of the same request.
+        progress: Show progress bars on stderr.
+        **settings: Fields of `Recipe` that win over it.
+
+    Raises:
+        RequestError: The recipe does not say where from and where to, names a text that is not there, or asks for what
+            cannot be done.
+
+    Example:
+        >>> result = run("paper-full", source="SRC", out="PAPER", progress=False)
+        >>> result.compression.plan.bytes_after
+        256
+    """
+    wanted = make_recipe(recipe, settings | {"source": source, "out": out})
+    name = "the recipe" if isinstance(recipe, Recipe) else str(recipe)
+    if wanted.source is None or wanted.out is None:
+        raise RequestError(
+            f"{name} does not say where from and where to: add source and out, or give --source and --out"
+        )
+    for text in (wanted.text, wanted.heal and wanted.heal.text, wanted.evaluate and wanted.evaluate.text):
+        if text and not text.is_file():
+            raise RequestError(f"{name} names the text {text}, which is not there: correct the path")
+
+    from mea_compress.compression import compress
+
+    compression = compress(wanted.source, wanted.out, recipe=wanted, resume=resume, progress=progress)
+    healing = evaluation = None
+    shared: dict[str, Any] = {"device": wanted.device, "progress": progress}
+    if wanted.heal and not (resume and (wanted.out / "healing.json").is_file()):
+        from mea_compress.healing import heal
+
+        options = {"seed": wanted.seed} | shared | given_settings(wanted.heal)
+        healing = heal(wanted.out, teacher=wanted.source, **options)
+    if wanted.evaluate:
+        from mea_compress.measure.evaluation import evaluate
+
+        options = shared | given_settings(wanted.evaluate)
+        evaluation = evaluate(wanted.out, reference=wanted.source, **options)
+    return PipelineResult(compression, healing, evaluation)

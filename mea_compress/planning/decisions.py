@@ -1,0 +1,190 @@
+"""What follows from a checkpoint and a recipe together; the plan asks once, and nobody asks again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from mea_compress.architectures import Source
+from mea_compress.checkpoint.dtypes import DTYPE_NAMES
+from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
+from mea_compress.errors import RequestError
+from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
+from mea_compress.recipe import Recipe
+
+# Calibration text where the recipe names no amount: this many tokens, in sequences of this length at most.
+_CALIBRATION_TOKENS = 1 << 17
+_CALIBRATION_SEQUENCE = 1024
+# Whole models up to this many bytes of weights are loaded and run before they are published.
+WHOLE_MODEL_BYTES = 32 << 20
+
+
+def decide(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], choice: str) -> Decisions:
+    """Decide what the whole work needs, once its layers are planned."""
+    steps = refinement_steps(source, recipe)
+    sequences, length = calibration_shape(source, recipe)
+    calibrated = recipe.fit != "weights" or steps > 0
+    searched = steps > 0 and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    if searched:
+        choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
+    return Decisions(
+        needs_calibration=calibrated,
+        sequences=sequences,
+        sequence_length=length,
+        refinement_steps=steps,
+        searches_kv_split=searched,
+        stored_dtype=stored_dtype(source, recipe),
+        has_static_shapes=not calibrated
+        and recipe.dtype is None
+        and not any(layer.needs_queries for layer in layers if layer.compressed),
+        verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES,
+        choice=choice,
+    )
+
+
+def calibration_shape(source: Source, recipe: Recipe) -> tuple[int, int]:
+    """Return the number of calibration sequences and their length.
+
+    Raises:
+        RequestError: The recipe's sequences are longer than the model's context.
+    """
+    context = source.config.max_position_embeddings or _CALIBRATION_SEQUENCE
+    length = recipe.sequence_length or min(context, _CALIBRATION_SEQUENCE)
+    if length > context:
+        raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
+    return recipe.sequences or max(1, _CALIBRATION_TOKENS // length), length
+
+
+def refinement_steps(source: Source, recipe: Recipe) -> int:
+    """Return the optimiser steps of a layer: as asked for, or by the model's width where the fit refines by itself."""
+    if recipe.refine is not None:
+        return recipe.refine
+    if recipe.fit != "aligned":
+        return 0
+    # Wide layers cost more a step and are moved further by each.
+    return max(100, min(300, 300 * 512 // source.config.hidden_size))
+
+
+def stored_dtype(source: Source, recipe: Recipe) -> str:
+    """Return the safetensors name of the dtype that composed layers are stored in."""
+    return DTYPE_NAMES[recipe.dtype] if recipe.dtype else source.dtype
+
+
+def needs_queries(recipe: Recipe, spec: LayerSpec) -> bool:
+    """Return whether a layer's fit reads q_proj and o_proj; if not, only k_proj and v_proj change."""
+    if recipe.fit != "weights" or recipe.kv_groups > 1:
+        return True
+    chosen = (choice for choice in (recipe.key_composition, recipe.value_composition) if choice is not None)
+    fitted = (spec.key.composition, spec.value.composition)
+    return any(method_needs_queries(choice, recipe) for choice in chosen if method_name(choice) in fitted)
+
+
+def _can_split(recipe: Recipe, spec: LayerSpec) -> bool:
+    """Return whether nobody said how keys and values divide a layer's budget, and both sides can."""
+    key, value = spec.key.form, spec.value.form
+    open_budget = recipe.split == "auto" and recipe.key_components is None and recipe.value_components is None
+    alike = (key.fractional and value.fractional) or (key.scalar and value.scalar)
+    return open_budget and alike and recipe.kv_groups == 1 and not key.joint and (recipe.kv_ratio or 1) < 1
+
+
+def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
+    """Choose the compositions of keys and values, and say why where the recipe left them open.
+
+    The best that decodes without rebuilding keys: a complex composition commutes with RoPE, and o_proj reads values
+    through their latent. Both stay exact under a key norm (its scalars are cached) and under a head norm.
+    """
+    chosen = (recipe.key_composition, recipe.value_composition)
+    keys, values = (None if choice is None else method_name(choice) for choice in chosen)
+    reasons = []
+    if keys is None:
+        keys = DEFAULT_METHODS["key"]
+        extra = ", with one norm scalar a head cached beside them" if source.config.mea["qk_norm"] else ""
+        reasons.append(f"frequency keys: the closest that decode without being rebuilt (they commute with RoPE){extra}")
+    if values is None:
+        values = DEFAULT_METHODS["value"]
+        reasons.append("latent values: the closest at these bytes, read through o_proj")
+    return keys, values, "; ".join(reasons)
+
+
+def decide_layer(source: Source, recipe: Recipe, keys: str, values: str, before: LayerSpec) -> LayerSpec:
+    """Decide how a chosen layer is cached afterwards.
+
+    Raises:
+        RequestError: Components, compositions or groups do not fit the layer.
+    """
+    heads = source.config.num_key_value_heads
+    spec = LayerSpec(
+        _decide_side("key", keys, recipe.key_components, recipe.kv_ratio, before.key, source),
+        _decide_side("value", values, recipe.value_components, recipe.kv_ratio, before.value, source),
+    )
+    if spec.key.form.joint != spec.value.form.joint:
+        raise RequestError(
+            "joint keys and joint values read one latent: give both --key-composition joint and "
+            "--value-composition joint"
+        )
+    _check_groups(recipe, before, spec, heads)
+    return spec
+
+
+def _decide_side(
+    side: str, composition: str, count: int | None, ratio: float | None, before: SideSpec, source: Source
+) -> SideSpec:
+    """Decide composition and components of one side; a side that nothing is said about stays as it is."""
+    if count is None and ratio is None:
+        return before
+    heads = source.config.num_key_value_heads
+    form = method_form(composition)
+    components = _components(count, side, ratio, before.components, heads, form.step(source.head_dim))
+    if form.repeats and heads % components:
+        raise RequestError(
+            f"--{side}-composition {composition} needs a number of components that divides the {heads} key/value "
+            f"heads, not {components}"
+        )
+    return SideSpec(composition, components, form)
+
+
+def _components(
+    count: int | None, side: str, ratio: float | None, cached: float, heads: int, step: Fraction
+) -> int | float:
+    """Return the components of one side: as asked for, or the ratio's share of the heads that the source caches."""
+    if count is not None:
+        if not 1 <= count <= heads:
+            raise RequestError(
+                f"--{side}-components {count} is impossible: the model has {heads} key/value heads, choose 1 to {heads}"
+            )
+        return count
+    assert ratio is not None
+    before = Fraction(cached)
+    exact = Fraction(ratio).limit_denominator(10_000) * before
+    if exact % step or exact < step:
+        below = max(exact // step, 1) * step
+        near = sorted({float(below / before), float(min(below + step, before) / before)})
+        raise RequestError(
+            f"--kv-ratio {ratio:g} is {float(exact):g} of {cached:g} cached {side} heads; the nearest possible are "
+            f"{' and '.join(f'{value:.6g}' for value in near)}, or name counts with --key-components and "
+            "--value-components"
+        )
+    return int(exact) if exact.denominator == 1 else float(exact)
+
+
+def _check_groups(recipe: Recipe, before: LayerSpec, spec: LayerSpec, heads: int) -> None:
+    """Raise unless heads and components divide into the groups that are asked for, and nothing lies across them."""
+    groups = recipe.kv_groups
+    if groups == 1:
+        return
+    for side in ("key", "value"):
+        count, form = spec.side(side).components, spec.side(side).form
+        if spec.side(side) == before.side(side):
+            if not form.identity:
+                raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
+        elif form.joint:
+            raise RequestError(
+                f"--kv-groups {groups} cannot divide the one latent that joint keys and values read; choose other "
+                "compositions, or leave --kv-groups out"
+            )
+        elif heads % groups or count % groups:
+            options = [str(n) for n in range(1, heads + 1) if heads % n == 0 and count % n == 0]
+            remedy = f"choose one of {', '.join(options)}" if options else "leave it out, or choose other components"
+            raise RequestError(
+                f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; {remedy}"
+            )

@@ -1,0 +1,173 @@
+"""Plan what happens to every layer of a checkpoint, and say what a checkpoint is; reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mea_compress.architectures import Source, open_source
+from mea_compress.checkpoint.dtypes import TORCH_NAMES
+from mea_compress.emit.code import CarriedCode, carried_code
+from mea_compress.planning.decisions import choose_compositions, decide, decide_layer, needs_queries, stored_dtype
+from mea_compress.planning.sizes import cached_bytes, layer_parameters, layer_window, whole_costs
+from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, cache_sizes
+from mea_compress.recipe import Recipe, make_recipe, select_layers
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import inspection_report
+
+
+def plan(source: Path | str, *, recipe: Recipe | Path | str | None = None, **settings: Any) -> Plan:
+    """Plan a compression: components, cache bytes and parameters of every layer. Reads headers only.
+
+    Args:
+        source: A checkpoint directory.
+        recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults.
+        **settings: Fields of `Recipe` that win over it, such as ``kv_ratio=0.5``.
+
+    Raises:
+        RequestError: The checkpoint is not usable or the recipe asks for what it cannot give.
+
+    Example:
+        >>> plan("SRC", kv_ratio=0.5).to_json()["kv_bytes_per_token"]
+        {'before': 512, 'after': 256}
+    """
+    return make_plan(Path(source), make_recipe(recipe, settings))
+
+
+def make_plan(directory: Path, recipe: Recipe) -> Plan:
+    """Return the plan for a checkpoint directory.
+
+    Raises:
+        RequestError: The checkpoint is not usable or the recipe asks for what it cannot give.
+    """
+    return plan_source(open_source(directory), recipe)
+
+
+def plan_source(source: Source, recipe: Recipe) -> Plan:
+    """Return the plan for an opened checkpoint.
+
+    Raises:
+        RequestError: The recipe asks for what the checkpoint cannot give.
+    """
+    chosen = set(select_layers(recipe.layers, source.config.num_hidden_layers))
+    keys, values, choice = choose_compositions(source, recipe)
+    layers = []
+    for layer, section in enumerate(source.config.mea["layers"]):
+        before = LayerSpec.of(section)
+        spec = decide_layer(source, recipe, keys, values, before) if layer in chosen else before
+        layers.append(_layer_plan(source, recipe, layer, before, spec))
+    decisions = decide(source, recipe, layers, choice)
+    return Plan(source, recipe, tuple(layers), decisions, whole_costs(source, recipe, decisions, layers))
+
+
+def plan_after_fit(plan: Plan, sections: Mapping[int, Mapping[str, Any]]) -> Plan:
+    """Return the plan with the key/value split that fitting chose.
+
+    Args:
+        plan: The plan.
+        sections: Entries of the ``mea`` section of the layers that were composed.
+    """
+    layers = list(plan.layers)
+    for layer, section in sections.items():
+        spec = LayerSpec.of(section)
+        layers[layer] = _layer_plan(plan.source, plan.recipe, layer, layers[layer].before, spec)
+    costs = whole_costs(plan.source, plan.recipe, plan.decisions, layers)
+    return replace(plan, layers=tuple(layers), costs=costs)
+
+
+def _layer_plan(source: Source, recipe: Recipe, layer: int, before: LayerSpec, spec: LayerSpec) -> LayerPlan:
+    return LayerPlan(
+        layer,
+        before,
+        spec,
+        bytes_before=cached_bytes(source, before, source.dtype),
+        bytes_after=cached_bytes(source, spec, stored_dtype(source, recipe)),
+        parameters_before=layer_parameters(source, before),
+        parameters_after=layer_parameters(source, spec),
+        needs_queries=needs_queries(recipe, spec),
+        window=layer_window(source, layer),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
+    """What a checkpoint is.
+
+    Attributes:
+        source: The opened checkpoint.
+        layers: As a plan that changes nothing.
+        parameters: Of the whole model.
+        code: The code that it carries, where it is one of this program's.
+    """
+
+    source: Source
+    layers: Sequence[LayerPlan]
+    parameters: int
+    code: CarriedCode | None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes per token."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    def to_json(self, batch: int = 1) -> dict[str, Any]:
+        """Return `inspect --json`; `batch` sequences are counted where whole caches are shown."""
+        source, config = self.source, self.source.config
+        return {
+            "model_type": source.raw_config["model_type"],
+            **({"code": self.code.to_json()} if self.code else {}),
+            "family": source.family.model_type,
+            "layers": len(self.layers),
+            "hidden_size": config.hidden_size,
+            "query_heads": config.num_attention_heads,
+            "key_value_heads": config.num_key_value_heads,
+            "head_dim": source.head_dim,
+            "rotary_dim": source.rotary_dim,
+            "qk_norm": config.mea["qk_norm"],
+            "head_norm": config.mea["head_norm"],
+            "dtype": TORCH_NAMES[source.dtype],
+            "context_length": config.max_position_embeddings,
+            "parameters": self.parameters,
+            "weight_bytes": source.weight_bytes,
+            "weight_files": len(source.reader.files),
+            "kv_bytes_per_token": self.bytes_per_token,
+            "cache": [
+                {"tokens": size["tokens"], "batch": batch, "bytes": size["before"]}
+                for size in cache_sizes(((one.bytes_before, 0, one.window) for one in self.layers), batch)
+            ],
+            "attention": [
+                layer.to_json() | {"kv_bytes_per_token": layer.bytes_before, "sliding_window": layer.window}
+                for layer in self.layers
+            ],
+        }
+
+    def report(self, batch: int = 1) -> str:
+        """Return what people read."""
+        return inspection_report(self.to_json(batch))
+
+
+def open(source: Path | str) -> Inspection:
+    """Open a checkpoint and say what it is: family, heads, cache bytes per token. Reads headers only.
+
+    Raises:
+        RequestError: The checkpoint is not usable.
+
+    Example:
+        >>> open("SRC").to_json()["key_value_heads"]
+        4
+    """
+    return inspect_checkpoint(Path(source))
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """Return what a checkpoint directory holds.
+
+    Raises:
+        RequestError: The checkpoint is not usable.
+    """
+    source = open_source(directory)
+    unchanged = plan_source(source, Recipe())
+    code = carried_code(directory) if source.native else None
+    return Inspection(source, unchanged.layers, unchanged.costs.parameters_before, code)

@@ -1,0 +1,118 @@
+"""Bytes and parameters of what is planned, from headers and specs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from mea_compress.architectures import Source
+from mea_compress.architectures.checkpoint import FLOATS
+from mea_compress.architectures.families import Shapes
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.compositions.base import method_allocates_uniformly, side_choice
+from mea_compress.errors import RequestError
+from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
+from mea_compress.modeling.section_mea import cached_width
+from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
+from mea_compress.recipe import Recipe
+
+# What computing takes beside weights, statistics and activations: verification's small model, buffers, allocator.
+_WORKING_BYTES = 100 << 20
+# Hidden states of all calibration tokens beyond this many bytes live in a file instead of memory.
+SPILL_BYTES = 4 << 30
+
+
+def layer_window(source: Source, layer: int) -> int | None:
+    """Return the tokens that a layer with sliding-window attention sees, or None."""
+    config = source.config
+    types = getattr(config, "layer_types", None)
+    sliding = types is None or types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if sliding else None
+
+
+def cached_bytes(source: Source, spec: LayerSpec, dtype: str) -> int:
+    """Return the cache bytes per token of a layer in a dtype (as safetensors calls it)."""
+    norms = source.config.mea["qk_norm"] and spec.key.form.caches_norm_scalars
+    scalars = source.config.num_key_value_heads if norms else 0
+    return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + scalars)
+
+
+def layer_parameters(source: Source, spec: LayerSpec) -> int:
+    """Return how many numbers the tensors hold that make a layer's keys and values."""
+    return sum(prod(shape) for shape in stored_shapes(source, spec).values())
+
+
+def stored_shapes(source: Source, spec: LayerSpec) -> Shapes:
+    """Return the tensors that keys and values are stored as, in order, by their names below ``self_attn.``."""
+    config, heads, head_dim = source.config, source.config.num_key_value_heads, source.head_dim
+    widths = dict(zip(("key", "value"), _widths(source, spec), strict=True))
+    shapes: Shapes = {}
+    for side, width in widths.items():
+        shapes[f"{side[0]}_proj.weight"] = (width, config.hidden_size)
+        if config.mea["bias"][side]:
+            shapes[f"{side[0]}_proj.bias"] = (width,)
+    for side, width in widths.items():
+        shape = spec.side(side).form.shape(width, sum(widths.values()), heads, head_dim)
+        if shape is not None:
+            shapes[f"{side}_composition.weight"] = shape
+    return shapes
+
+
+def _widths(source: Source, spec: LayerSpec) -> tuple[int, int]:
+    key, value = (cached_width(side.components, source.head_dim) for side in (spec.key, spec.value))
+    return key, value
+
+
+def whole_costs(source: Source, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
+    """Return what the whole work takes and gives."""
+    infos = source.reader.tensors.values()
+    total = sum(prod(info.shape) for info in infos)
+    grown = sum(layer.parameters_after - layer.parameters_before for layer in layers)
+    size = DTYPE_BITS[decisions.stored_dtype] // 8
+    output = sum(size * prod(info.shape) if recipe.dtype and info.dtype in FLOATS else info.nbytes for info in infos)
+    output += size * grown
+    config = source.config
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
+    scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
+    memory = 8 * 4 * 2 * config.num_key_value_heads * source.head_dim * config.hidden_size
+    if decisions.needs_calibration:  # one decoder layer in float32, its statistics, and the hidden states of the text
+        prefix = source.family.layer.format(layer=0)
+        decoder = sum(prod(info.shape) for info in infos if info.name.startswith(prefix))
+        memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
+        # The text as the original has it before and behind a layer, and as the compressed layers send it.
+        tokens = decisions.sequences * decisions.sequence_length
+        memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * tokens)
+        if recipe.text is None:  # text is sampled from the whole model, before the fit
+            memory = max(memory, sum(info.nbytes for info in infos))
+    largest = max((prod(info.shape) for info in infos), default=0)
+    memory += (4 + size) * largest if recipe.dtype else 0
+    return Costs(
+        parameters_before=total,
+        parameters_after=total + grown,
+        output_bytes=output,
+        disk_bytes=output + size * scratch,
+        memory_bytes=memory + _WORKING_BYTES,
+        stock_export=_stock_export(source, recipe, layers, size),
+    )
+
+
+def _stock_export(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:
+    """Return what a stock export of the planned layers costs and saves, or why there can be none."""
+    sections = []
+    for layer, spec in zip(layers, source.config.mea["layers"], strict=True):
+        section = dict(spec)
+        if layer.compressed:
+            section = layer.spec.section()
+            if recipe.kv_groups > 1:
+                section["groups"] = recipe.kv_groups
+            key = layer.spec.key
+            choice = side_choice(recipe, "key", key.composition)
+            if key.form.per_pair and method_allocates_uniformly(choice, recipe):
+                section["rotary_components"] = uniform_rotary_components(key.components, source.head_dim)
+        sections.append(section)
+    try:
+        form = stock_form(source, sections)
+    except RequestError as error:
+        return {"reason": str(error)}
+    cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
+    return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}

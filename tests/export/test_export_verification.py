@@ -1,0 +1,44 @@
+"""An export that computes something else does not appear."""
+
+import numpy as np
+import pytest
+from exporting import compressed
+
+from mea_compress.architectures import open_source
+from mea_compress.errors import VerificationError
+from mea_compress.exporting import stock, verification
+from mea_compress.exporting.stock import export
+from mea_compress.exporting.verification import verify_export
+
+WRONG = {
+    "larger": lambda array: 1.01 * array,
+    "in another order": lambda array: np.roll(array, 1, axis=0),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("projection", ["absorbed_queries", "ordered_keys", "absorbed_output"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_projection_that_was_folded_wrongly_is_noticed(wrong, projection, whole, tmp_path, monkeypatch):
+    out = compressed(tmp_path)
+    fold = getattr(stock, projection)
+    monkeypatch.setattr(stock, projection, lambda *arguments: WRONG[wrong](fold(*arguments)))
+    monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
+    with pytest.raises(VerificationError, match="differs"):
+        export(out, tmp_path / "export", progress=False)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_layer_s_weights_are_noticed(whole, tmp_path, monkeypatch):
+    out = compressed(tmp_path)
+    export(out, tmp_path / "export", progress=False)
+    source = open_source(out)
+    monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
+    result = verify_export(source, tmp_path / "export", progress=False)
+    assert result["attention_difference"] < 1e-5 and ("logit_difference" in result) == whole
+    assert result["kv_bytes_per_token"] == 2 * 2 * 2 * 4 * 4  # layers, sides, components, channels, bytes
+    read = source.reader.read
+    monkeypatch.setattr(source.reader, "read", lambda name: read(name.replace("layers.0", "layers.1")))
+    with pytest.raises(VerificationError, match="differs"):
+        verify_export(source, tmp_path / "export", progress=False)

@@ -1,0 +1,184 @@
+"""Layers fitted in order: better than the baseline, never worse for refining, the same after a stop, the same twice."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import contents, stock_checkpoint, stock_model
+from transformers import AutoModelForCausalLM
+
+from mea_compress.architectures import open_source
+from mea_compress.compression import compress
+from mea_compress.errors import RequestError
+from mea_compress.fit import layers as fitting
+from mea_compress.layers.read import read_side
+from mea_compress.planning.plans import make_plan
+from mea_compress.recipe import Recipe
+
+QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
+PAIRS = [
+    ("head", "head"),
+    ("frequency", "latent"),
+    ("latent", "latent"),
+    ("joint", "joint"),
+    ("pool", "pool"),
+    ("prune", "prune"),
+    ("share", "share"),
+    ("pool", "head"),
+]
+
+
+def recipe(**changes):
+    return Recipe(**{**QUICK, "refine": 0, **changes})
+
+
+def kl(source, out):
+    """KL(original ‖ compressed) on random tokens, nats/token."""
+    ids = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        p, q = (AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits.log_softmax(-1) for path in (source, out))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keys", "values"), PAIRS)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_refined_is_no_worse_on_held_out_text_and_loads(case, keys, values, tmp_path):
+    source = stock_checkpoint(tmp_path / "src", case)
+    result = compress(
+        source,
+        tmp_path / "out",
+        recipe=recipe(key_composition=keys, value_composition=values, refine=6),
+        progress=False,
+    )
+    for layer in result.fidelity["layers"].values():
+        assert layer["refinement"]["after"] <= layer["refinement"]["before"]
+    assert -1e-6 < kl(source, tmp_path / "out") < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "phi3-partial"])
+def test_default_fit_is_closer_than_the_papers_start(case, tmp_path):
+    source = stock_checkpoint(tmp_path / "src", case)
+    paper = recipe(fit="weights", key_composition="head", value_composition="head")
+    compress(source, tmp_path / "paper", recipe=paper, progress=False)
+    compress(source, tmp_path / "ours", recipe=recipe(refine=10), progress=False)
+    assert kl(source, tmp_path / "ours") < kl(source, tmp_path / "paper")
+
+
+@pytest.mark.slow
+def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    compress(
+        source,
+        tmp_path / "out",
+        recipe=recipe(key_composition="prune", value_composition="prune", refine=4, split="even"),
+        progress=False,
+    )
+    emitted, original = open_source(tmp_path / "out"), open_source(source)
+    for side in ("key", "value"):
+        rows = emitted.reader.read_array(f"model.layers.0.self_attn.{side[0]}_proj.weight")
+        components = rows.reshape(2, -1, rows.shape[1])
+        heads = read_side(original, 0, side)[..., :-1]
+        assert sum(any(np.array_equal(head, component) for head in heads) for component in components) == 2
+
+
+@pytest.mark.slow
+def test_same_bytes_twice_and_after_an_interruption(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
+    wanted = recipe(refine=3)
+    compress(source, tmp_path / "a", recipe=wanted, progress=False)
+    real, calls = fitting.write_checkpoint, []
+
+    def interrupt(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:  # the text, the first layer, the second
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fitting, "write_checkpoint", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "b", recipe=wanted, progress=False)
+    monkeypatch.setattr(fitting, "write_checkpoint", real)
+    assert not (tmp_path / "b").exists()
+    compress(source, tmp_path / "b", recipe=wanted, resume=True, progress=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_sequential_statistics_and_partial_layers(tmp_path):
+    source = stock_checkpoint(tmp_path / "src", num_hidden_layers=3)
+    result = compress(source, tmp_path / "out", recipe=recipe(layers="1-2", statistics="sequential"), progress=False)
+    assert [layer.compressed for layer in result.plan.layers] == [False, True, True]
+    assert (
+        json.loads((tmp_path / "out" / "compression.json").read_text())["plan"]["layers"][0]["key_composition"]
+        == "none"
+    )
+
+
+def test_text_that_is_too_short_leaves_nothing(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    with pytest.raises(RequestError, match="tokens"):
+        compress(source, tmp_path / "out", recipe=recipe(sequences=1), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.slow
+def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    few = {"sequence_length": 64, "sequences": 3, "refine": 4}
+    layers = compress(source, tmp_path / "out", recipe=recipe(**few), progress=False).fidelity["layers"]
+    assert all(layer["refinement"]["after"] <= layer["refinement"]["before"] for layer in layers.values())
+    one = {"sequence_length": 256, "sequences": 1, "refine": 4}
+    with pytest.raises(RequestError, match="--sequences 2"):
+        compress(source, tmp_path / "again", recipe=recipe(**one), progress=False)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("fit", ["weights", "aligned"])
+def test_projections_that_are_all_zero_stay_finite(name, fit, tmp_path):
+    """Models that were made deeper begin with such layers."""
+    source = stock_checkpoint(tmp_path / "src")
+    weights = load_file(source / "model.safetensors")
+    weights[f"model.layers.1.self_attn.{name}.weight"].zero_()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for keys, values in PAIRS:
+        wanted = recipe(fit=fit, key_composition=keys, value_composition=values)
+        compress(source, tmp_path / f"{keys}-{values}", recipe=wanted, progress=False)
+        for tensor in load_file(tmp_path / f"{keys}-{values}" / "model.safetensors").values():
+            assert tensor.isfinite().all()
+
+
+def test_refinement_is_on_with_the_aligned_fit_alone(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+
+    def steps(**changes):
+        return make_plan(source, Recipe(kv_ratio=0.5, **changes)).decisions.refinement_steps
+
+    assert steps() > 0
+    assert steps(fit="weights") == steps(fit="activations") == 0
+    assert steps(fit="weights", refine=7) == 7
+
+
+@pytest.mark.slow
+def test_native_mea_with_head_norm_goes_the_same_way(tmp_path):
+    from mea_compress.modeling.configuration_mea import MeaLlamaConfig
+    from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
+
+    sizes = {**stock_model("llama").config.to_dict()}
+    sizes = {
+        k: v for k, v in sizes.items() if k not in ("model_type", "architectures", "dtype", "transformers_version")
+    }
+    torch.manual_seed(0)
+    model = MeaLlamaForCausalLM(MeaLlamaConfig(**sizes, mea={"head_norm": True})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "composition" in name else 0.2))
+    model.save_pretrained(tmp_path / "src")
+    paper = recipe(fit="weights", key_composition="head", value_composition="head")
+    compress(tmp_path / "src", tmp_path / "paper", recipe=paper, progress=False)
+    compress(tmp_path / "src", tmp_path / "ours", recipe=recipe(refine=10), progress=False)
+    assert kl(tmp_path / "src", tmp_path / "ours") < kl(tmp_path / "src", tmp_path / "paper")

@@ -1,0 +1,134 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from letters import character_tokenizer, tiny_llama
+
+from mea_compress.errors import RequestError
+from mea_compress.measure.evaluation import evaluate
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "a b c", "hello world again and again", "x"]
+
+
+def save(directory: Path, seed: int = 0, **changes) -> Path:
+    tiny_llama(seed, **changes).save_pretrained(directory)
+    character_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    return tmp_path / "text.jsonl"
+
+
+def test_figures_against_one_sequence_at_a_time(tmp_path, text):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
+    measured = evaluate(a, text=text, reference=b, sequence_length=24, batch_size=3, device="cpu", progress=False)
+
+    tokenizer, models = character_tokenizer(), [tiny_llama(0).double(), tiny_llama(1).double()]
+    losses, other_losses, kls, agreements = [], [], [], []
+    for document in DOCUMENTS:
+        ids = torch.tensor([tokenizer(document)["input_ids"][:24]])
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0, :-1].log_softmax(-1) for model in models)
+        for t, target in enumerate(ids[0, 1:]):
+            losses.append(-p[t, target])
+            other_losses.append(-q[t, target])
+            kls.append((q[t].exp() * (q[t] - p[t])).sum())
+            agreements.append(p[t].argmax() == q[t].argmax())
+    mean = [float(torch.stack(values).double().mean()) for values in (losses, other_losses, kls, agreements)]
+
+    assert measured.tokens == len(losses)
+    assert measured.cross_entropy == pytest.approx(mean[0], abs=1e-5)
+    assert measured.perplexity == pytest.approx(math.exp(mean[0]), rel=1e-5)
+    assert measured.reference.cross_entropy == pytest.approx(mean[1], abs=1e-5)
+    assert measured.kl == pytest.approx(mean[2], abs=1e-5)
+    assert measured.top1_agreement == pytest.approx(mean[3])
+    assert measured.decode_tokens_per_second > 0
+
+
+def test_json_has_the_promised_keys(tmp_path, text):
+    a = save(tmp_path / "a")
+    alone = evaluate(a, text=text, sequence_length=16, device="cpu", progress=False).to_json()
+    assert list(alone) == [
+        "tokens",
+        "cross_entropy",
+        "perplexity",
+        "kl",
+        "top1_agreement",
+        "kv_bytes_per_token",
+        "reference",
+        "decode_tokens_per_second",
+    ]
+    assert alone["kl"] is alone["top1_agreement"] is alone["reference"] is None
+    both = evaluate(a, text=text, reference=a, sequence_length=16, device="cpu", progress=False).to_json()
+    assert list(both["reference"]) == ["cross_entropy", "perplexity", "kv_bytes_per_token"]
+    assert both["kl"] == pytest.approx(0, abs=1e-9) and both["top1_agreement"] == 1
+    json.dumps(both)
+
+
+def test_batches_and_limit_do_not_change_the_figures(tmp_path, text):
+    a = save(tmp_path / "a")
+    figures = [
+        evaluate(a, text=text, sequence_length=20, batch_size=size, device="cpu", progress=False).cross_entropy
+        for size in (1, 4)
+    ]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+    assert evaluate(a, text=text, sequence_length=20, limit=2, device="cpu", progress=False).tokens == 19 + 5
+
+
+def test_speed_is_there_where_it_was_asked_for(tmp_path, text):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
+    measured = evaluate(
+        a, text=text, reference=b, sequence_length=8, contexts=[8, 16], batches=[1, 2], device="cpu", progress=False
+    )
+    places = [(line["model"], line["context"], line["batch"]) for line in measured.to_json()["speed"]]
+    assert places == [(m, c, n) for c in (8, 16) for n in (1, 2) for m in ("checkpoint", "reference")]
+
+
+def test_results_stay_off_stdout(tmp_path, text, capsys):
+    evaluate(save(tmp_path / "a"), text=text, device="cpu", sequence_length=8)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "evaluating" in captured.err
+
+
+def test_wrong_requests(tmp_path, text):
+    a = save(tmp_path / "a")
+    with pytest.raises(RequestError, match=r"vocabulary of 30 .*40"):
+        evaluate(a, text=text, reference=save(tmp_path / "b", vocab_size=40), device="cpu", progress=False)
+    with pytest.raises(RequestError, match="context of 32"):
+        evaluate(a, text=text, sequence_length=64, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`contexts` 64 cannot be measured"):
+        evaluate(a, text=text, sequence_length=8, contexts=[4, 64], device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batches` 2,4 measures nothing without `contexts`"):
+        evaluate(a, text=text, sequence_length=8, batches=(2, 4), device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batches` 0 measures nothing"):
+        evaluate(a, text=text, sequence_length=8, contexts=(4,), batches=(0,), device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`batch_size` 0 measures nothing"):
+        evaluate(a, text=text, batch_size=0, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`limit` 0 measures nothing"):
+        evaluate(a, text=text, limit=0, device="cpu", progress=False)
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(RequestError, match="has 4 tokens"):
+        evaluate(a, text=tmp_path / "short.txt", device="cpu", progress=False)
+    with pytest.raises(RequestError, match="the model has 10"):
+        evaluate(save(tmp_path / "c", vocab_size=10), text=text, sequence_length=8, device="cpu", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "models/babyllama105").is_dir(), reason="shared/models/babyllama105 is not there")
+def test_loss_of_a_real_checkpoint():
+    measured = evaluate(
+        SHARED / "models/babyllama105",
+        text=SHARED / "text/tinystories_valid.jsonl",
+        device="cpu",
+        limit=300,
+        progress=False,
+    )
+    assert measured.tokens == 76455  # one of the 300 stories is shorter
+    assert measured.cross_entropy == pytest.approx(0.5211, abs=1e-3)
+    assert measured.kv_bytes_per_token == 5 * 2 * 4 * 16 * 4
