@@ -91,10 +91,10 @@ def products_keys_first(query, key, value, scale):
 
 def products_one_by_one(query, key, value, scale):
     """What the compressed layer does without its kernel, on the original's heads."""
-    from mea_compress.modeling.decode_mea import read_keys, read_values, softmax
+    from mea_compress.modeling.decode_mea import key_scores, softmax, weighted_values
 
-    logits = read_keys(grouped(query, key.shape[1]) * scale, key)
-    return read_values(softmax(logits.float()).to(value.dtype), value)
+    logits = key_scores(grouped(query, key.shape[1]) * scale, key)
+    return weighted_values(softmax(logits.float()).to(value.dtype), value)
 
 
 def flash(query, key, value, scale):
@@ -258,7 +258,7 @@ def attention_alone(shape, context, batch, arguments):
         attention = build(shape, kinds, context, arguments, 64, 1).model.layers[0].self_attn
 
         def expanded(call, attention=attention, half=halves[name]):
-            keys, values = attention.compose(*sides(half, call), None, None, None)
+            keys, values = attention.expand(*sides(half, call), None, None, None)
             return sdpa_attention_forward(module, query, keys, values, None, scaling=scale)
 
         def absorbed(call, attention=attention, half=halves[name]):

@@ -6,6 +6,8 @@ from mea_compress.heads.types import AttentionHeads
 from mea_compress.modeling.section_mea import rotary_pairs
 
 D, HEADS, GROUP, HEAD_DIM, TOKENS = 24, 4, 2, 8, 9
+# Under QK-norm queries have a norm of their own, which no method looks at.
+QUERY_NORM = np.random.default_rng(11).random(HEAD_DIM) + 0.5
 
 
 def make_heads(seed=0, rotary_dim=HEAD_DIM, head_norm=False, key_norm=False):
@@ -22,8 +24,6 @@ def make_heads(seed=0, rotary_dim=HEAD_DIM, head_norm=False, key_norm=False):
         key=draw(HEADS, HEAD_DIM, D + 1),
         value=draw(HEADS, HEAD_DIM, D + 1),
         output=draw(HEADS * GROUP, D, HEAD_DIM),
-        output_bias=None,
-        query_norm=weight(key_norm),
         key_norm=weight(key_norm),
         head_norm=weight(head_norm),
         rotary_dim=rotary_dim,
@@ -51,7 +51,8 @@ def run(heads, seed=1):
     causal = np.tri(TOKENS, dtype=bool)
     for i in range(len(heads.query)):
         g = i // heads.group
-        queries, keys = rotated(heads.query[i], heads.query_norm), rotated(heads.key[g], heads.key_norm)
+        query_norm = None if heads.key_norm is None else QUERY_NORM
+        queries, keys = rotated(heads.query[i], query_norm), rotated(heads.key[g], heads.key_norm)
         logits = (queries @ keys.conj().T).real / HEAD_DIM**0.5
         weights = np.exp(np.where(causal, logits - logits.max(-1, keepdims=True), -np.inf))
         attended = weights / weights.sum(-1, keepdims=True) @ (x @ heads.value[g].T)

@@ -10,7 +10,7 @@ from mea_compress.architectures.common_config import ModelShape, read_common_con
 from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import cached_width
+from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
 _MOST_LAYERS = 10_000
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -113,8 +113,7 @@ def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]
     fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     if not native:
         heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-        whole = {"key_composition": "none", "key_components": heads, "value_composition": "none"}
-        layers = [{**whole, "value_components": heads} for _ in range(raw["num_hidden_layers"])]
+        layers = [every_head(heads) for _ in range(raw["num_hidden_layers"])]
         fields["mea"] = {"layers": layers, "qk_norm": family.qk_norm}
     return fields
 
@@ -224,7 +223,7 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
         shapes["head_norm.weight"] = (head_dim,)
     for side in ("key", "value"):
         width = {"key": key_width, "value": value_width}[side]
-        shape = composition_shape(spec[f"{side}_composition"], width, key_width + value_width, heads, head_dim)
+        shape = side_form(spec, side).shape(width, key_width + value_width, heads, head_dim)
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
     return {family.attention(layer) + name: shape for name, shape in shapes.items()}
@@ -252,24 +251,3 @@ def _remaining_shapes(source: Source, layer: int) -> Shapes:
     config, prefix = source.config, source.family.layer.format(layer=layer)
     norms: Shapes = {f"{name}_layernorm.weight": (config.hidden_size,) for name in ("input", "post_attention")}
     return {prefix + name: shape for name, shape in (norms | source.family.mlp(config, layer)).items()}
-
-
-def composition_shape(kind: str, width: int, both: int, heads: int, head_dim: int) -> tuple[int, ...] | None:
-    """Return the shape of ``key_composition.weight`` or ``value_composition.weight``; None where there is none.
-
-    Args:
-        kind: Of the side's composition.
-        width: Numbers a token that the side caches.
-        both: The same of keys and values together.
-        heads: H.
-        head_dim: d.
-    """
-    if kind in ("head", "prune", "share"):
-        return (width // head_dim, heads)
-    if kind == "frequency":
-        return (2, width // 2, heads)
-    if kind == "latent":
-        return (heads * head_dim, width)
-    if kind == "joint":
-        return (heads * head_dim, both)
-    return None

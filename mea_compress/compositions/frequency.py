@@ -6,27 +6,30 @@ top eigenvectors of the complex H × H Gram of the pair. How many a pair gets ma
 
 import heapq
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from mea_compress.compositions.moments import key_cross, key_weights, largest_entries, moment, pair_cross
-from mea_compress.compositions.request import Request
+from mea_compress.compositions.base import CompositionOptions, register
+from mea_compress.compositions.moments import fix_phases, key_cross, key_weights, moment, pair_cross
 from mea_compress.errors import RequestError
 from mea_compress.heads.alignment import key_pairs
-from mea_compress.heads.composed import Array, Composed
+from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
+from mea_compress.modeling.section_mea import COMPLEX, Form
 
 
-def allot(energies: Array, total: int) -> tuple[int, ...]:
-    """Components of each pair: the largest eigenvalues of all.
+def allocate_components(energies: Array, total: int) -> tuple[int, ...]:
+    """Allocate the budget greedily: keep the `total` largest eigenvalues over all rotary pairs.
 
     Args:
         energies: Eigenvalues of each pair's Gram, descending, (P, H).
         total: Sum of components.
 
     Returns:
-        P counts between 0 and H.
+        The components of each pair, P counts between 0 and H.
     """
     pairs, heads = energies.shape
     counts = [0] * pairs
@@ -45,16 +48,30 @@ def _uniform(total: int, pairs: int) -> tuple[int, ...]:
     return tuple(total // pairs + (p < total % pairs) for p in range(pairs))
 
 
+@register
+@dataclass(frozen=True)
 class Frequency:
-    """Complex combinations of component lanes; keys only."""
+    """Complex combinations of complex components; keys only.
 
-    name = "frequency"
+    Attributes:
+        allocation: How complex components are allocated to rotary pairs: by ``energy``, or ``uniform``.
+    """
+
+    name: ClassVar[str] = "frequency"
+    form: ClassVar[Form] = COMPLEX
+    needs_queries: ClassVar[bool] = False
+    allocation: Literal["energy", "uniform"] = field(default="energy", metadata={"setting": "rotary_budget"})
+
+    @property
+    def allocates_uniformly(self) -> bool:
+        """Whether every rotary pair gets as many components."""
+        return self.allocation == "uniform"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Composed keys; queries stay as they are. Under a key norm the lanes compose weighted keys."""
-        fit, budget = request.fit, request.width(heads.key.shape[1]) // 2
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit keys; queries stay as they are. Under a key norm the weighted keys are fitted."""
+        fit, budget = options.fit, options.width(heads.key.shape[1]) // 2
         if heads.key_norm is not None:
             first, other = heads.pairs
             gamma = heads.key_norm
@@ -75,27 +92,25 @@ class Frequency:
         values, vectors = np.linalg.eigh(cross)
         values, vectors = values[..., ::-1], vectors[..., ::-1]
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = _uniform(budget, pairs) if request.rotary_budget == "uniform" else allot(values, budget)
-        lanes, combinations = [], []
+        counts = _uniform(budget, pairs) if self.allocates_uniformly else allocate_components(values, budget)
+        components, combinations = [], []
         for p, number in enumerate(counts):
             if not number:
                 continue
-            basis = vectors[p, :, :number]  # (H, C_p)
-            turn = largest_entries(basis)
-            basis = basis * (np.abs(turn) / turn)  # the phase is free: the largest entry becomes real
-            lane = basis.conj().T @ scaled[:, p]  # (C_p, D + 1)
+            basis = fix_phases(vectors[p, :, :number])  # (H, C_p)
+            projected = basis.conj().T @ scaled[:, p]  # (C_p, D + 1)
             average = math.sqrt(max(np.square(np.abs(weighted[:, p])).sum(1).mean(), 1e-300))
-            size = np.maximum(np.sqrt(np.square(np.abs(lane)).sum(1)), 1e-12 * average) / average  # (C_p,)
-            lanes.append(lane / size[:, None])
+            size = np.maximum(np.sqrt(np.square(np.abs(projected)).sum(1)), 1e-12 * average) / average  # (C_p,)
+            components.append(projected / size[:, None])
             combinations.append((basis * size / weights[:, p, None]).T)  # (C_p, H)
-        lane_rows, weight = np.concatenate(lanes), np.concatenate(combinations)
-        composed = Composed(
-            "frequency",
+        rows, weight = np.concatenate(components), np.concatenate(combinations)
+        factored = FactoredHeads(
+            COMPLEX,
             count,
             heads.key.shape[1],
-            np.concatenate((lane_rows.real, lane_rows.imag)),
+            np.concatenate((rows.real, rows.imag)),
             np.stack((weight.real, weight.imag)),
             counts,
             (tuple(heads.pairs[0]), tuple(heads.pairs[1])),
         )
-        return composed, heads
+        return factored, heads

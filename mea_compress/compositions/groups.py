@@ -1,6 +1,6 @@
-"""Any composition, within separate groups of heads: block-diagonal over clusters of heads that are alike.
+"""Any method, within separate groups of heads: block-diagonal over clusters of heads that are alike.
 
-What is cached stays one vector, the groups' components one after another (lanes of `frequency` stay sorted by rotary
+What is cached stays one vector, the groups' components one after another (complex components stay sorted by rotary
 pair). Each group can then be a key/value head of its own in a stock checkpoint: narrower, and divisible among devices.
 """
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mea_compress.compositions.base import CompositionOptions, Fit
 from mea_compress.compositions.pool import group_heads, head_distance, reorder
-from mea_compress.compositions.request import Request
-from mea_compress.heads.composed import Array, Composed
+from mea_compress.errors import RequestError
+from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
 
@@ -19,7 +20,7 @@ from mea_compress.heads.types import AttentionHeads
 def cluster(
     heads: AttentionHeads, statistics: LayerStatistics | None, fit: str, groups: int
 ) -> tuple[AttentionHeads, LayerStatistics | None]:
-    """The layer with heads that lose least together next to each other, in groups of one size.
+    """Return the layer with heads that lose least together next to each other, in groups of one size.
 
     Args:
         heads: The layer.
@@ -34,19 +35,19 @@ def cluster(
 
 
 def compose_groups(
-    fitter: Any, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request, groups: int
-) -> tuple[Composed, AttentionHeads]:
-    """One side of a layer, each group of adjacent heads composed on its own.
+    fitter: Fit, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions, groups: int
+) -> tuple[FactoredHeads, AttentionHeads]:
+    """Fit one side of a layer, each group of adjacent heads on its own.
 
     Args:
-        fitter: ``keys`` or ``values`` of a composition.
+        fitter: ``keys`` or ``values`` of a method.
         heads: The layer, its heads in order of groups.
         statistics: Of its inputs.
-        request: For all groups together; `groups` divides its components.
+        options: For all groups together; `groups` divides its components.
         groups: Number of groups; it divides H.
     """
-    request = replace(request, components=request.components // groups)
-    found = []
+    options = replace(options, components=options.components // groups)
+    fitted = []
     for members in np.arange(heads.key.shape[0]).reshape(groups, -1):
         queries = (members[:, None] * heads.group + np.arange(heads.group)).reshape(-1)
         part = replace(
@@ -56,22 +57,28 @@ def compose_groups(
             value=heads.value[members],
             output=heads.output[queries],
         )
-        own = None if statistics is None else statistics.of_heads(members)
-        found.append(fitter(part, own, request))
-    composed, parts = zip(*found, strict=True)
+        seen = None if statistics is None else statistics.of_heads(members)
+        fitted.append(fitter(part, seen, options))
+    factored, parts = zip(*fitted, strict=True)
     sides = ("query", "key", "value", "output")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in sides}
-    return join(composed), replace(parts[0], **joined)
+    return join(factored), replace(parts[0], **joined)
 
 
-def join(parts: tuple[Composed, ...]) -> Composed:
-    """Compositions of separate heads as one block-diagonal composition."""
+def join(parts: tuple[FactoredHeads, ...]) -> FactoredHeads:
+    """Join the factors of separate heads into one block-diagonal composition.
+
+    Raises:
+        RequestError: The weight of the form is no matrix.
+    """
     first, heads = parts[0], sum(part.heads for part in parts)
-    if first.kind == "frequency":
-        return _join_lanes(parts, heads)
+    if first.form.per_pair:
+        return _join_pairs(parts, heads)
+    if first.weight is not None and first.weight.ndim != 2:
+        raise RequestError(f"the form {first.form.name} cannot be divided into groups; leave --kv-groups out")
     projection = np.concatenate([part.projection for part in parts])
     weight = None if first.weight is None else _block_diagonal([part.weight for part in parts])
-    return Composed(first.kind, heads, first.head_dim, projection, weight, groups=len(parts))
+    return FactoredHeads(first.form, heads, first.head_dim, projection, weight, groups=len(parts))
 
 
 def _block_diagonal(blocks: list[Any]) -> Array:
@@ -84,26 +91,27 @@ def _block_diagonal(blocks: list[Any]) -> Array:
     return whole
 
 
-def _join_lanes(parts: tuple[Composed, ...], heads: int) -> Composed:
-    lanes = []  # (pair, rows of projection, weight over all heads)
+def _join_pairs(parts: tuple[FactoredHeads, ...], heads: int) -> FactoredHeads:
+    components = []  # (pair, rows of projection, weight over all heads)
     start = 0
     for part in parts:
         assert part.weight is not None and part.rotary_components is not None
         pairs = [p for p, count in enumerate(part.rotary_components) for _ in range(count)]
-        for lane, pair in enumerate(pairs):
+        for index, pair in enumerate(pairs):
             weight = np.zeros((2, heads))
-            weight[:, start : start + part.heads] = part.weight[:, lane]
-            lanes.append((pair, part.projection[[lane, len(pairs) + lane]], weight))
+            weight[:, start : start + part.heads] = part.weight[:, index]
+            components.append((pair, part.projection[[index, len(pairs) + index]], weight))
         start += part.heads
-    lanes.sort(key=lambda lane: lane[0])  # stable: within a pair, group after group
-    rows = np.concatenate(np.stack([lane[1] for lane in lanes], 1))  # all real parts, then all imaginary parts
+    components.sort(key=lambda component: component[0])  # stable: within a pair, group after group
+    # All real parts, then all imaginary parts.
+    rows = np.concatenate(np.stack([component[1] for component in components], 1))
     counts = tuple(sum(column) for column in zip(*(part.rotary_components or () for part in parts), strict=True))
-    return Composed(
-        "frequency",
+    return FactoredHeads(
+        parts[0].form,
         heads,
         parts[0].head_dim,
         rows,
-        np.stack([lane[2] for lane in lanes], 1),
+        np.stack([component[2] for component in components], 1),
         counts,
         parts[0].pairs,
         groups=len(parts),

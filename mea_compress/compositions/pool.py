@@ -8,14 +8,15 @@ a complex number for every rotary pair, any matrix for values. The emitted layer
 import functools
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
+from mea_compress.compositions.base import CompositionOptions, register
 from mea_compress.compositions.head import combine
 from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.moments import key_cross, key_weights, moment, value_cross, value_root
-from mea_compress.compositions.request import Request
 from mea_compress.errors import RequestError
 from mea_compress.heads.alignment import (
     align_rotations,
@@ -23,11 +24,12 @@ from mea_compress.heads.alignment import (
     fold_head_norm,
     from_pairs,
     key_pairs,
-    query_for,
+    scale_query_pairs,
 )
-from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads, split_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
+from mea_compress.modeling.section_mea import POOLED, Form
 
 _EXACT_HEADS = 12
 
@@ -84,10 +86,10 @@ def _best_grouping(distance: list[list[float]], size: int) -> list[list[int]]:
         for others in itertools.combinations(free[1:], size - 1):
             members = (free[0], *others)
             rest = tuple(head for head in free if head not in members)
-            own = sum(distance[a][b] for a, b in itertools.permutations(members, 2))
+            loss = sum(distance[a][b] for a, b in itertools.permutations(members, 2))
             cost, grouping = search(rest)
-            if own + cost < best[0]:
-                best = (own + cost, (members, *grouping))
+            if loss + cost < best[0]:
+                best = (loss + cost, (members, *grouping))
         return best
 
     return [list(members) for members in search(tuple(range(len(distance))))[1]]
@@ -105,28 +107,32 @@ def reorder(heads: AttentionHeads, order: list[int]) -> AttentionHeads:
     )
 
 
+@register
+@dataclass(frozen=True)
 class Pool:
     """One component for each group of heads, for keys and values."""
 
-    name = "pool"
+    name: ClassVar[str] = "pool"
+    form: ClassVar[Form] = POOLED
+    needs_queries: ClassVar[bool] = False
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Pooled keys and the layer whose queries fit them, its heads ordered by group."""
-        components, fit = int(request.components), request.fit
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit keys, and queries to them; the heads come into the order of their groups."""
+        components, fit = int(options.components), options.fit
         count, head_dim = heads.key.shape[:2]
         _check(count, components)
         if fit == "weights":
             return _averaged(heads.key, components), heads
-        second = moment(statistics, fit, "key")
+        covariance = moment(statistics, fit, "key")
         grouping = group_heads(head_distance(heads, statistics, fit), components)
         order = [head for members in grouping for head in members]
         heads = reorder(heads, order)
         statistics = None if statistics is None else statistics.of_heads(order)
         weights = key_weights(heads, statistics, fit)
         if heads.key_norm is not None:
-            return _normed_keys(heads, weights, second, components), heads
+            return _normed_keys(heads, weights, covariance, components), heads
         cross = key_cross(heads, statistics, fit)  # (P, H, H)
         pairs = key_pairs(heads) * weights[..., None]
         rows, factors = [], np.ones((count, cross.shape[0]), cross.dtype)
@@ -139,39 +145,39 @@ class Pool:
             rows.append(from_pairs(shared * scale, heads))
             factors[members] = (leading / scale).T / weights[members]
         # k ≈ factor · shared, so q conj(k) becomes (q conj(factor)) conj(shared).
-        composed = Composed(self.name, count, head_dim, np.concatenate(rows))
-        return composed, replace(heads, query=query_for(heads, factors.conj()))
+        factored = FactoredHeads(self.form, count, head_dim, np.concatenate(rows))
+        return factored, replace(heads, query=scale_query_pairs(heads, factors.conj()))
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Pooled values of adjacent heads and the layer whose o_proj fits them."""
-        components, fit = int(request.components), request.fit
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit values of adjacent heads, and o_proj to them."""
+        components, fit = int(options.components), options.fit
         count, head_dim = heads.value.shape[:2]
         _check(count, components)
         if fit == "weights":
             return _averaged(heads.value, components), heads
-        second = moment(statistics, fit, "value")
+        covariance = moment(statistics, fit, "value")
         rows, maps = [], []
         if heads.head_norm is not None:
             heads = fold_head_norm(heads)
-            turned = []
+            rotations = []
             for members in np.arange(count).reshape(components, -1):
-                turn = align_rotations(value_cross(heads.value[members], second), 1)
-                one = combine(turn @ heads.value[members], 1, second)
-                assert one.weight is not None
-                rows.append(one.projection * one.weight.mean())  # the norm makes the size of a head free
-                turned.append(turn)
-            heads = change_value_basis(heads, np.concatenate(turned))
-            return Composed(self.name, count, head_dim, np.concatenate(rows)), heads
+                rotation = align_rotations(value_cross(heads.value[members], covariance), 1)
+                single = combine(rotation @ heads.value[members], 1, covariance)
+                assert single.weight is not None
+                rows.append(single.projection * single.weight.mean())  # the norm makes the size of a head free
+                rotations.append(rotation)
+            heads = change_value_basis(heads, np.concatenate(rotations))
+            return FactoredHeads(self.form, count, head_dim, np.concatenate(rows)), heads
         square, inverse = value_root(heads, fit)
         for members in np.arange(count).reshape(components, -1):
-            expansion, shared = low_rank(join_heads(square[members] @ heads.value[members]), second, head_dim)
+            expansion, shared = low_rank(join_heads(square[members] @ heads.value[members]), covariance, head_dim)
             rows.append(shared)
             maps.append(inverse[members] @ split_heads(expansion, head_dim))
         # v ≈ map · shared, so W_O v becomes (W_O map) shared.
         output = heads.output @ np.concatenate(maps).repeat(heads.group, axis=0)
-        return Composed(self.name, count, head_dim, np.concatenate(rows)), replace(heads, output=output)
+        return FactoredHeads(self.form, count, head_dim, np.concatenate(rows)), replace(heads, output=output)
 
 
 def _check(count: int, components: int) -> None:
@@ -182,20 +188,20 @@ def _check(count: int, components: int) -> None:
         )
 
 
-def _averaged(heads: Array, components: int) -> Composed:
+def _averaged(heads: Array, components: int) -> FactoredHeads:
     mean = heads.reshape(components, -1, *heads.shape[1:]).mean(1)  # (C, d, D + 1)
-    return Composed("pool", heads.shape[0], heads.shape[1], join_heads(mean))
+    return FactoredHeads(POOLED, heads.shape[0], heads.shape[1], join_heads(mean))
 
 
-def _normed_keys(heads: AttentionHeads, weights: Array, second: Array | None, components: int) -> Composed:
+def _normed_keys(heads: AttentionHeads, weights: Array, covariance: Array | None, components: int) -> FactoredHeads:
     """Under a key norm only the size of a head is free: heads of one size are averaged by their leading direction."""
     rows = []
     size = np.sqrt(np.square(weights).mean(1))
     for members in np.arange(len(heads.key)).reshape(components, -1):
-        one = combine(heads.key[members] * size[members, None, None], 1, second)
-        assert one.weight is not None
-        rows.append(one.projection * one.weight.mean() / size[members].mean())
-    return Composed("pool", heads.key.shape[0], heads.key.shape[1], np.concatenate(rows))
+        single = combine(heads.key[members] * size[members, None, None], 1, covariance)
+        assert single.weight is not None
+        rows.append(single.projection * single.weight.mean() / size[members].mean())
+    return FactoredHeads(POOLED, heads.key.shape[0], heads.key.shape[1], np.concatenate(rows))
 
 
 def head_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
@@ -209,7 +215,7 @@ def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit
     energy = cross.diagonal(axis1=-2, axis2=-1).real  # (P, H)
     first, other = energy[:, :, None], energy[:, None, :]
     gap = np.sqrt(np.square(first - other) / 4 + np.square(np.abs(cross)))
-    if heads.key_norm is not None:  # no turns: the real parts add up over pairs
+    if heads.key_norm is not None:  # no rotations: the real parts add up over pairs
         total, inner = energy.sum(0), cross.real.sum(0)
         lost = 1 - inner / np.sqrt(np.maximum(total[:, None] * total[None], 1e-300))
     else:
@@ -221,9 +227,9 @@ def _key_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit
 
 def _value_distance(heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
     """Share of two heads' weighted energy that one shared value of d channels loses, (H, H)."""
-    second = moment(statistics, fit, "value")
+    covariance = moment(statistics, fit, "value")
     square, _ = value_root(heads, fit)
-    cross = value_cross(square @ heads.value, second)  # (H, H, d, d)
+    cross = value_cross(square @ heads.value, covariance)  # (H, H, d, d)
     count, head_dim = heads.value.shape[:2]
     lost = np.zeros((count, count))
     total = max(np.einsum("ggaa->", cross), 1e-300)

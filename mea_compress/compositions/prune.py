@@ -2,15 +2,17 @@
 
 Kept heads are chosen by pivoted elimination on the Gram (the head that explains most of what is left is kept next) or
 by how much they contribute to the layer's output, ‖o_proj · head‖. With the ``aligned`` fit a pruned head is
-turned towards the kept ones first; q_proj and o_proj take the turn back.
+rotated towards the kept ones first; q_proj and o_proj take the rotation back.
 """
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from mea_compress.compositions.moments import head_gram, key_cross, key_weights, moment, through, value_cross
-from mea_compress.compositions.request import Request
+from mea_compress.compositions.base import CompositionOptions, register
+from mea_compress.compositions.moments import apply_covariance, head_gram, key_cross, key_weights, moment, value_cross
 from mea_compress.heads.alignment import (
     change_key_basis,
     change_value_basis,
@@ -18,17 +20,18 @@ from mea_compress.heads.alignment import (
     nearest_rotation,
     output_metric,
     phase,
-    turned_gram,
+    rotated_gram,
 )
-from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
+from mea_compress.modeling.section_mea import KEPT, Form
 
 _ROUNDS = 200
 
 
 def choose_kept(gram: Array, components: int) -> list[int]:
-    """Pivoted elimination: heads that span the others best, ascending.
+    """Choose by pivoted elimination the heads that span the others best, ascending.
 
     Args:
         gram: H × H inner products.
@@ -47,16 +50,16 @@ def choose_kept(gram: Array, components: int) -> list[int]:
     return sorted(kept)
 
 
-def largest_contributions(heads: AttentionHeads, second: Array | None, components: int) -> list[int]:
-    """Heads that send most through o_proj, E‖W_O V x‖² summed over the group's queries, ascending.
+def largest_contributions(heads: AttentionHeads, covariance: Array | None, components: int) -> list[int]:
+    """Return the heads that send most through o_proj, E‖W_O V x‖² summed over the group's queries, ascending.
 
     Args:
         heads: The layer.
-        second: E[x xᵀ] of what attention averages; None for the identity.
+        covariance: E[x xᵀ] of what attention averages; None for the identity.
         components: How many to keep.
     """
     metric = output_metric(fold_head_norm(heads))
-    sent = ((metric @ heads.value) * through(heads.value, second)).sum((1, 2))
+    sent = ((metric @ heads.value) * apply_covariance(heads.value, covariance)).sum((1, 2))
     return sorted(np.argsort(-sent, stable=True)[:components].tolist())
 
 
@@ -67,64 +70,78 @@ def least_squares(gram: Array, kept: list[int]) -> Array:
     return weight
 
 
+@register
+@dataclass(frozen=True)
 class Prune:
-    """Kept heads and real combinations of them, for keys and values."""
+    """Kept heads and real combinations of them, for keys and values.
 
-    name = "prune"
+    Attributes:
+        by: How kept heads are chosen: by ``pivot`` (what they explain of the others) or by ``contribution`` (what they
+            send through o_proj).
+    """
+
+    name: ClassVar[str] = "prune"
+    form: ClassVar[Form] = KEPT
+    by: Literal["pivot", "contribution"] = field(default="pivot", metadata={"setting": "prune_by"})
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether o_proj decides, even with the ``weights`` fit."""
+        return self.by == "contribution"
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Composed keys and the layer whose queries fit them."""
-        components, fit = int(request.components), request.fit
-        second = moment(statistics, fit, "key")
-        turning = fit == "aligned" and heads.key_norm is None
-        cross = key_cross(heads, statistics, fit) if turning else None
-        if request.prune_by == "contribution":
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit keys, and queries to them."""
+        components, fit = int(options.components), options.fit
+        covariance = moment(statistics, fit, "key")
+        rotating = fit == "aligned" and heads.key_norm is None
+        cross = key_cross(heads, statistics, fit) if rotating else None
+        if self.by == "contribution":
             kept = largest_contributions(heads, moment(statistics, fit, "value"), components)
         elif cross is not None:
             kept = choose_kept(_coherent(cross), components)
         else:
-            kept = choose_kept(head_gram(heads.key, second), components)
+            kept = choose_kept(head_gram(heads.key, covariance), components)
         if cross is not None:
             weights = key_weights(heads, statistics, fit).T
             plain = cross / (weights[:, :, None] * weights[:, None, :])
-            heads = change_key_basis(heads, _turn_to_kept(plain, kept))
-        return self._composed(heads.key, kept, second), heads
+            heads = change_key_basis(heads, _phases_to_kept(plain, kept))
+        return self._factored(heads.key, kept, covariance), heads
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Composed values and the layer whose o_proj fits them."""
-        components, fit = int(request.components), request.fit
-        second = moment(statistics, fit, "value")
-        if request.prune_by == "contribution":
-            kept = largest_contributions(heads, second, components)
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit values, and o_proj to them."""
+        components, fit = int(options.components), options.fit
+        covariance = moment(statistics, fit, "value")
+        if self.by == "contribution":
+            kept = largest_contributions(heads, covariance, components)
         else:
-            kept = choose_kept(head_gram(heads.value, second), components)
+            kept = choose_kept(head_gram(heads.value, covariance), components)
         if fit == "aligned":
             heads = fold_head_norm(heads)
-            heads = change_value_basis(heads, _rotate_to_kept(value_cross(heads.value, second), kept))
-        return self._composed(heads.value, kept, second), heads
+            heads = change_value_basis(heads, _rotate_to_kept(value_cross(heads.value, covariance), kept))
+        return self._factored(heads.value, kept, covariance), heads
 
-    def _composed(self, side: Array, kept: list[int], second: Array | None) -> Composed:
-        weight = least_squares(head_gram(side, second), kept)
-        return Composed(self.name, side.shape[0], side.shape[1], join_heads(side[kept]), weight)
+    def _factored(self, side: Array, kept: list[int], covariance: Array | None) -> FactoredHeads:
+        weight = least_squares(head_gram(side, covariance), kept)
+        return FactoredHeads(self.form, side.shape[0], side.shape[1], join_heads(side[kept]), weight)
 
 
 def _coherent(cross: Array) -> Array:
-    """Inner products that heads could reach if each pair were turned at will, (H, H)."""
+    """Inner products that heads could reach if each pair were rotated at will, (H, H)."""
     return np.abs(cross).sum(0)
 
 
-def _turn_to_kept(cross: Array, kept: list[int]) -> Array:
+def _phases_to_kept(cross: Array, kept: list[int]) -> Array:
     """Phases of the pruned heads, (H, P); alternates with least squares."""
     heads, pairs = cross.shape[1], cross.shape[0]
     pruned = [h for h in range(heads) if h not in kept]
     z = np.ones((heads, pairs), cross.dtype)
     if not pruned:
         return z
-    # Begin with each pruned head turned to the kept head that it could resemble most.
+    # Begin with each pruned head rotated to the kept head that it could resemble most.
     likeness = _coherent(cross)
     for g in pruned:
         near = max(kept, key=lambda h: float(likeness[g, h]) / math.sqrt(max(cross[:, h, h].real.sum(), 1e-300)))
@@ -154,7 +171,7 @@ def _rotate_to_kept(cross: Array, kept: list[int]) -> Array:
         near = kept[int(np.argmax(np.linalg.matrix_norm(cross[g, kept], ord="nuc") / sizes))]
         maps[g] = nearest_rotation(cross[g, near])
     for _ in range(_ROUNDS):
-        weight = least_squares(turned_gram(cross, maps), kept)
+        weight = least_squares(rotated_gram(cross, maps), kept)
         inner = (weight.T[..., None, None] * cross[:, kept]).sum(1)  # (H, d, d)
         new = nearest_rotation(inner[pruned])
         change = np.abs(new - maps[pruned]).max()

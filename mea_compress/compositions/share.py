@@ -1,19 +1,22 @@
 """Head sharing: some heads stay bit-identical and every other head uses one of them (DirectShare, 2402.11819).
 
-With the ``weights`` fit a pruned head simply takes the kept head that is most like it. The other fits first turn it
-towards that head, and q_proj and o_proj take the turn back. The composition is a matrix of zeros and ones.
+With the ``weights`` fit a pruned head simply takes the kept head that is most like it. The other fits first rotate
+it towards that head, and q_proj and o_proj take the rotation back. The composition is a matrix of zeros and ones.
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from mea_compress.compositions.base import CompositionOptions, register
 from mea_compress.compositions.moments import head_gram, key_cross, key_weights, moment, value_cross
-from mea_compress.compositions.request import Request
 from mea_compress.heads.alignment import change_key_basis, change_value_basis, fold_head_norm, nearest_rotation
-from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
+from mea_compress.modeling.section_mea import SELECTED, Form
 
 
 def choose_shared(likeness: Array, components: int) -> tuple[list[int], list[int]]:
@@ -34,16 +37,20 @@ def choose_shared(likeness: Array, components: int) -> tuple[list[int], list[int
     return kept, place
 
 
+@register
+@dataclass(frozen=True)
 class Share:
     """Kept heads that others use too, for keys and values."""
 
-    name = "share"
+    name: ClassVar[str] = "share"
+    form: ClassVar[Form] = SELECTED
+    needs_queries: ClassVar[bool] = False
 
     def keys(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Shared keys and the layer whose queries fit them."""
-        components, fit = int(request.components), request.fit
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit keys, and queries to them."""
+        components, fit = int(options.components), options.fit
         cross = key_cross(heads, statistics, fit)
         energy = np.maximum(cross.diagonal(axis1=-2, axis2=-1).real, 1e-300)  # (P, H)
         if fit == "aligned" and heads.key_norm is None:
@@ -62,19 +69,19 @@ class Share:
         else:
             gram = cross.real.sum(0)
             kept, place = choose_shared(_overlap(gram), components)
-        return self._composed(heads.key, kept, place), heads
+        return self._factored(heads.key, kept, place), heads
 
     def values(
-        self, heads: AttentionHeads, statistics: LayerStatistics | None, request: Request
-    ) -> tuple[Composed, AttentionHeads]:
-        """Shared values and the layer whose o_proj fits them."""
-        components, fit = int(request.components), request.fit
-        second = moment(statistics, fit, "value")
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
+    ) -> tuple[FactoredHeads, AttentionHeads]:
+        """Fit values, and o_proj to them."""
+        components, fit = int(options.components), options.fit
+        covariance = moment(statistics, fit, "value")
         if fit != "aligned":
-            kept, place = choose_shared(_overlap(head_gram(heads.value, second)), components)
-            return self._composed(heads.value, kept, place), heads
+            kept, place = choose_shared(_overlap(head_gram(heads.value, covariance)), components)
+            return self._factored(heads.value, kept, place), heads
         heads = fold_head_norm(heads)
-        cross = value_cross(heads.value, second)
+        cross = value_cross(heads.value, covariance)
         trace = np.trace(cross, axis1=-2, axis2=-1)  # (H, H)
         likeness = np.linalg.matrix_norm(cross, ord="nuc") / np.sqrt(np.maximum(trace.diagonal(), 1e-300))
         kept, place = choose_shared(likeness, components)
@@ -84,15 +91,15 @@ class Share:
                 size = math.sqrt(
                     max(float(trace[kept[index], kept[index]]), 0.0) / max(float(trace[head, head]), 1e-300)
                 )
-                turn = nearest_rotation(cross[head, kept[index]])
-                maps[head] = turn * (size if heads.head_norm is None and size > 0 else 1.0)
+                rotation = nearest_rotation(cross[head, kept[index]])
+                maps[head] = rotation * (size if heads.head_norm is None and size > 0 else 1.0)
         heads = change_value_basis(heads, maps)
-        return self._composed(heads.value, kept, place), heads
+        return self._factored(heads.value, kept, place), heads
 
-    def _composed(self, side: Array, kept: list[int], place: list[int]) -> Composed:
+    def _factored(self, side: Array, kept: list[int], place: list[int]) -> FactoredHeads:
         weight = np.zeros((len(kept), len(side)))
         weight[place, np.arange(len(side))] = 1.0
-        return Composed(self.name, side.shape[0], side.shape[1], join_heads(side[kept]), weight)
+        return FactoredHeads(self.form, side.shape[0], side.shape[1], join_heads(side[kept]), weight)
 
 
 def _overlap(gram: Array) -> Array:

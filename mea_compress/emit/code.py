@@ -11,6 +11,7 @@ from typing import Any
 from mea_compress import modeling
 from mea_compress.architectures import open_source
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
+from mea_compress.emit.outside import FORM_FILES, form_file, outside_forms
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
 from mea_compress.report.showing import Shown
@@ -27,6 +28,8 @@ CODE_FILES = (
 # The file in which a release says its number, and what the one release that did not say it was.
 _VERSION_FILE, _VERSION = "section_mea.py", re.compile(r'^CODE_VERSION = "([^"]+)"$', re.MULTILINE)
 _UNNUMBERED = "0.1.0"
+# The file that is imported first, and whose settings name the forms of layers.
+_CONFIGURATION_FILE = "configuration_mea.py"
 # Faults of code that is out there, by release.
 _KNOWN_FAULTS = {
     "0.1.0": "under transformers 5.24 and later it misses the cache that generate hands over and writes wrong text",
@@ -68,17 +71,26 @@ def carried_code(directory: Path) -> CarriedCode:
 
 
 def write_code(directory: Path) -> None:
-    """Write this release's modeling code into a checkpoint directory."""
+    """Write this release's modeling code into a checkpoint directory, with the forms that its config.json names."""
+    for name in outside_forms(directory):
+        if name in FORM_FILES:  # otherwise the checkpoint has it from whoever wrote it
+            (directory / form_file(name)).unlink(missing_ok=True)
+            shutil.copyfile(FORM_FILES[name], directory / form_file(name))
     for name in CODE_FILES:
-        shutil.copyfile(_ours(name), directory / name)
+        (directory / name).write_bytes(_ours(directory / name))
 
 
-def _ours(name: str) -> Path:
-    return Path(modeling.__file__).with_name(name)
+def _ours(file: Path) -> bytes:
+    """Return what a code file of a checkpoint is to hold; the configuration imports forms from outside the package."""
+    code = Path(modeling.__file__).with_name(file.name).read_bytes()
+    if file.name != _CONFIGURATION_FILE:
+        return code
+    lines = [f"from .{form_file(name)[:-3]} import FORM  # noqa\n" for name in outside_forms(file.parent)]
+    return code + "".join(lines).encode()
 
 
 def _is_ours(file: Path) -> bool:
-    return file.read_bytes() == _ours(file.name).read_bytes()
+    return file.read_bytes() == _ours(file)
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,6 +20,7 @@ from mea_compress.layers.read import read_side
 from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.modeling.section_mea import every_head
 from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
@@ -97,7 +98,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     with torch.no_grad():
         cached_keys, cached_values = attention.project(hidden, cos, sin)
         positions = torch.arange(_TOKENS)[None]
-        keys, values = attention.compose(cached_keys, cached_values, positions, None, rotary)
+        keys, values = attention.expand(cached_keys, cached_values, positions, None, rotary)
         expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _explicit_heads(emitted, layer, "value", hidden)
     difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))
@@ -116,7 +117,7 @@ def _keys_and_values_of(emitted: Source, layer: int) -> MeaAttention:
     attention.load_state_dict(state, strict=False, assign=True)
     for module in (attention.key_composition, attention.value_composition):
         if module is not None and any(buffer.is_meta for buffer in module.buffers()):
-            tables = type(module)(module.rotary_components, attention.heads, attention.head_dim, attention.rotary_dim)
+            tables = type(module)(module.sizes, tuple(module.weight.shape))
             for name, buffer in tables.named_buffers():
                 setattr(module, name, buffer)
     return attention
@@ -248,9 +249,8 @@ def _check_model(emitted: Source) -> tuple[float, int, Any]:
 def _explicit_model(emitted: Source, model: Any) -> Any:
     """Return the model with explicit attention over the reconstructed heads: no layer is composed."""
     heads = emitted.config.num_key_value_heads
-    whole = {"key_composition": "none", "key_components": heads, "value_composition": "none", "value_components": heads}
     config = type(model.config).from_dict(model.config.to_dict())
-    config.mea = {**config.mea, "layers": [dict(whole) for _ in config.mea["layers"]]}
+    config.mea = {**config.mea, "layers": [every_head(heads) for _ in config.mea["layers"]]}
     config._attn_implementation = config._experts_implementation = "eager"
     state = {name: tensor for name, tensor in model.state_dict().items() if "_composition." not in name}
     for layer in range(config.num_hidden_layers):

@@ -14,7 +14,7 @@ import numpy as np
 from mea_compress.architectures import Source
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import StockForm, rotary
-from mea_compress.heads.composed import Array, Composed, join_heads, split_heads
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads, split_heads
 from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling.section_mea import rotary_pairs
 
@@ -46,7 +46,7 @@ def absorbed_output(source: Source, form: StockForm, layer: int) -> Array:
     return (weight @ blocks).reshape(len(weight), -1)
 
 
-def _blocks(composed: Composed, form: StockForm, order: list[int] | None = None) -> Array:
+def _blocks(composed: FactoredHeads, form: StockForm, order: list[int] | None = None) -> Array:
     """Return the map to every head from the components of its group, put in an order: (H, d, head_dim of the form).
 
     Raises:
@@ -75,9 +75,9 @@ class _ComplexComponent(NamedTuple):
     second_row: int
 
 
-def _complex_components(composed: Composed, groups: int, rotary_dim: int) -> list[_ComplexComponent]:
+def _complex_components(composed: FactoredHeads, groups: int, rotary_dim: int) -> list[_ComplexComponent]:
     """Return the complex components of keys; a component that is a head has one for each rotary pair."""
-    if composed.kind == "frequency":
+    if composed.form.per_pair:
         counts = composed.rotary_components
         assert counts is not None
         places = [(pair, i * groups // count) for pair, count in enumerate(counts) for i in range(count)]
@@ -91,7 +91,7 @@ def _complex_components(composed: Composed, groups: int, rotary_dim: int) -> lis
     ]
 
 
-def _key_rows(composed: Composed, form: StockForm, rotary_dim: int) -> list[int]:
+def _key_rows(composed: FactoredHeads, form: StockForm, rotary_dim: int) -> list[int]:
     """Return the rows of k_proj in the form's order: for each group, first channels of its pairs, then second ones."""
     ordered = sorted(_complex_components(composed, form.groups, rotary_dim))
     rows = []

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import Source
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import cached_width
+from mea_compress.modeling.section_mea import cached_width, side_form
 
 if TYPE_CHECKING:
     import torch
 
-PLAIN = ("none", "pool")
-"""Compositions whose components are heads already."""
 FORMATS = ("stock", "llama")
 # RoPE types whose frequencies do not depend on how long a sequence is.
 _LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -77,7 +75,7 @@ class ExportCost:
 
 def side_groups(spec: Mapping[str, Any], side: str) -> int:
     """Return the number of separate groups of heads that one side of a layer is composed in."""
-    if spec[f"{side}_composition"] in PLAIN:
+    if side_form(spec, side).plain:
         return spec[f"{side}_components"]
     return spec.get("groups", 1)
 
@@ -112,19 +110,19 @@ def stock_form(source: Source, layers: Sequence[Mapping[str, Any]], target: str 
         )
     components = _same_width(source, layers)
     for index, spec in enumerate(layers):
-        if spec["key_composition"] in ("latent", "joint"):
+        if not side_form(spec, "key").commutes_with_rope:
             raise RequestError(
                 f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded "
                 f"into queries; compress with {_exportable(source, components)}"
             )
     groups = gcd(*(side_groups(spec, side) for spec in layers for side in ("key", "value")))
-    if section["qk_norm"] and (groups != components or any(spec["key_composition"] not in PLAIN for spec in layers)):
+    if section["qk_norm"] and (groups != components or not all(side_form(spec, "key").plain for spec in layers)):
         raise RequestError(
             "the norm on reconstructed keys (QK-norm) does not commute with their composition; compress with "
             f"{_pooled(source, components)}, or {_SERVE}"
         )
     pairs = _same_pairs(source, layers, groups, components)
-    all_channels_rotate = source.rotary_dim == head_dim or all(spec["key_composition"] in PLAIN for spec in layers)
+    all_channels_rotate = source.rotary_dim == head_dim or all(side_form(spec, "key").plain for spec in layers)
     form = StockForm(groups, 2 * len(pairs), pairs, all_channels_rotate and pairs == tuple(range(head_dim // 2)))
     _check_target(source, form, target, components)
     return form
@@ -170,7 +168,7 @@ def _same_pairs(source: Source, layers: Sequence[Mapping[str, Any]], groups: int
     shared = None
     for index, spec in enumerate(layers):
         counts: Sequence[int] | None = [spec["key_components"]] * (source.head_dim // 2)
-        if spec["key_composition"] == "frequency":
+        if side_form(spec, "key").per_pair:
             counts = spec.get("rotary_components")
         pairs = None
         if counts is not None and not any(count % groups for count in counts):

@@ -28,9 +28,10 @@ from mea_compress.emit.directory import copy_other_files, fingerprint, other_byt
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
 from mea_compress.exporting.fold import absorbed_output, absorbed_queries, ordered_keys
-from mea_compress.exporting.form import PLAIN, ExportCost, StockForm, export_cost, rope_settings, stock_form
+from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
 from mea_compress.exporting.verification import verify_export
 from mea_compress.heads.composed import Array
+from mea_compress.modeling.section_mea import side_form
 from mea_compress.planning.sizes import layer_window
 from mea_compress.report.cards import export_card
 from mea_compress.report.showing import Shown
@@ -188,10 +189,10 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
         if source.reader.has(f"{prefix}{name}.bias"):
             replace_tensor(f"{name}.bias", (rows,), lambda: produce()[:, -1])
 
-    if spec["key_composition"] not in PLAIN or not form.keeps_rope:
+    if not side_form(spec, "key").plain or not form.keeps_rope:
         replace_projection("q_proj", width, lambda: absorbed_queries(source, form, layer))
         replace_projection("k_proj", form.groups * form.head_dim, lambda: ordered_keys(source, form, layer))
-    if spec["value_composition"] not in PLAIN or form.head_dim != source.head_dim:
+    if not side_form(spec, "value").plain or form.head_dim != source.head_dim:
         replace_tensor("o_proj.weight", (hidden_size, width), lambda: absorbed_output(source, form, layer))
     return tensors
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mea_compress.compositions import COMPOSITIONS, Request
+from mea_compress.compositions.base import CompositionOptions, configured, side_choice
 from mea_compress.compositions.groups import cluster, compose_groups
-from mea_compress.heads.composed import Array, Composed, join_heads
+from mea_compress.heads.composed import Array, FactoredHeads, join_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads, ComposedLayer
 from mea_compress.layers.read import read_composed, read_heads
@@ -19,7 +19,7 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
     """Fit the closed form of one layer.
 
     Args:
-        plan: Checkpoint, fit and what else compositions are asked.
+        plan: Checkpoint, fit, methods and their options.
         layer: The layer, as the plan has it or with another split.
         statistics: Of its inputs; None with the ``weights`` fit.
 
@@ -28,12 +28,12 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
         they will be stored in.
 
     Raises:
-        RequestError: A weight is not finite, or the composition cannot do what is asked.
+        RequestError: A weight is not finite, or the method cannot do what is asked.
     """
     # Weight-only fits change k_proj and v_proj alone: q_proj and o_proj are not read.
     source, recipe = plan.source, plan.recipe
     grouped = recipe.kv_groups > 1
-    heads = original = read_heads(source, layer.layer, whole=layer.needs_queries)
+    heads = original = read_heads(source, layer.layer, with_queries=layer.needs_queries)
     if grouped:
         heads, statistics = cluster(heads, statistics, recipe.fit, recipe.kv_groups)
     sides = {}
@@ -41,16 +41,16 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
         spec = layer.spec.side(side)
         if spec == layer.before.side(side):
             continue
-        fitter = getattr(COMPOSITIONS[spec.composition], f"{side}s")
-        other = layer.spec.side(opposite).components
-        request = Request(spec.components, recipe.fit, recipe.rotary_budget, recipe.prune_by, other)
+        fitter = getattr(configured(side_choice(recipe, side, spec.composition), recipe), f"{side}s")
+        options = CompositionOptions(spec.components, recipe.fit, layer.spec.side(opposite).components)
         if grouped:
-            sides[side], heads = compose_groups(fitter, heads, statistics, request, recipe.kv_groups)
+            factored, heads = compose_groups(fitter, heads, statistics, options, recipe.kv_groups)
         else:
-            sides[side], heads = fitter(heads, statistics, request)
+            factored, heads = fitter(heads, statistics, options)
+        sides[side] = replace(factored, composition=spec.composition)
     for side in {"key", "value"} - set(sides):
         kept = read_composed(source, layer.layer, side)
-        if kept.kind == "none":  # heads may have come into another order
+        if kept.form.identity:  # heads may have come into another order
             kept = replace(kept, projection=join_heads(getattr(heads, side)))
         sides[side] = kept
     composed = ComposedLayer(
@@ -67,32 +67,32 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
     return composed, {name: value for name, value in lost.items() if value is not None}
 
 
-def _as_stored(composed: Composed, dtype: str, side: str) -> Composed:
+def _as_stored(factored: FactoredHeads, dtype: str, side: str) -> FactoredHeads:
     def stored(array: Array | None, name: str) -> Any:
         return None if array is None else rounded(array, dtype, name).astype(np.float64)
 
-    rows, latent = (stored(rows, f"{side[0]}_proj") for rows in (composed.projection, composed.latent))
-    weight = stored(composed.weight, f"{side}_composition")
-    return replace(composed, projection=rows, weight=weight, latent=latent)
+    rows, latent = (stored(rows, f"{side[0]}_proj") for rows in (factored.projection, factored.latent))
+    weight = stored(factored.weight, f"{side}_composition")
+    return replace(factored, projection=rows, weight=weight, latent=latent)
 
 
-def _lost(heads: AttentionHeads, composed: Composed, side: str) -> float | None:
-    """Share of the heads' squared weights that the composed heads miss; None where heads have factors elsewhere."""
+def _lost(heads: AttentionHeads, factored: FactoredHeads, side: str) -> float | None:
+    """Return the share of the heads' squared weights that is lost; None where heads have factors elsewhere."""
     target = getattr(heads, side)
-    if composed.kind == "pool":  # the heads' own factors went into q_proj or o_proj
+    if factored.form.repeats:  # the heads' own factors went into q_proj or o_proj
         return None
-    if composed.kind in ("head", "prune", "share"):  # inner products of heads and components tell
-        assert composed.weight is not None
+    if factored.form.scalar:  # inner products of heads and components are enough
+        assert factored.weight is not None
         rows = target.reshape(len(target), -1)
-        components = composed.projection.reshape(-1, rows.shape[1])
+        components = factored.projection.reshape(-1, rows.shape[1])
         whole = float(np.linalg.norm(rows)) ** 2
-        found = composed.weight.T  # (H, C)
-        gained = (rows @ components.T * found).sum() - ((found @ (components @ components.T)) * found).sum() / 2
+        mixing = factored.weight.T  # (H, C)
+        gained = (rows @ components.T * mixing).sum() - ((mixing @ (components @ components.T)) * mixing).sum() / 2
         return max(0.0, whole - 2 * float(gained)) / max(whole, 1e-300)
     lost = whole = 0.0
-    for wanted, found in zip(target, composed.each_head(), strict=True):
-        if composed.kind == "frequency" and heads.key_norm is not None:  # lanes compose weighted keys
-            found = found / heads.key_norm[:, None]
-        lost += float(np.square(wanted - found).sum())
-        whole += float(np.square(wanted).sum())
+    for expected, rebuilt in zip(target, factored.each_head(), strict=True):
+        if side == "key" and factored.form.weighted_keys and heads.key_norm is not None:
+            rebuilt = rebuilt / heads.key_norm[:, None]
+        lost += float(np.square(expected - rebuilt).sum())
+        whole += float(np.square(expected).sum())
     return lost / max(whole, 1e-300)

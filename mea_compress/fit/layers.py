@@ -26,8 +26,7 @@ from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
-from mea_compress.modeling.section_mea import FRACTIONAL
-from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, SideSpec
+from mea_compress.planning.types import LayerPlan, LayerSpec, Plan
 from mea_compress.text import read_documents, sample_sequences, token_sequences
 
 _TOKENS_PER_STEP = 4096
@@ -200,7 +199,7 @@ def kv_split_candidates(layer: LayerPlan, plan: Plan) -> list[LayerPlan]:
     """Return other ways to divide the layer's components between keys and values; the even split is the layer's own."""
     key, value = layer.spec.key, layer.spec.value
     total = key.components + value.components
-    fractional = key.composition in FRACTIONAL
+    fractional = key.form.fractional
     step = 2 / plan.source.head_dim if fractional else 1
     tried, candidates = {key.components}, []
     for share in _KEY_SHARES:
@@ -208,7 +207,7 @@ def kv_split_candidates(layer: LayerPlan, plan: Plan) -> list[LayerPlan]:
         keys = count if fractional else int(count)
         if keys not in tried and total - keys <= plan.source.config.num_key_value_heads:
             tried.add(keys)
-            spec = LayerSpec(SideSpec(key.composition, keys), SideSpec(value.composition, total - keys))
+            spec = LayerSpec(replace(key, components=keys), replace(value, components=total - keys))
             candidates.append(replace(layer, spec=spec))
     return candidates
 
@@ -244,7 +243,7 @@ def _stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Te
 
 def _check_finite(composed: ComposedLayer, layer: int) -> None:
     for side in (composed.key, composed.value):
-        if not np.isfinite(side.composed_heads()).all():
+        if not np.isfinite(side.reconstruct()).all():
             raise RequestError(
                 f"layer {layer} cannot be composed from this text: a head came out as NaN; give other --text, or leave "
                 "the layer out with --layers"

@@ -15,13 +15,10 @@ import numpy as np
 import torch
 
 from mea_compress.checkpoint import as_array
-from mea_compress.heads.composed import Array, Composed, split_heads
+from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches
-from mea_compress.modeling.attention_mea import LatentComposition, MeaAttention
-
-# Composed sides whose components are kept heads, bit-identical to the original's, and stay so.
-_FROZEN = {"prune": ("proj",), "share": ("proj", "composition")}
+from mea_compress.modeling.attention_mea import MeaAttention
 
 
 @dataclass(frozen=True)
@@ -191,12 +188,11 @@ def _size(target: torch.Tensor) -> torch.Tensor:
 
 
 def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
-    """The attention's weights but for norms and what a composition promises to keep."""
+    """The attention's weights but for norms and what a form promises to keep."""
     frozen: list[str] = []
-    for side, kind in (("k", attention.key_kind), ("v", attention.value_kind)):
-        parts = _FROZEN.get(kind, ())
-        frozen += [f"{side}_proj."] if "proj" in parts else []
-        frozen += [f"{'key' if side == 'k' else 'value'}_composition."] if "composition" in parts else []
+    for side, form in (("key", attention.key_form), ("value", attention.value_form)):
+        names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}
+        frozen += [names[part] for part in form.frozen]
     chosen = {}
     for name, parameter in attention.named_parameters():
         if "norm" not in name and not name.startswith(tuple(frozen)):
@@ -236,9 +232,9 @@ def _read_back(composed: ComposedLayer, attention: Any) -> ComposedLayer:
         column = np.zeros(len(weight)) if projection.bias is None else exact(projection.bias)
         return np.concatenate((weight, column[:, None]), 1)
 
-    latent = np.concatenate((rows(attention.k_proj), rows(attention.v_proj))) if attention.key_kind == "joint" else None
+    latent = np.concatenate((rows(attention.k_proj), rows(attention.v_proj))) if attention.key_form.joint else None
 
-    def side(old: Composed, projection: Any, composition: Any) -> Composed:
+    def side(old: FactoredHeads, projection: Any, composition: Any) -> FactoredHeads:
         weight = None if composition is None else exact(composition.weight)
         return replace(old, projection=rows(projection), weight=weight, latent=latent)
 
@@ -268,7 +264,7 @@ def hold_groups(model: torch.nn.Module) -> None:
 def _within_groups(composition: Any, groups: int) -> Array:
     """Where a composition's weight connects a component with the heads of its group, in the weight's shape."""
     used = composition.weight.detach() != 0
-    if isinstance(composition, LatentComposition):  # (H * d, m)
+    if used.dim() == 2 and len(used) == composition.sizes.heads * composition.sizes.head_dim:  # (H * d, m)
         blocks = used.unflatten(0, (groups, -1)).any(1)
         return blocks.repeat_interleave(len(used) // groups, dim=0)
     blocks = used.unflatten(-1, (groups, -1)).any(-1)  # heads come last

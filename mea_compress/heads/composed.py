@@ -1,43 +1,56 @@
-"""What a composition makes of one side (keys or values) of one layer."""
+"""Keys or values of one layer, factored into component projections and the weight that rebuilds the heads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mea_compress.modeling.section_mea import (
+    COMPLEX,
+    HEADS,
+    KEPT,
+    LOW_RANK,
+    POOLED,
+    REAL,
+    SELECTED,
+    SHARED_LATENT,
+    Form,
+)
+
 Array: TypeAlias = NDArray[Any]
 """Numbers of heads, compositions and statistics: float64, and complex128 where rotary pairs are complex numbers."""
 
 
 def split_heads(rows: Array, head_dim: int) -> Array:
-    """Rows of a projection (heads * d, n) as heads (heads, d, n)."""
+    """Return the rows of a projection (heads * d, n) as heads (heads, d, n)."""
     return rows.reshape(-1, head_dim, rows.shape[-1])
 
 
 def join_heads(heads: Array) -> Array:
-    """Heads (heads, d, n) as rows of a projection (heads * d, n)."""
+    """Return heads (heads, d, n) as the rows of a projection (heads * d, n)."""
     return heads.reshape(-1, heads.shape[-1])
 
 
 @dataclass(frozen=True)
-class Composed:
-    """Component projections and the composition that rebuilds the heads from them. All arrays are float64.
+class FactoredHeads:
+    """Keys or values of one layer as component projections and a mixing weight. All arrays are float64.
 
     Attributes:
-        kind: Name of the composition.
+        form: How the side is stored, cached and read.
         heads: H, the heads that the queries see.
         head_dim: d.
         projection: (width, D + 1): the rows of k_proj or v_proj, the bias as last column.
-        weight: ``key_composition.weight`` or ``value_composition.weight``; None where heads are cached or pooled.
-        rotary_components: Complex components of each rotary pair (``frequency`` alone).
-        pairs: The two channels of every rotary pair (``frequency`` alone).
-        latent: The rows of k_proj and v_proj together, (both widths, D + 1), which the weight reads (``joint`` alone).
-        groups: Separate groups of adjacent heads, each composed from its own share of the components.
+        weight: ``key_composition.weight`` or ``value_composition.weight``; None where components are heads already.
+        rotary_components: Complex components of each rotary pair (forms with `per_pair` alone).
+        pairs: The two channels of every rotary pair (forms with `per_pair` alone).
+        latent: The rows of k_proj and v_proj together, (both widths, D + 1), which the weight reads (`joint` forms).
+        groups: Separate groups of adjacent heads, each rebuilt from its own share of the components.
+        composition: What the section calls the side: the method that fitted it; empty for the name of the form.
     """
 
-    kind: str
+    form: Form
     heads: int
     head_dim: int
     projection: Array
@@ -46,6 +59,7 @@ class Composed:
     pairs: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     latent: Array | None = None
     groups: int = 1
+    composition: str = ""
 
     @property
     def components(self) -> int | float:
@@ -54,62 +68,76 @@ class Composed:
         return whole if not rest else self.projection.shape[0] / self.head_dim
 
     def expansion(self) -> Array:
-        """The linear map from components to heads, (H * d, width): every composition is one.
+        """Return the linear map from components to heads, (H * d, width): every form is one.
 
-        For keys it commutes with RoPE unless the kind is ``latent``.
+        For keys it commutes with RoPE where the form says so.
         """
-        width, d, weight = self.projection.shape[0], self.head_dim, self.weight
-        if self.kind in ("none", "pool"):
-            components = width // d
-            own = np.eye(components).repeat(self.heads // components, axis=0)
-            return np.kron(own, np.eye(d))
-        assert weight is not None
-        if self.kind in ("latent", "joint"):
-            return weight
-        if self.kind == "frequency":
-            return self._frequency_expansion(weight)
-        return np.kron(weight.T, np.eye(d))
-
-    def _frequency_expansion(self, weight: Array) -> Array:
-        assert self.pairs is not None and self.rotary_components is not None
-        first, second = self.pairs
-        lanes = weight.shape[1]
-        expansion = np.zeros((self.heads, self.head_dim, 2 * lanes))
-        lane = 0
-        for pair, count in enumerate(self.rotary_components):
-            for _ in range(count):
-                real, imaginary = weight[0, lane], weight[1, lane]  # (H,)
-                expansion[:, first[pair], lane] = real
-                expansion[:, first[pair], lanes + lane] = -imaginary
-                expansion[:, second[pair], lane] = imaginary
-                expansion[:, second[pair], lanes + lane] = real
-                lane += 1
-        return expansion.reshape(-1, 2 * lanes)
+        return EXPANSIONS[self.form.name](self)
 
     def each_head(self) -> Iterator[Array]:
-        """The heads as the queries see them, one after another, (d, D + 1) each."""
-        if self.kind in ("frequency", "latent", "joint"):
+        """Yield the heads as the queries see them, one after another, (d, D + 1) each."""
+        if self.form.scalar:
+            yield from self.reconstruct()
+        elif self.form.plain:
+            components = split_heads(self.projection, self.head_dim)
+            for head in range(self.heads):
+                yield components[head * components.shape[0] // self.heads]
+        else:
             rows = self.projection if self.latent is None else self.latent
             expansion = self.expansion()
-            for own in expansion.reshape(self.heads, self.head_dim, expansion.shape[1]):
-                yield own @ rows
-            return
-        if self.weight is not None:
-            yield from self.composed_heads()
-            return
-        components = split_heads(self.projection, self.head_dim)
-        for head in range(self.heads):
-            yield components[head * components.shape[0] // self.heads]
+            for channels in expansion.reshape(self.heads, self.head_dim, expansion.shape[1]):
+                yield channels @ rows
 
-    def composed_heads(self) -> Array:
-        """The heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""
-        if self.kind == "none":
+    def reconstruct(self) -> Array:
+        """Return the heads as the queries see them, (H, d, D + 1); where all are cached, the projection itself."""
+        if self.form.identity:
             return split_heads(self.projection, self.head_dim)
-        if self.kind in ("head", "prune", "share"):
+        if self.form.scalar:
             assert self.weight is not None
             components = split_heads(self.projection, self.head_dim)
             return (self.weight.T @ components.reshape(len(components), -1)).reshape(-1, *components.shape[1:])
         heads = np.empty((self.heads, self.head_dim, self.projection.shape[1]))
-        for head, own in zip(heads, self.each_head(), strict=True):
-            head[...] = own
+        for place, head in zip(heads, self.each_head(), strict=True):
+            place[...] = head
         return heads
+
+
+def _repeated(side: FactoredHeads) -> Array:
+    components = side.projection.shape[0] // side.head_dim
+    return np.kron(np.eye(components).repeat(side.heads // components, axis=0), np.eye(side.head_dim))
+
+
+def _real(side: FactoredHeads) -> Array:
+    assert side.weight is not None
+    return np.kron(side.weight.T, np.eye(side.head_dim))
+
+
+def _complex(side: FactoredHeads) -> Array:
+    assert side.weight is not None and side.pairs is not None and side.rotary_components is not None
+    first, second = side.pairs
+    total = side.weight.shape[1]
+    expansion = np.zeros((side.heads, side.head_dim, 2 * total))
+    component = 0
+    for pair, count in enumerate(side.rotary_components):
+        for _ in range(count):
+            real, imaginary = side.weight[0, component], side.weight[1, component]  # (H,)
+            expansion[:, first[pair], component] = real
+            expansion[:, first[pair], total + component] = -imaginary
+            expansion[:, second[pair], component] = imaginary
+            expansion[:, second[pair], total + component] = real
+            component += 1
+    return expansion.reshape(-1, 2 * total)
+
+
+def _low_rank(side: FactoredHeads) -> Array:
+    assert side.weight is not None
+    return side.weight
+
+
+EXPANSIONS: dict[str, Callable[[FactoredHeads], Array]] = {
+    **dict.fromkeys((HEADS.name, POOLED.name), _repeated),
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), _real),
+    COMPLEX.name: _complex,
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
+}
+"""The linear map of each form, (H * d, width)."""

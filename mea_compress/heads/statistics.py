@@ -1,4 +1,4 @@
-"""What compositions are told of a layer's inputs."""
+"""Calibration statistics of one attention layer (second moments), the data every method is fitted to."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,23 +13,23 @@ class LayerStatistics:
     Attributes:
         tokens: Number of tokens seen.
         moment: E[x xᵀ] of the layer's normed input with a constant 1 appended, (D + 1, D + 1).
-        attended: E[x̃ x̃ᵀ] of the input averaged by attention, x̃ = sum over t of A[s, t] x_t, (D + 1, D + 1), mean over
-            query heads.
-        key_covariance: Inner products of key heads pair by pair, as attention notices errors of them, (P, H, H),
-            complex128; see `StatisticsAccumulator.notice`.
-        key_cost: What an error of each rotary pair of each head costs, beside others of its size there, (H, P).
+        attention_weighted_moment: E[x̃ x̃ᵀ] of the input averaged by attention, x̃ = sum over t of A[s, t] x_t,
+            (D + 1, D + 1), mean over query heads.
+        key_covariance: Inner products of key heads pair by pair, weighted by the sensitivity to their errors,
+            (P, H, H), complex128; see `StatisticsAccumulator.accumulate_key_sensitivity`.
+        key_sensitivity: Squared output error per unit of key error, for each head and rotary pair (H, P).
     """
 
     tokens: int
     moment: Array
-    attended: Array
+    attention_weighted_moment: Array
     key_covariance: Array
-    key_cost: Array
+    key_sensitivity: Array
 
     def of_heads(self, heads: Any) -> "LayerStatistics":
-        """The statistics of some key/value heads (their numbers, in any order)."""
+        """Return the statistics of some key/value heads (their numbers, in any order)."""
         return replace(
             self,
             key_covariance=self.key_covariance[:, heads][:, :, heads],
-            key_cost=self.key_cost[heads],
+            key_sensitivity=self.key_sensitivity[heads],
         )

@@ -1,8 +1,8 @@
-"""One layer's attention as heads, before and after its keys and values were composed from fewer."""
+"""One layer's attention as heads, before and after its keys and values were factored."""
 
 from dataclasses import dataclass
 
-from mea_compress.heads.composed import Array, Composed
+from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.modeling.section_mea import rotary_pairs
 
 
@@ -15,11 +15,9 @@ class AttentionHeads:
         key: (H, d, D + 1), before the key norm.
         value: (H, d, D + 1).
         output: (Hq, D, d).
-        output_bias: (D,) or None.
-        query_norm: (d,) or None.
         key_norm: (d,) or None.
         head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
-        rotary_dim: Channels of a head that RoPE turns.
+        rotary_dim: Channels of a head that RoPE rotates.
         norm_eps: Epsilon of the norms.
     """
 
@@ -27,8 +25,6 @@ class AttentionHeads:
     key: Array
     value: Array
     output: Array
-    output_bias: Array | None
-    query_norm: Array | None
     key_norm: Array | None
     head_norm: Array | None
     rotary_dim: int
@@ -47,7 +43,7 @@ class AttentionHeads:
 
 @dataclass(frozen=True)
 class ComposedLayer:
-    """A layer after surgery: composed keys and values, and what else of its attention changed.
+    """A layer after surgery: factored keys and values, and what else of its attention changed.
 
     Attributes:
         key: Components and composition of the keys.
@@ -57,8 +53,8 @@ class ComposedLayer:
         head_norm: (d,), or None where the head norm stays as it is.
     """
 
-    key: Composed
-    value: Composed
+    key: FactoredHeads
+    value: FactoredHeads
     query: Array | None = None
     output: Array | None = None
     head_norm: Array | None = None

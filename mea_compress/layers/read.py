@@ -1,4 +1,4 @@
-"""Read a layer of a checkpoint as heads: projections in float64, compositions already multiplied out."""
+"""Read a layer of a checkpoint as heads: projections in float64, compositions multiplied out."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from mea_compress.architectures import Source
 from mea_compress.architectures.checkpoint import projection_info
 from mea_compress.checkpoint import TensorInfo, read_array
 from mea_compress.errors import RequestError
-from mea_compress.heads.composed import Array, Composed, split_heads
+from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import AttentionHeads
-from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.modeling.section_mea import rotary_pairs, side_form
 
 
-def read_composed(source: Source, layer: int, side: str) -> Composed:
-    """Keys or values of a layer as the checkpoint holds them: components and composition.
+def read_composed(source: Source, layer: int, side: str) -> FactoredHeads:
+    """Return keys or values of a layer as the checkpoint holds them: components and composition.
 
     Args:
         source: The checkpoint.
@@ -23,21 +23,22 @@ def read_composed(source: Source, layer: int, side: str) -> Composed:
         RequestError: A weight is not finite.
     """
     spec = source.config.mea["layers"][layer]
-    kind = spec[f"{side}_composition"]
+    form = side_form(spec, side)
     projection = read_projection(source, layer, side)
     name = f"{source.family.attention(layer)}{side}_composition.weight"
     weight = _read(source, name) if source.reader.has(name) else None
     first, second = rotary_pairs(source.head_dim, source.rotary_dim)
-    return Composed(
-        kind,
+    return FactoredHeads(
+        form,
         source.config.num_key_value_heads,
         source.head_dim,
         projection,
         weight,
-        tuple(spec["rotary_components"]) if kind == "frequency" else None,
-        (tuple(first), tuple(second)) if kind == "frequency" else None,
-        _latent(source, layer) if kind == "joint" else None,
+        tuple(spec["rotary_components"]) if form.per_pair else None,
+        (tuple(first), tuple(second)) if form.per_pair else None,
+        _latent(source, layer) if form.joint else None,
         groups=spec.get("groups", 1),
+        composition=spec[f"{side}_composition"],
     )
 
 
@@ -46,24 +47,24 @@ def _latent(source: Source, layer: int) -> Array:
 
 
 def read_side(source: Source, layer: int, side: str) -> Array:
-    """The key or value heads that the queries see, (H, d, D + 1): a native MEA layer is multiplied out.
+    """Return the key or value heads that the queries see, (H, d, D + 1): a native MEA layer is multiplied out.
 
-    Frequency keys under a key norm compose weighted keys; the weight is divided out.
+    Where a form rebuilds keys that the key norm's weight has multiplied, the weight is divided out.
     """
-    composed = read_composed(source, layer, side)
-    heads = composed.composed_heads()
-    if side == "key" and composed.kind == "frequency" and source.config.mea["qk_norm"]:
+    factored = read_composed(source, layer, side)
+    heads = factored.reconstruct()
+    if side == "key" and factored.form.weighted_keys and source.config.mea["qk_norm"]:
         heads = heads / _read(source, f"{source.family.attention(layer)}k_norm.weight")[:, None]
     return heads
 
 
-def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads:
-    """A layer's attention.
+def read_heads(source: Source, layer: int, with_queries: bool = True) -> AttentionHeads:
+    """Return a layer's attention.
 
     Args:
         source: The checkpoint.
         layer: Number of the layer.
-        whole: Read everything; otherwise `query` and `output` have their shapes, and zeros that take no memory.
+        with_queries: Read q_proj and o_proj too; otherwise they are broadcast zeros of the right shape.
 
     Raises:
         RequestError: A weight is not finite.
@@ -74,20 +75,17 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
         return _read(source, f"{prefix}{name}.weight") if source.reader.has(f"{prefix}{name}.weight") else None
 
     count, head_dim, hidden = source.config.num_attention_heads, source.head_dim, source.config.hidden_size
-    if whole:
+    if with_queries:
         query = split_heads(read_projection(source, layer, "query"), head_dim)
         output = _read(source, f"{prefix}o_proj.weight").reshape(hidden, -1, head_dim).swapaxes(0, 1).copy()
     else:
         query = np.broadcast_to(0.0, (count, head_dim, hidden + 1))
         output = np.broadcast_to(0.0, (count, hidden, head_dim))
-    bias = f"{prefix}o_proj.bias"
     return AttentionHeads(
         query=query,
         key=read_side(source, layer, "key"),
         value=read_side(source, layer, "value"),
         output=output,
-        output_bias=_read(source, bias) if source.reader.has(bias) else None,
-        query_norm=norm("q_norm"),
         key_norm=norm("k_norm"),
         head_norm=norm("head_norm"),
         rotary_dim=source.rotary_dim,
@@ -96,7 +94,7 @@ def read_heads(source: Source, layer: int, whole: bool = True) -> AttentionHeads
 
 
 def read_projection(source: Source, layer: int, side: str) -> Array:
-    """q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1); cut out where the checkpoint fuses them."""
+    """Return q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1), cut out where they are fused."""
     info = projection_info(source, layer, side)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
     projection = np.empty((info.shape[0], info.shape[1] + 1))
@@ -111,7 +109,7 @@ def _read(source: Source, name: str) -> Array:
 
 
 def _finite(array: Array, info: TensorInfo) -> Array:
-    """The array, unless it holds NaN or infinite numbers; its extremes tell."""
+    """Return the array, or raise if it has NaN or Inf (seen from its minimum and maximum)."""
     if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise RequestError(
             f"{info.file}: tensor {info.name} holds NaN or infinite numbers; use an undamaged checkpoint"

@@ -11,6 +11,7 @@ from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.errors import RequestError
 from mea_compress.heads.composed import Array, join_heads
 from mea_compress.heads.types import ComposedLayer
+from mea_compress.modeling.section_mea import side_section
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StoredLayer:
 
 
 def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: str) -> StoredLayer:
-    """Rounds a composed layer to what will be stored.
+    """Round a composed layer to what will be stored.
 
     Args:
         layer: The layer, float64.
@@ -42,23 +43,23 @@ def store_layer(layer: ComposedLayer, bias: dict[str, bool], dtype: str) -> Stor
 
 
 def rounded(array: Array, dtype: str, name: str) -> Array:
-    """Numbers of a composed layer in the dtype that they will be stored in (as safetensors calls it).
+    """Return numbers of a composed layer in the dtype that they will be stored in (as safetensors calls it).
 
     Raises:
         RequestError: It cannot hold them.
     """
     with np.errstate(over="ignore"):
-        found = array.astype(array_dtype(dtype), order="C")
-    if not np.isfinite(found).all():
+        cast = array.astype(array_dtype(dtype), order="C")
+    if not np.isfinite(cast).all():
         remedy = (
             "choose --dtype bfloat16" if dtype == "F16" else "give other --text, or leave the layer out with --layers"
         )
         raise RequestError(f"{name} of a composed layer has numbers that {TORCH_NAMES[dtype]} cannot hold; {remedy}")
-    return found
+    return cast
 
 
 def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Array]:
-    """The tensors that a composed layer is stored as, by their names below ``self_attn.``, float64."""
+    """Return the tensors that a composed layer is stored as, by their names below ``self_attn.``, float64."""
     tensors: dict[str, Array] = {}
 
     def put(name: str, rows: Array, has_bias: bool) -> None:
@@ -74,21 +75,21 @@ def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Arra
         tensors["o_proj.weight"] = layer.output.swapaxes(0, 1).reshape(layer.output.shape[1], -1)
     if layer.head_norm is not None:
         tensors["head_norm.weight"] = layer.head_norm
-    for side, composed in (("key", layer.key), ("value", layer.value)):
-        if composed.weight is not None:
-            tensors[f"{side}_composition.weight"] = composed.weight
+    for side, factored in (("key", layer.key), ("value", layer.value)):
+        if factored.weight is not None:
+            tensors[f"{side}_composition.weight"] = factored.weight
     return tensors
 
 
 def layer_section(layer: ComposedLayer) -> dict[str, Any]:
-    """The layer's entry in the ``mea`` section of config.json."""
+    """Return the layer's entry in the ``mea`` section of config.json."""
     section: dict[str, Any] = {}
-    for side, composed in (("key", layer.key), ("value", layer.value)):
-        section[f"{side}_composition"] = composed.kind
-        section[f"{side}_components"] = composed.components
+    for side, factored in (("key", layer.key), ("value", layer.value)):
+        name = factored.composition or factored.form.name
+        section |= side_section(side, name, factored.components, factored.form)
     if layer.key.rotary_components is not None:
         section["rotary_components"] = list(layer.key.rotary_components)
-    groups = [side.groups for side in (layer.key, layer.value) if side.kind not in ("none", "pool")]
+    groups = [side.groups for side in (layer.key, layer.value) if not side.form.plain]
     if gcd(*groups) > 1:
         section["groups"] = gcd(*groups)
     return section

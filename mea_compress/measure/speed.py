@@ -22,6 +22,7 @@ from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
 from mea_compress.loading import context_length
 from mea_compress.measure.cache import cache_bytes
+from mea_compress.modeling.section_mea import side_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,8 +106,7 @@ def measure_speed(
         (name, model, None) for name, model in models.items()
     ]
     mea = getattr(models["checkpoint"].config, "mea", None)
-    plain = ("none", "pool")
-    if mea and any(layer[f"{side}_composition"] not in plain for layer in mea["layers"] for side in ("key", "value")):
+    if mea and not all(side_form(layer, side).plain for layer in mea["layers"] for side in ("key", "value")):
         variants.insert(1, ("checkpoint, expanded", models["checkpoint"], "expand"))
     timings = []
     total = len(contexts) * len(batches) * len(variants) * _ROUNDS

@@ -10,9 +10,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Family prefixes of the classes in configuration_mea.py and modeling_mea.py.
-FAMILIES = ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
-
 
 def register() -> None:
     """Make ``AutoModelForCausalLM.from_pretrained`` load MEA checkpoints without remote code. Safe to repeat.
@@ -27,8 +24,8 @@ def register() -> None:
 
     from mea_compress.modeling import configuration_mea, modeling_mea
 
-    for family in FAMILIES:
-        config = getattr(configuration_mea, f"Mea{family}Config")
+    for config in configuration_mea.CONFIGS:
+        family = config.__name__.removeprefix("Mea").removesuffix("Config")
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, getattr(modeling_mea, f"Mea{family}Model"), exist_ok=True)
         AutoModelForCausalLM.register(config, getattr(modeling_mea, f"Mea{family}ForCausalLM"), exist_ok=True)

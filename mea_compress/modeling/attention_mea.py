@@ -5,13 +5,17 @@ queries see. RoPE is linear and the same for all heads, so components are cached
 This file needs nothing but torch, and transformers only where a model is initialised or run as a whole; it is copied
 into every checkpoint that uses it.
 
+Every form that has a weight (see section_mea.py) is read by one class of `MODULES`; components of the other forms are
+heads already.
+
 Shapes: B batch, T tokens, D hidden size, d head_dim, Hq query heads, H key/value heads, C component heads, P rotary
-pairs, N complex lanes (the sum of a layer's components over its rotary pairs).
+pairs, N complex components (the sum over a layer's rotary pairs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +23,29 @@ from torch import nn
 
 from .decode_mea import (
     TILE,
-    absorbing_pays,
+    absorb_is_faster,
     add_mask,
     fused,
+    key_scores,
     may_fuse,
-    read_keys,
-    read_values,
     readable_mask,
     softmax,
+    weighted_values,
 )
-from .section_mea import cached_width, rotary_pairs
+from .section_mea import (
+    COMPLEX,
+    FORM_OF,
+    FORMS,
+    KEPT,
+    LOW_RANK,
+    REAL,
+    SELECTED,
+    SHARED_LATENT,
+    Form,
+    cached_width,
+    rotary_pairs,
+    side_form,
+)
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -43,10 +60,10 @@ _MISSING_CACHE = (
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on heads: x (B, T, heads, d); cos, sin (B, T, rotary_dim), the two halves of which are the same."""
     rotary_dim = cos.shape[-1]
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
-    return torch.cat((turned, rest), dim=-1)
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+    return torch.cat((rotated, rest), dim=-1)
 
 
 class HeadRMSNorm(nn.Module):
@@ -68,12 +85,66 @@ class HeadRMSNorm(nn.Module):
         return self.weight * (wide * self.scale(x)).to(x.dtype)
 
 
-class HeadComposition(nn.Module):
-    """Head-level linear composition: head h = sum over c of weight[c, h] * component c (weight: C x H)."""
+@dataclass(frozen=True)
+class SideSizes:
+    """Sizes of one side (keys or values) of a layer.
 
-    def __init__(self, components: int, heads: int):
+    Attributes:
+        width: Numbers a token that the weight reads: what the side caches, or both sides where they share a latent.
+        heads: H.
+        head_dim: d.
+        rotary_dim: Channels of a head that RoPE rotates.
+        rotary_components: Complex components of each rotary pair; empty where pairs have none of their own.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+    rotary_dim: int
+    rotary_components: tuple[int, ...] = ()
+
+
+class Composition(nn.Module):
+    """How one side of a layer is read from its components; `MODULES` has a subclass for every form with a weight.
+
+    Args:
+        sizes: Of the side.
+        shape: Of the weight.
+    """
+
+    def __init__(self, sizes: SideSizes, shape: tuple[int, ...]):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(components, heads))
+        self.sizes = sizes
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def reset(self) -> None:
+        """Set the weight at which training from scratch begins, and refill what no checkpoint stores."""
+        raise NotImplementedError
+
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
+        """Rebuild the heads: (B, T, width) -> (B, T, H, d)."""
+        raise NotImplementedError
+
+    def rotate(
+        self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return components (B, T, width) after RoPE, their channels multiplied by `norm` (d,) before.
+
+        Only forms that commute with RoPE have it; those that rebuild weighted keys are not handed a `norm`.
+        """
+        raise NotImplementedError
+
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Widen queries of heads to queries of components: (B, H, rows, d) -> (B, H, rows, width)."""
+        raise NotImplementedError
+
+    def contract(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Turn weighted sums of components into those of heads: (B, H, rows, width) -> (B, H, rows, d)."""
+        raise NotImplementedError
+
+
+class HeadComposition(Composition):
+    """Head-level linear composition: head h = sum over c of weight[c, h] * component c (weight: C x H)."""
 
     def reset(self) -> None:
         """Component c is head c, and the further heads reuse them in turn."""
@@ -88,36 +159,43 @@ class HeadComposition(nn.Module):
         """(B, T, C * d) -> (B, T, H, d)."""
         return self.weight.mT @ components.unflatten(-1, (self.weight.shape[0], -1))
 
+    def rotate(
+        self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """RoPE on components (B, T, C * d), each of which is a head."""
+        heads = components.unflatten(-1, (-1, self.sizes.head_dim))
+        return rotate_heads(heads if norm is None else norm * heads, cos, sin).flatten(-2)
+
     def absorb(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries of composed heads as queries of components: (B, H, rows, d) -> (B, H, rows, C * d)."""
+        """Queries of heads as queries of components: (B, H, rows, d) -> (B, H, rows, C * d)."""
         return torch.einsum("bhrd,ch->bhrcd", queries, self.weight.to(queries.dtype)).flatten(-2)
 
     def contract(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of components as those of composed heads: (B, H, rows, C * d) -> (B, H, rows, d)."""
+        """Weighted sums of components as those of heads: (B, H, rows, C * d) -> (B, H, rows, d)."""
         outputs = outputs.unflatten(-1, (self.weight.shape[0], -1))
         return torch.einsum("bhrcd,ch->bhrd", outputs, self.weight.to(outputs.dtype))
 
 
-class FrequencyComposition(nn.Module):
-    """Complex composition for every rotary pair: K[h, p] = sum over lanes l of pair p of w[l, h] * lane l.
+class FrequencyComposition(Composition):
+    """Complex composition for every rotary pair: K[h, p] = sum over components c of pair p of w[c, h] * component c.
 
-    A complex factor commutes with RoPE, so lanes are cached after RoPE like component heads. Lanes are sorted by pair;
-    a vector of lanes holds all real parts, then all imaginary parts. The weight is (2, N, H): real, imaginary.
+    A complex factor commutes with RoPE, so complex components are cached after RoPE like component heads. They are
+    sorted by pair; a vector of them holds all real parts, then all imaginary parts. The weight is (2, N, H): real,
+    imaginary.
     """
 
-    def __init__(self, rotary_components: list[int], heads: int, head_dim: int, rotary_dim: int):
-        super().__init__()
-        self.rotary_components = list(rotary_components)
-        self.first, self.second = rotary_pairs(head_dim, rotary_dim)
-        self.weight = nn.Parameter(torch.empty(2, sum(rotary_components), heads))
+    def __init__(self, sizes: SideSizes, shape: tuple[int, ...]):
+        super().__init__(sizes, shape)
+        self.rotary_components = list(sizes.rotary_components)
+        self.first, self.second = rotary_pairs(sizes.head_dim, sizes.rotary_dim)
         pair, slot = self._tables()
-        self.pair_of_lane = nn.Buffer(pair, persistent=False)  # (N,)
-        self.slot_of_lane = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
+        self.pair_of_component = nn.Buffer(pair, persistent=False)  # (N,)
+        self.slot_of_component = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
         order = torch.argsort(torch.tensor(self.first + self.second, device="cpu"))
         self.channel_order = nn.Buffer(
             order.to(pair.device), persistent=False
         )  # (d,): from (first, second) halves to channels
-        self.channels_of_lane = nn.Buffer(self._channels(pair), persistent=False)  # (2, N)
+        self.channels_of_component = nn.Buffer(self._channels(pair), persistent=False)  # (2, N)
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         most = max(self.rotary_components)
@@ -126,7 +204,7 @@ class FrequencyComposition(nn.Module):
         return torch.tensor(pair), torch.tensor(slot)
 
     def _channels(self, pair: torch.Tensor) -> torch.Tensor:
-        """The channels of a head that hold the real and the imaginary part of every lane's pair."""
+        """The channels of a head that hold the real and the imaginary part of every component's pair."""
         return torch.tensor([self.first, self.second]).to(pair.device)[:, pair]
 
     def reset(self) -> None:
@@ -134,9 +212,9 @@ class FrequencyComposition(nn.Module):
         from transformers import initialization as init
 
         pair, slot = self._tables()
-        init.copy_(self.channels_of_lane, self._channels(pair))
-        init.copy_(self.pair_of_lane, pair)
-        init.copy_(self.slot_of_lane, slot)
+        init.copy_(self.channels_of_component, self._channels(pair))
+        init.copy_(self.pair_of_component, pair)
+        init.copy_(self.slot_of_component, slot)
         init.copy_(self.channel_order, torch.argsort(torch.tensor(self.first + self.second)))
         start = torch.zeros(self.weight.shape)
         most, heads = max(self.rotary_components), self.weight.shape[-1]
@@ -144,26 +222,28 @@ class FrequencyComposition(nn.Module):
             start[0, slot % most == head % most, head] = 1.0
         init.copy_(self.weight, start)
 
-    def rotate(self, lanes: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """RoPE on lanes (B, T, 2N), each at its pair's frequency; pairs that RoPE leaves alone stay as they are."""
+    def rotate(
+        self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """RoPE on components (B, T, 2N), each at its pair's frequency; pairs that it leaves alone stay as they are."""
         half = cos.shape[-1] // 2
-        turning = (self.pair_of_lane < half).to(cos.dtype)
-        index = self.pair_of_lane.clamp(max=half - 1)
-        cos = cos[..., index] * turning + (1 - turning)  # (B, T, N)
-        sin = sin[..., index] * turning
-        real, imaginary = lanes.chunk(2, dim=-1)
+        rotates = (self.pair_of_component < half).to(cos.dtype)
+        index = self.pair_of_component.clamp(max=half - 1)
+        cos = cos[..., index] * rotates + (1 - rotates)  # (B, T, N)
+        sin = sin[..., index] * rotates
+        real, imaginary = components.chunk(2, dim=-1)
         return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
-    def forward(self, lanes: torch.Tensor) -> torch.Tensor:
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, 2N) -> (B, T, H, d)."""
         pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
-        shape = lanes.shape[:-1]
-        # Lanes and weights laid out as (pair, position), so that every pair is one small matrix product.
-        padded = lanes.new_zeros(*shape, 2, pairs * most).index_copy(
-            -1, self.slot_of_lane, lanes.unflatten(-1, (2, -1))
+        shape = components.shape[:-1]
+        # Components and weights laid out as (pair, position), so that every pair is one small matrix product.
+        padded = components.new_zeros(*shape, 2, pairs * most).index_copy(
+            -1, self.slot_of_component, components.unflatten(-1, (2, -1))
         )
         real, imaginary = padded.unflatten(-1, (pairs, most)).unbind(-3)  # (B, T, P, most)
-        weight = self.weight.new_zeros(2, pairs * most, heads).index_copy(1, self.slot_of_lane, self.weight)
+        weight = self.weight.new_zeros(2, pairs * most, heads).index_copy(1, self.slot_of_component, self.weight)
         weight_real, weight_imaginary = weight.view(2, pairs, most, heads).unbind(0)
         head_real = torch.einsum("btpc,pch->bthp", real, weight_real) - torch.einsum(
             "btpc,pch->bthp", imaginary, weight_imaginary
@@ -174,8 +254,8 @@ class FrequencyComposition(nn.Module):
         return torch.cat((head_real, head_imaginary), dim=-1)[..., self.channel_order]
 
     def absorb(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries of composed heads as queries of lanes: (B, H, rows, d) -> (B, H, rows, 2N)."""
-        real, imaginary = queries[..., self.channels_of_lane].unbind(-2)  # (B, H, rows, N)
+        """Queries of heads as queries of components: (B, H, rows, d) -> (B, H, rows, 2N)."""
+        real, imaginary = queries[..., self.channels_of_component].unbind(-2)  # (B, H, rows, N)
         weight_real, weight_imaginary = self.weight.to(queries.dtype).mT[:, :, None]  # (H, 1, N)
         return torch.cat(
             (
@@ -186,13 +266,8 @@ class FrequencyComposition(nn.Module):
         )
 
 
-class LatentComposition(nn.Module):
+class LatentComposition(Composition):
     """Low rank over all heads at once: head h = weight[h] @ latent (weight: H * d x m)."""
-
-    def __init__(self, rank: int, heads: int, head_dim: int):
-        super().__init__()
-        self.heads = heads
-        self.weight = nn.Parameter(torch.empty(heads * head_dim, rank))
 
     def reset(self) -> None:
         """The latent is the first heads, and the further heads reuse them in turn."""
@@ -201,14 +276,33 @@ class LatentComposition(nn.Module):
         start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
         init.copy_(self.weight, start[: self.weight.shape[0]])
 
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, m) -> (B, T, H, d)."""
-        return nn.functional.linear(latent, self.weight).unflatten(-1, (self.heads, -1))
+        return nn.functional.linear(components, self.weight).unflatten(-1, (self.sizes.heads, -1))
 
     def contract(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of latents as those of composed heads: (B, H, rows, m) -> (B, H, rows, d)."""
-        weight = self.weight.to(outputs.dtype).unflatten(0, (self.heads, -1))
+        """Weighted sums of latents as those of heads: (B, H, rows, m) -> (B, H, rows, d)."""
+        weight = self.weight.to(outputs.dtype).unflatten(0, (self.sizes.heads, -1))
         return torch.einsum("bhrm,hdm->bhrd", outputs, weight)  # a product would copy the weight for every sequence
+
+
+MODULES: dict[str, type[Composition]] = {
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), HeadComposition),
+    COMPLEX.name: FrequencyComposition,
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), LatentComposition),
+}
+"""The class that reads each form with a weight."""
+
+
+def register_form(form: Form, module: type[Composition]) -> None:
+    """Make a form known, and the class that reads it; a file that brings one calls this when it is imported.
+
+    Raises:
+        ValueError: The name is that of a form of this file.
+    """
+    if any(form.name == known.name for known in FORM_OF.values()):
+        raise ValueError(f"the name {form.name} is taken by another form; choose another name")
+    FORMS[form.name], MODULES[form.name] = form, module
 
 
 def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -255,11 +349,11 @@ def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | N
     """
     from transformers.cache_utils import Cache
 
-    found = None
+    cache = None
     rest = {}
     for name, value in (*((None, value) for value in args), *kwargs.items()):
         if isinstance(value, Cache):
-            found = value
+            cache = value
         elif type(value).__name__.endswith("Cache"):
             raise ValueError(
                 f"components cannot be kept in a {type(value).__name__} (continuous batching hands this one over): "
@@ -267,7 +361,7 @@ def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | N
             )
         elif name is not None:
             rest[name] = value
-    return found, rest
+    return cache, rest
 
 
 def refuse_missing_cache(sin: torch.Tensor) -> None:
@@ -292,9 +386,9 @@ def refuse_missing_cache(sin: torch.Tensor) -> None:
 
 
 class MeaAttention(nn.Module):
-    """Explicit attention over composed heads (arXiv 2601.19611), grouped queries, optional head norm and QK-norm.
+    """Explicit attention over reconstructed heads (arXiv 2601.19611), grouped queries, optional head norm and QK-norm.
 
-    With QK-norm the cache holds, beside the components of the weighted keys, 1/rms of every composed head:
+    With QK-norm the cache holds, beside the components of the weighted keys, 1/rms of every reconstructed head:
     the norm divides by one number a token and head, so it commutes with composition and RoPE.
     """
 
@@ -315,9 +409,10 @@ class MeaAttention(nn.Module):
         self.layer_type = config.layer_types[layer_idx] if getattr(config, "layer_types", None) else None
         window = getattr(config, "sliding_window", None)
         self.sliding_window = window if self.layer_type in (None, "sliding_attention") else None
-        self.key_kind, self.value_kind = spec["key_composition"], spec["value_composition"]
+        self.key_form, self.value_form = side_form(spec, "key"), side_form(spec, "value")
         # Pooled keys and values are plain grouped-query attention, with fewer heads than the configuration names.
-        self.plain_heads = spec["key_components"] if self.key_kind == self.value_kind == "pool" else self.heads
+        pooled = self.key_form.repeats and self.value_form.repeats
+        self.plain_heads = spec["key_components"] if pooled else self.heads
         self.num_key_value_groups = self.query_heads // self.plain_heads
         self.key_width = cached_width(spec["key_components"], self.head_dim)
         self.value_width = cached_width(spec["value_components"], self.head_dim)
@@ -331,27 +426,28 @@ class MeaAttention(nn.Module):
             self.q_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = section["qk_norm"]
+        self.caches_norm_scalars = self.qk_norm and self.key_form.caches_norm_scalars
         if section["head_norm"]:
             self.head_norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps)
         self.has_head_norm = section["head_norm"]
-        self.key_composition = self._composition(self.key_kind, self.key_width, spec.get("rotary_components"))
-        self.value_composition = self._composition(self.value_kind, self.value_width, None)
+        self.key_composition = self._composition("key", spec)
+        self.value_composition = self._composition("value", spec)
         # Static caches want as many heads of keys as of values: where these differ, plain heads too are cached flat.
         plain = self.key_composition is None and self.value_composition is None
         self.caches_heads = plain and self.key_width == self.value_width
 
-    def _composition(self, kind: str, width: int, rotary_components: list[int] | None) -> nn.Module | None:
-        if kind in ("head", "prune", "share"):
-            return HeadComposition(width // self.head_dim, self.heads)
-        if kind == "frequency":
-            return FrequencyComposition(rotary_components or [], self.heads, self.head_dim, self.rotary_dim)
-        if kind == "latent":
-            return LatentComposition(width, self.heads, self.head_dim)
-        if kind == "joint":
-            return LatentComposition(self.key_width + self.value_width, self.heads, self.head_dim)
-        return None
+    def _composition(self, side: str, spec: dict[str, Any]) -> Any:
+        """The module that reads one side, or None where its components are heads already."""
+        form, width = getattr(self, f"{side}_form"), getattr(self, f"{side}_width")
+        both = self.key_width + self.value_width
+        shape = form.shape(width, both, self.heads, self.head_dim)
+        if shape is None:
+            return None
+        counts = tuple(spec["rotary_components"]) if form.per_pair else ()
+        sizes = SideSizes(both if form.joint else width, self.heads, self.head_dim, self.rotary_dim, counts)
+        return MODULES[form.name](sizes, shape)
 
-    def _heads(self, cached: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+    def _expand(self, cached: torch.Tensor, composition: Composition | None) -> torch.Tensor:
         """What is cached (B, groups, T, width) as heads (B, heads, T, d)."""
         if composition is not None:
             return composition(cached[:, 0]).transpose(1, 2)
@@ -362,7 +458,7 @@ class MeaAttention(nn.Module):
         """A side without a composition, as heads (B, groups, T, d)."""
         return cached if self.caches_heads else cached[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _flat(self, x: torch.Tensor, composition: nn.Module | None) -> torch.Tensor:
+    def _flat(self, x: torch.Tensor, composition: Composition | None) -> torch.Tensor:
         """Projected components (B, T, width) as they are cached: one wide head, or plain heads (B, heads, T, d)."""
         if composition is not None:
             return x[:, None]
@@ -370,36 +466,31 @@ class MeaAttention(nn.Module):
 
     def _keys_to_cache(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         components = self.k_proj(hidden_states)  # (B, T, width)
-        composition = self.key_composition
+        composition, form = self.key_composition, self.key_form
         if composition is None:
             heads = components.unflatten(-1, (-1, self.head_dim))
             return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
-        if isinstance(composition, LatentComposition):
+        if not form.commutes_with_rope:
             return components[:, None]
-        if isinstance(composition, FrequencyComposition):
-            turned = composition.rotate(components, cos, sin)
-            if self.qk_norm:  # lanes compose weight * key, so the weight is divided out before the norm is taken
-                scale = self.k_norm.scale(composition(components) / self.k_norm.weight)
-                turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
-            return turned[:, None]
-        heads = components.unflatten(-1, (-1, self.head_dim))
-        turned = rotate_heads(self.k_norm.weight * heads if self.qk_norm else heads, cos, sin).flatten(-2)
-        if self.qk_norm:
-            scale = self.k_norm.scale(composition(components))  # (B, T, H, 1)
-            turned = torch.cat((turned, scale[..., 0].to(turned.dtype)), dim=-1)
-        return turned[:, None]
+        norm = self.k_norm.weight if self.caches_norm_scalars else None
+        rotated = composition.rotate(components, cos, sin, None if form.weighted_keys else norm)
+        if norm is not None:
+            heads = composition(components)
+            scale = self.k_norm.scale(heads / norm if form.weighted_keys else heads)  # (B, T, H, 1)
+            rotated = torch.cat((rotated, scale[..., 0].to(rotated.dtype)), dim=-1)
+        return rotated[:, None]
 
-    def _composed_keys(
+    def _expanded_keys(
         self, cached: torch.Tensor, position_ids: Any, attention_mask: torch.Tensor | None, rotary: Any
     ) -> torch.Tensor:
         """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
-        if isinstance(self.key_composition, LatentComposition):
+        if not self.key_form.commutes_with_rope:
             positions = key_positions(position_ids, cached.shape[-2], attention_mask)
             return self._rebuilt_keys(cached[:, 0], positions, rotary)
-        if self.key_composition is None or not self.qk_norm:
-            return self._heads(cached, self.key_composition)
+        if not self.caches_norm_scalars:
+            return self._expand(cached, self.key_composition)
         components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
-        return self._heads(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
+        return self._expand(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
 
     def project(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -411,7 +502,7 @@ class MeaAttention(nn.Module):
             return keys, values
         return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
 
-    def compose(
+    def expand(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -420,14 +511,14 @@ class MeaAttention(nn.Module):
         rotary: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (rotated) and values that the queries see, each (B, heads, T, d), from what is cached."""
-        if self.key_kind == "joint":  # both sides read the whole latent
+        if self.key_form.joint:  # both sides read the whole latent
             keys = values = torch.cat((keys, values), dim=-1)
-        keys = self._composed_keys(keys, position_ids, attention_mask, rotary)
-        return keys, self._heads(values, self.value_composition)
+        keys = self._expanded_keys(keys, position_ids, attention_mask, rotary)
+        return keys, self._expand(values, self.value_composition)
 
     def _rebuilt_keys(self, latent: torch.Tensor, positions: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Latent keys (B, T, m) as rotated heads (B, H, T, d)."""
-        keys = self.key_composition(latent)  # type: ignore[misc]  # (B, T, H, d)
+        keys = self.key_composition(latent)  # (B, T, H, d)
         if self.qk_norm:
             keys = self.k_norm(keys)
         return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
@@ -435,13 +526,18 @@ class MeaAttention(nn.Module):
     def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
         """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
         choice, tokens = self.config.mea.get("decode", "auto"), queries.shape[-2]
-        plain = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
-        if choice == "expand" or not plain or not readable_mask(attention_mask, tokens):
+        stock = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
+        if choice == "expand" or not stock or not readable_mask(attention_mask, tokens):
             return False
-        key = (self.key_kind, self.key_width / self.head_dim)
-        value = (self.value_kind, self.value_width / self.head_dim)
-        return choice == "absorb" or absorbing_pays(
-            key, value, self.query_heads, self.heads, self.head_dim, tokens, queries.device.type
+        key, value = self.key_form, self.value_form
+        # Keys that are cached before RoPE are rebuilt tile by tile, whatever reads them.
+        if not (key.plain or "key" in key.absorbs or not key.commutes_with_rope):
+            return False
+        if not (value.plain or "value" in value.absorbs):
+            return False
+        sides = (key, self.key_width / self.head_dim), (value, self.value_width / self.head_dim)
+        return choice == "absorb" or absorb_is_faster(
+            *sides, self.query_heads, self.heads, self.head_dim, tokens, queries.device.type
         )
 
     def _logits(
@@ -453,12 +549,12 @@ class MeaAttention(nn.Module):
         if composition is None:
             keys = self._plain_heads(keys)
             rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-            logits = read_keys(rows.to(keys.dtype), keys)
-        elif isinstance(composition, LatentComposition):
+            logits = key_scores(rows.to(keys.dtype), keys)
+        elif not self.key_form.commutes_with_rope:
             logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, position_ids, mask)
         else:
             rows = self._absorbed(queries).to(keys.dtype)
-            logits = read_keys(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
+            logits = key_scores(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
         if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
             logits = logits.to(queries.dtype) * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
         return logits.reshape(*shape[:-1], -1)
@@ -474,7 +570,7 @@ class MeaAttention(nn.Module):
         for start in range(0, length, length if whole else TILE):
             tile = slice(start, length if whole else start + TILE)
             latent = keys[:, 0, tile]
-            if self.key_kind == "joint":
+            if self.key_form.joint:
                 latent = torch.cat((latent, values[:, 0, tile]), dim=-1)
             logits.append(rows @ self._rebuilt_keys(latent, positions[:, tile], self.rotary).mT)
         return torch.cat(logits, dim=-1)
@@ -482,17 +578,18 @@ class MeaAttention(nn.Module):
     def _absorbed(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries (B, Hq, Q, d) as queries of components that are cached flat: (B, 1, Hq * Q, key width)."""
         rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)
-        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]  # type: ignore[union-attr, operator]
+        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]
 
     def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
         """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
         composition = self.key_composition
-        if not isinstance(composition, HeadComposition | FrequencyComposition) or self.value_composition is None:
+        if composition is None or not self.key_form.commutes_with_rope or self.value_composition is None:
             return None
         cpu_kernel = self.config.mea.get("cpu_kernel", True)
         if not may_fuse(keys, values, queries, composition.weight, cpu_kernel=cpu_kernel):
             return None
-        components, norms = keys[..., : self.key_width], keys[:, 0, :, self.key_width :] if self.qk_norm else None
+        components = keys[..., : self.key_width]
+        norms = keys[:, 0, :, self.key_width :] if self.caches_norm_scalars else None
         return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
 
     def _attend_to_components(
@@ -508,12 +605,12 @@ class MeaAttention(nn.Module):
             if self.value_composition is None:
                 values = self._plain_heads(values)
             rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
-            output = read_values(rows, values)  # (B, N, rows, W)
-            if self.value_kind == "joint":
-                output = torch.cat((read_values(rows, keys), output), dim=-1)
+            output = weighted_values(rows, values)  # (B, N, rows, W)
+            if self.value_form.joint:
+                output = torch.cat((weighted_values(rows, keys), output), dim=-1)
         if self.value_composition is not None:
             output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
-            output = self.value_composition.contract(output).to(queries.dtype)  # type: ignore[operator]
+            output = self.value_composition.contract(output).to(queries.dtype)
         return output.reshape(*queries.shape).transpose(1, 2)
 
     def forward(
@@ -560,7 +657,7 @@ class MeaAttention(nn.Module):
         if self._absorbs(queries, attention_mask):
             output = self._attend_to_components(queries, keys, values, position_ids, attention_mask)
         else:
-            keys, values = self.compose(keys, values, position_ids, attention_mask, self.rotary)
+            keys, values = self.expand(keys, values, position_ids, attention_mask, self.rotary)
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )

@@ -54,7 +54,7 @@ class MeaQwen2Config(Qwen2Config):
 
 
 class MeaQwen3Config(Qwen3Config):
-    """Qwen3 with a ``mea`` section: queries and composed keys are normalised."""
+    """Qwen3 with a ``mea`` section: queries and rebuilt keys are normalised."""
 
     model_type = "mea_qwen3"
     base_model_tp_plan = {}
@@ -66,7 +66,7 @@ class MeaQwen3Config(Qwen3Config):
 
 
 class MeaQwen3MoeConfig(Qwen3MoeConfig):
-    """Qwen3-MoE with a ``mea`` section: queries and composed keys are normalised."""
+    """Qwen3-MoE with a ``mea`` section: queries and rebuilt keys are normalised."""
 
     model_type = "mea_qwen3_moe"
     base_model_tp_plan = {}
@@ -89,11 +89,7 @@ class MeaPhi3Config(Phi3Config):
         self.mea = complete_section(self.mea, self, qk_norm=False, bias=_no_bias(self))
 
 
-__all__ = [
-    "MeaLlamaConfig",
-    "MeaMistralConfig",
-    "MeaPhi3Config",
-    "MeaQwen2Config",
-    "MeaQwen3Config",
-    "MeaQwen3MoeConfig",
-]
+CONFIGS = (MeaLlamaConfig, MeaMistralConfig, MeaPhi3Config, MeaQwen2Config, MeaQwen3Config, MeaQwen3MoeConfig)
+"""The configurations of all families; modeling_mea.py makes their models."""
+
+__all__ = ["CONFIGS", *(config.__name__ for config in CONFIGS)]

@@ -3,7 +3,7 @@
 **A compiler runs on first use**: ``CC``, or ``cc`` (GCC 10 or newer, or clang), once, and what it builds is kept where
 PyTorch keeps its extensions. The environment variable ``MEA_CPU_KERNEL=off`` forbids it, and so does
 ``"cpu_kernel": false`` in the section ``mea`` of config.json. Then, without a compiler, and on other processors than
-those with AVX2 or AVX-512, plain products do the work (`read_keys`, `softmax`, `read_values` of decode_mea.py, the
+those with AVX2 or AVX-512, plain products do the work (`key_scores`, `softmax`, `weighted_values` of decode_mea.py, the
 readable reference).
 
 Plain products write every logit to memory, and their kernels are made for larger matrices. This one is FlashAttention's

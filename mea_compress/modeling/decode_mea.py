@@ -19,11 +19,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .decode_cpu_mea import attend_on_cpu, readable
+from .section_mea import Form
 
-# Multiply-adds a device does in the time in which it reads one cached number; one number more or less decides nothing.
+# Machine balance: multiply-adds per cached number read (roofline model); decisions are insensitive to it.
 _BALANCE = {"cpu": 16.0}
 _BALANCE_OF_ACCELERATORS = 300.0
-# The same for a number of a composed head, which is written and read again: measured on a CPU, where 30 to 100 new
+# The same for a number of a rebuilt head, which is written and read again: measured on a CPU, where 30 to 100 new
 # tokens cost as much absorbed as expanded at the shapes of Llama-3.2-1B and Llama-3.1-8B.
 _BALANCE_OF_COMPOSED = {"cpu": 300.0}
 # Composing heads multiplies thin matrices, at this share of the rate of the wide ones (measured on a CPU: 47 of 222
@@ -37,14 +38,14 @@ GPU_BLOCK = 128
 GPU_ROWS, GPU_ACCUMULATOR = 64, 32768
 
 
-def side_cost(kind: str, rows: int, heads: int, components: float, head_dim: int, device: str) -> tuple[float, float]:
+def side_cost(form: Form, rows: int, heads: int, components: float, head_dim: int, device: str) -> tuple[float, float]:
     """What one side (keys or values) costs for one cached token, absorbed and expanded.
 
     The larger of arithmetic and memory traffic, in multiply-adds per channel of a head. Absorbed, every query row
-    reads C components; expanded, H heads are composed, written and read again, and every row reads one of them.
+    reads C components; expanded, H heads are rebuilt, written and read again, and every row reads one of them.
 
     Args:
-        kind: The side's composition.
+        form: Of the side.
         rows: Query rows, Hq * Q.
         heads: H.
         components: C.
@@ -55,30 +56,28 @@ def side_cost(kind: str, rows: int, heads: int, components: float, head_dim: int
         The two costs.
     """
     balance = _BALANCE.get(device, _BALANCE_OF_ACCELERATORS)
-    if kind in ("none", "pool"):  # nothing to compose, however it is read
+    if form.plain:  # nothing to rebuild, however it is read
         plain = max(rows, balance * components)
         return plain, plain
-    # Multiply-adds for each component and head.
-    terms = {"latent": head_dim, "joint": head_dim, "frequency": 2}.get(kind, 1)
     absorbed = max(rows * components, balance * components)
     traffic = balance * components + _BALANCE_OF_COMPOSED.get(device, balance) * 2 * heads
-    expanded = max(heads * components * terms / _COMPOSING_RATE + rows, traffic)
+    expanded = max(heads * components * form.multiply_adds(head_dim) / _COMPOSING_RATE + rows, traffic)
     return absorbed, expanded
 
 
-def absorbing_pays(
-    key: tuple[str, float],
-    value: tuple[str, float],
+def absorb_is_faster(
+    key: tuple[Form, float],
+    value: tuple[Form, float],
     query_heads: int,
     heads: int,
     head_dim: int,
     tokens: int,
     device: str,
 ) -> bool:
-    """Whether new tokens attend faster to components than to the heads composed of them.
+    """Whether new tokens attend faster to components than to the heads rebuilt from them.
 
     Args:
-        key: Composition and component count of the keys.
+        key: Form and component count of the keys.
         value: The same of the values.
         query_heads: Hq.
         heads: H.
@@ -86,8 +85,8 @@ def absorbing_pays(
         tokens: New tokens Q.
         device: Device type, as in ``torch.device.type``.
     """
-    sides = [value] if key[0] in ("latent", "joint") else [key, value]  # latent keys are rebuilt in either case
-    costs = [side_cost(kind, query_heads * tokens, heads, count, head_dim, device) for kind, count in sides]
+    sides = [key, value] if key[0].commutes_with_rope else [value]  # others are rebuilt in either case
+    costs = [side_cost(form, query_heads * tokens, heads, count, head_dim, device) for form, count in sides]
     absorbed, expanded = (sum(cost) for cost in zip(*costs, strict=True))
     return absorbed < expanded or (absorbed == expanded and tokens == 1)
 
@@ -124,7 +123,7 @@ def _four_dimensional(mask: torch.Tensor, length: int) -> torch.Tensor:
     return mask if mask.is_floating_point() else mask.bool()
 
 
-def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Queries (B, N, R, W) against cached keys (B, N, T, W): (B, N, R, T), on a CPU with T outermost in memory."""
     if not _on_plain_cpu(queries, keys):
         return queries @ keys.mT
@@ -132,7 +131,7 @@ def read_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.stack([rows @ query.T for query, rows in pairs]).unflatten(0, keys.shape[:2]).mT
 
 
-def read_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def weighted_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Attention weights (B, N, R, T) times cached values (B, N, T, W): (B, N, R, W)."""
     if not _on_plain_cpu(weights, values):
         return weights @ values
@@ -149,18 +148,18 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _on_plain_cpu(*tensors: torch.Tensor) -> bool:
-    """On a CPU and merely computed: a product a sequence is then faster than a batched one."""
-    return tensors[0].device.type == "cpu" and _merely_computed(*tensors)
+    """On a CPU, for inference: a product a sequence is then faster than a batched one."""
+    return tensors[0].device.type == "cpu" and _is_inference(*tensors)
 
 
-def _merely_computed(*tensors: torch.Tensor) -> bool:
-    """Nothing compiles, traces or differentiates what is done with these."""
+def _is_inference(*tensors: torch.Tensor) -> bool:
+    """No autograd, tracing or torch.compile looks at what is done with these."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def attend_at_once(
+def fused_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -172,8 +171,9 @@ def attend_at_once(
 ) -> torch.Tensor:
     """What absorbed queries get from flat components, in one kernel that reads each cached number once.
 
-    The same as `read_keys`, norms, `add_mask`, `softmax` and `read_values` one after another, the readable reference,
-    but for a row that sees nothing, which gets zeros. Compiled only on a GPU; elsewhere it runs as it is written.
+    The same as `key_scores`, norms, `add_mask`, `softmax` and `weighted_values` one after another, the readable
+    reference, but for a row that sees nothing, which gets zeros. Compiled only on a GPU; elsewhere it runs as it is
+    written.
 
     All rows are queries of one head: as heads of their own, their number would have to be a power of two.
 
@@ -181,7 +181,7 @@ def attend_at_once(
         queries: (B, 1, Hq * Q, key width), scaled; the rows of a query head lie together.
         keys: (B, 1, T, key width).
         values: (B, 1, T, value width).
-        norms: 1/rms of every composed key, (B, T, H), or None.
+        norms: 1/rms of every rebuilt key, (B, T, H), or None.
         mask: (B or 1, Hq or 1, Q, T), boolean where a token is seen, or additive; or None.
         tokens: Q.
         blocks: Of `every_block`.
@@ -217,7 +217,7 @@ def every_block(rows: int, length: int, device: torch.device) -> BlockMask:
 
 
 def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, shared: int) -> dict[str, int] | None:
-    """How the kernel of `attend_at_once` is to be built, or None where it cannot be.
+    """How the kernel of `fused_attention` is to be built, or None where it cannot be.
 
     A product on a GPU is at least 16 wide, and widths are rounded up to powers of two. A tile of queries and one of
     the cache must fit in the memory of a processor, and the sums of all rows in its registers.
@@ -250,7 +250,7 @@ def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor, cp
         cpu_kernel: Whether the configuration lets a compiler build the kernel of a CPU.
     """
     tensors = (keys, values, *others)
-    if not _merely_computed(*tensors):
+    if not _is_inference(*tensors):
         return False
     devices = {tensor.device.type for tensor in tensors}
     return devices == {"cuda"} or (devices == {"cpu"} and cpu_kernel and readable(keys, values))
@@ -272,7 +272,7 @@ def fused(
     A mask that does not fit is left to plain products, which say what is wrong with it.
 
     Args:
-        queries: As `attend_at_once`, in the dtype of the keys.
+        queries: As `fused_attention`, in the dtype of the keys.
         keys: As there.
         values: As there.
         norms: As there.
@@ -299,7 +299,7 @@ def attend_on_gpu(
     mask: torch.Tensor | None,
     tokens: int,
 ) -> torch.Tensor | None:
-    """`attend_at_once`, compiled once for all lengths of a cache; None where there is none. Arguments as there."""
+    """`fused_attention`, compiled once for all lengths of a cache; None where there is none. Arguments as there."""
     rows, length, width = queries.shape[2], keys.shape[2], values.shape[3]
     form = (str(keys.device), keys.dtype, *queries.shape, width, tokens, norms is None, getattr(mask, "dtype", None))
     if form in _NOT_FUSED or keys.dtype != values.dtype or keys.dtype.itemsize not in (2, 4):
@@ -324,7 +324,7 @@ def attend_on_gpu(
 
 @cache
 def _compiled(form: tuple) -> Callable:
-    """`attend_at_once` compiled for a form, each apart where this torch can, so that many do not count as one."""
+    """`fused_attention` compiled for a form, each apart where this torch can, so that many do not count as one."""
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     compile_: Any = torch.compile
-    return compile_(attend_at_once, fullgraph=True, **apart)
+    return compile_(fused_attention, fullgraph=True, **apart)

@@ -5,42 +5,15 @@ components only. This file needs nothing but torch and transformers and is copie
 """
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralModel,
-    Phi3ForCausalLM,
-    Phi3Model,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3MoeForCausalLM,
-    Qwen3MoeModel,
-)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from .attention_mea import FrequencyComposition, HeadComposition, LatentComposition, MeaAttention
-from .configuration_mea import (
-    MeaLlamaConfig,
-    MeaMistralConfig,
-    MeaPhi3Config,
-    MeaQwen2Config,
-    MeaQwen3Config,
-    MeaQwen3MoeConfig,
-)
+from .attention_mea import Composition, MeaAttention
+from .configuration_mea import CONFIGS
 from .section_mea import TESTED_TRANSFORMERS
 
 
@@ -65,7 +38,7 @@ class MeaMixin(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         stock: Any = super()
         stock._init_weights(module)
-        if isinstance(module, HeadComposition | FrequencyComposition | LatentComposition):
+        if isinstance(module, Composition):
             module.reset()
 
 
@@ -77,7 +50,7 @@ class MeaModelMixin(MeaMixin):
         layers: Any = self.layers
         for index, layer in enumerate(layers):
             layer.self_attn = MeaAttention(config, index)
-            # Keys that are cached before RoPE are turned when they are read. Not a submodule: it belongs to the model.
+            # Keys that are cached before RoPE are rotated when they are read. Not a submodule: it belongs to the model.
             object.__setattr__(layer.self_attn, "rotary", self.rotary_emb)
         self.post_init()  # type: ignore[operator]
 
@@ -93,108 +66,38 @@ class MeaForCausalLMMixin(MeaMixin):
         self.post_init()  # type: ignore[operator]
 
 
-class MeaLlamaModel(MeaModelMixin, LlamaModel):
-    """Llama's decoder with explicit attention; the native MEA model."""
-
-    config_class = MeaLlamaConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MeaAttention}
-
-
-class MeaLlamaForCausalLM(MeaForCausalLMMixin, LlamaForCausalLM):
-    """Llama with explicit attention; the native MEA language model."""
-
-    config_class = MeaLlamaConfig
-    decoder = MeaLlamaModel
-
-
-class MeaMistralModel(MeaModelMixin, MistralModel):
-    """Mistral's decoder with explicit attention."""
-
-    config_class = MeaMistralConfig
-    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MeaAttention}
-
-
-class MeaMistralForCausalLM(MeaForCausalLMMixin, MistralForCausalLM):
-    """Mistral with explicit attention."""
-
-    config_class = MeaMistralConfig
-    decoder = MeaMistralModel
-
-
-class MeaQwen2Model(MeaModelMixin, Qwen2Model):
-    """Qwen2's decoder with explicit attention."""
-
-    config_class = MeaQwen2Config
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MeaAttention}
+def _add_family(config: type) -> None:
+    """Make the two classes of a family, the stock ones over MEA's attention, from its configuration."""
+    prefix = config.__name__.removeprefix("Mea").removesuffix("Config")
+    stock: Any = getattr(transformers, f"{prefix}Model")
+    fields = {"__module__": __name__, "config_class": config}
+    decoder = type(
+        f"Mea{prefix}Model",
+        (MeaModelMixin, stock),
+        fields
+        | {
+            "__doc__": f"The decoder of {prefix} with explicit attention.",
+            "_can_record_outputs": stock._can_record_outputs | {"attentions": MeaAttention},
+        },
+    )
+    model = type(
+        f"Mea{prefix}ForCausalLM",
+        (MeaForCausalLMMixin, getattr(transformers, f"{prefix}ForCausalLM")),
+        fields | {"__doc__": f"{prefix} with explicit attention.", "decoder": decoder},
+    )
+    globals().update({kind.__name__: kind for kind in (decoder, model)})
+    __all__.extend((decoder.__name__, model.__name__))
+    # How a family's checkpoints are stored (experts one by one) and run (fused) holds under this model type too.
+    stock_type = config.model_type.removeprefix("mea_")  # type: ignore[attr-defined]
+    conversion = get_checkpoint_conversion_mapping(stock_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(f"mea_{stock_type}", conversion, overwrite=True)
 
 
-class MeaQwen2ForCausalLM(MeaForCausalLMMixin, Qwen2ForCausalLM):
-    """Qwen2 with explicit attention."""
+__all__: list[str] = []
+for _config in CONFIGS:
+    _add_family(_config)
 
-    config_class = MeaQwen2Config
-    decoder = MeaQwen2Model
+if TYPE_CHECKING:
 
-
-class MeaQwen3Model(MeaModelMixin, Qwen3Model):
-    """Qwen3's decoder with explicit attention."""
-
-    config_class = MeaQwen3Config
-    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer, "attentions": MeaAttention}
-
-
-class MeaQwen3ForCausalLM(MeaForCausalLMMixin, Qwen3ForCausalLM):
-    """Qwen3 with explicit attention."""
-
-    config_class = MeaQwen3Config
-    decoder = MeaQwen3Model
-
-
-class MeaQwen3MoeModel(MeaModelMixin, Qwen3MoeModel):
-    """Qwen3-MoE's decoder with explicit attention."""
-
-    config_class = MeaQwen3MoeConfig
-    _can_record_outputs = {
-        "router_logits": Qwen3MoeModel._can_record_outputs["router_logits"],
-        "hidden_states": Qwen3MoeDecoderLayer,
-        "attentions": MeaAttention,
-    }
-
-
-class MeaQwen3MoeForCausalLM(MeaForCausalLMMixin, Qwen3MoeForCausalLM):
-    """Qwen3-MoE with explicit attention."""
-
-    config_class = MeaQwen3MoeConfig
-    decoder = MeaQwen3MoeModel
-
-
-class MeaPhi3Model(MeaModelMixin, Phi3Model):
-    """Phi-3's decoder with explicit attention."""
-
-    config_class = MeaPhi3Config
-    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": MeaAttention}
-
-
-class MeaPhi3ForCausalLM(MeaForCausalLMMixin, Phi3ForCausalLM):
-    """Phi-3 with explicit attention."""
-
-    config_class = MeaPhi3Config
-    decoder = MeaPhi3Model
-
-
-# Experts are stored one by one and run fused: the family's own conversion, under this model type.
-register_checkpoint_conversion_mapping("mea_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
-
-__all__ = [
-    "MeaLlamaForCausalLM",
-    "MeaLlamaModel",
-    "MeaMistralForCausalLM",
-    "MeaMistralModel",
-    "MeaPhi3ForCausalLM",
-    "MeaPhi3Model",
-    "MeaQwen2ForCausalLM",
-    "MeaQwen2Model",
-    "MeaQwen3ForCausalLM",
-    "MeaQwen3Model",
-    "MeaQwen3MoeForCausalLM",
-    "MeaQwen3MoeModel",
-]
+    def __getattr__(name: str) -> Any: ...

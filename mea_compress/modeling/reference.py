@@ -1,17 +1,20 @@
 """Explicit attention written as the formulas stand: the readable reference that faster paths are tested against."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from mea_compress.modeling.attention_mea import FrequencyComposition, HeadComposition, rotate_heads
+from mea_compress.modeling.attention_mea import rotate_heads
+from mea_compress.modeling.section_mea import COMPLEX, KEPT, LOW_RANK, REAL, SELECTED, SHARED_LATENT, Form
 
 
-def compose(composition: Any, components: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
+def reconstruct(form: Form, composition: Any, components: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
     """T_lc[t, h] from component heads, one head at a time (arXiv 2601.19611, head-level linear composition).
 
     Args:
-        composition: A composition module, or None where every head is cached or components are shared by groups.
+        form: Of the side.
+        composition: Its module, or None where components are heads already.
         components: (T, width).
         heads: H.
         head_dim: d.
@@ -19,28 +22,41 @@ def compose(composition: Any, components: torch.Tensor, heads: int, head_dim: in
     Returns:
         (T, H, d).
     """
-    tokens, width = components.shape
-    if composition is None:  # (groups, d) -> each group's component stands for all its heads
-        own = components.reshape(tokens, -1, head_dim)
-        return own.repeat_interleave(heads // own.shape[1], dim=1)
-    if isinstance(composition, FrequencyComposition):
-        weight = torch.complex(composition.weight[0], composition.weight[1])  # (N, H)
-        lanes = torch.complex(components[:, : width // 2], components[:, width // 2 :])  # (T, N)
-        pairs = len(composition.rotary_components)
-        pair = composition.pair_of_lane
-        composed = components.new_zeros(tokens, heads, 2 * pairs)
-        for p in range(pairs):
-            k = lanes[:, pair == p] @ weight[pair == p]  # (T, H), complex
-            composed[:, :, composition.first[p]] = k.real
-            composed[:, :, composition.second[p]] = k.imag
-        return composed
-    weight = composition.weight
-    if isinstance(composition, HeadComposition):  # C x H: a number for each component and head
-        component_heads = components.reshape(tokens, weight.shape[0], -1)
-        return torch.stack(
-            [sum(weight[c, h] * component_heads[:, c] for c in range(len(weight))) for h in range(heads)], 1
-        )
-    return torch.stack([components @ rows.T for rows in weight.chunk(heads)], 1)
+    if form.plain:  # (groups, d) -> each group's component stands for all its heads
+        shared = components.reshape(len(components), -1, head_dim)
+        return shared.repeat_interleave(heads // shared.shape[1], dim=1)
+    return RECONSTRUCT[form.name](composition, components, heads)
+
+
+def _real(composition: Any, components: torch.Tensor, heads: int) -> torch.Tensor:
+    weight = composition.weight  # C x H: a number for each component and head
+    component_heads = components.reshape(len(components), weight.shape[0], -1)
+    return torch.stack([sum(weight[c, h] * component_heads[:, c] for c in range(len(weight))) for h in range(heads)], 1)
+
+
+def _complex(composition: Any, components: torch.Tensor, heads: int) -> torch.Tensor:
+    width, pairs = components.shape[1], len(composition.rotary_components)
+    weight = torch.complex(composition.weight[0], composition.weight[1])  # (N, H)
+    numbers = torch.complex(components[:, : width // 2], components[:, width // 2 :])  # (T, N)
+    pair = composition.pair_of_component
+    rebuilt = components.new_zeros(len(components), heads, 2 * pairs)
+    for p in range(pairs):
+        k = numbers[:, pair == p] @ weight[pair == p]  # (T, H), complex
+        rebuilt[:, :, composition.first[p]] = k.real
+        rebuilt[:, :, composition.second[p]] = k.imag
+    return rebuilt
+
+
+def _low_rank(composition: Any, components: torch.Tensor, heads: int) -> torch.Tensor:
+    return torch.stack([components @ rows.T for rows in composition.weight.chunk(heads)], 1)
+
+
+RECONSTRUCT: dict[str, Callable[[Any, torch.Tensor, int], torch.Tensor]] = {
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), _real),
+    COMPLEX.name: _complex,
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
+}
+"""The formula of each form with a weight."""
 
 
 def reference_attention(
@@ -62,15 +78,13 @@ def reference_attention(
     queries = attention.q_proj(hidden_states).reshape(-1, query_heads, head_dim)
     keys = attention.k_proj(hidden_states)
     values = attention.v_proj(hidden_states)
-    if attention.key_kind == "joint":  # both sides read the whole latent
+    key_form, value_form = attention.key_form, attention.value_form
+    if key_form.joint:  # both sides read the whole latent
         keys = values = torch.cat((keys, values), -1)
-    if attention.qk_norm and isinstance(attention.key_composition, FrequencyComposition):
-        keys = (
-            compose(attention.key_composition, keys, heads, head_dim) / attention.k_norm.weight
-        )  # lanes compose weighted keys
-    else:
-        keys = compose(attention.key_composition, keys, heads, head_dim)
-    values = compose(attention.value_composition, values, heads, head_dim)
+    keys = reconstruct(key_form, attention.key_composition, keys, heads, head_dim)
+    if attention.qk_norm and key_form.weighted_keys:
+        keys = keys / attention.k_norm.weight
+    values = reconstruct(value_form, attention.value_composition, values, heads, head_dim)
     if attention.qk_norm:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     queries = rotate_heads(queries[None], cos[None], sin[None])[0]

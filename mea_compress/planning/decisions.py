@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from mea_compress.architectures import Source
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
+from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import FRACTIONAL
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
 from mea_compress.recipe import Recipe
 
@@ -72,16 +72,19 @@ def stored_dtype(source: Source, recipe: Recipe) -> str:
 
 def needs_queries(recipe: Recipe, spec: LayerSpec) -> bool:
     """Return whether a layer's fit reads q_proj and o_proj; if not, only k_proj and v_proj change."""
-    by_output = recipe.prune_by == "contribution" and "prune" in (spec.key.composition, spec.value.composition)
-    return recipe.fit != "weights" or recipe.kv_groups > 1 or by_output
+    if recipe.fit != "weights" or recipe.kv_groups > 1:
+        return True
+    chosen = (choice for choice in (recipe.key_composition, recipe.value_composition) if choice is not None)
+    fitted = (spec.key.composition, spec.value.composition)
+    return any(method_needs_queries(choice, recipe) for choice in chosen if method_name(choice) in fitted)
 
 
 def _can_split(recipe: Recipe, spec: LayerSpec) -> bool:
     """Return whether nobody said how keys and values divide a layer's budget, and both sides can."""
-    kinds = {spec.key.composition, spec.value.composition}
+    key, value = spec.key.form, spec.value.form
     open_budget = recipe.split == "auto" and recipe.key_components is None and recipe.value_components is None
-    alike = kinds <= set(FRACTIONAL) or kinds <= {"head", "prune", "share"}
-    return open_budget and alike and recipe.kv_groups == 1 and "joint" not in kinds and (recipe.kv_ratio or 1) < 1
+    alike = (key.fractional and value.fractional) or (key.scalar and value.scalar)
+    return open_budget and alike and recipe.kv_groups == 1 and not key.joint and (recipe.kv_ratio or 1) < 1
 
 
 def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
@@ -90,14 +93,15 @@ def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
     The best that decodes without rebuilding keys: a complex composition commutes with RoPE, and o_proj reads values
     through their latent. Both stay exact under a key norm (its scalars are cached) and under a head norm.
     """
-    keys, values = recipe.key_composition, recipe.value_composition
+    chosen = (recipe.key_composition, recipe.value_composition)
+    keys, values = (None if choice is None else method_name(choice) for choice in chosen)
     reasons = []
     if keys is None:
-        keys = "frequency"
+        keys = DEFAULT_METHODS["key"]
         extra = ", with one norm scalar a head cached beside them" if source.config.mea["qk_norm"] else ""
         reasons.append(f"frequency keys: the closest that decode without being rebuilt (they commute with RoPE){extra}")
     if values is None:
-        values = "latent"
+        values = DEFAULT_METHODS["value"]
         reasons.append("latent values: the closest at these bytes, read through o_proj")
     return keys, values, "; ".join(reasons)
 
@@ -113,7 +117,7 @@ def decide_layer(source: Source, recipe: Recipe, keys: str, values: str, before:
         _decide_side("key", keys, recipe.key_components, recipe.kv_ratio, before.key, source),
         _decide_side("value", values, recipe.value_components, recipe.kv_ratio, before.value, source),
     )
-    if (spec.key.composition == "joint") != (spec.value.composition == "joint"):
+    if spec.key.form.joint != spec.value.form.joint:
         raise RequestError(
             "joint keys and joint values read one latent: give both --key-composition joint and "
             "--value-composition joint"
@@ -129,15 +133,14 @@ def _decide_side(
     if count is None and ratio is None:
         return before
     heads = source.config.num_key_value_heads
-    # A complex component takes two channels, part of a latent one, anything else whole heads.
-    channels = 2 if composition == "frequency" else 1 if composition in FRACTIONAL else source.head_dim
-    components = _components(count, side, ratio, before.components, heads, Fraction(channels, source.head_dim))
-    if composition == "pool" and heads % components:
+    form = method_form(composition)
+    components = _components(count, side, ratio, before.components, heads, form.step(source.head_dim))
+    if form.repeats and heads % components:
         raise RequestError(
-            f"--{side}-composition pool needs a number of components that divides the {heads} key/value heads, "
-            f"not {components}"
+            f"--{side}-composition {composition} needs a number of components that divides the {heads} key/value "
+            f"heads, not {components}"
         )
-    return SideSpec(composition, components)
+    return SideSpec(composition, components, form)
 
 
 def _components(
@@ -170,11 +173,11 @@ def _check_groups(recipe: Recipe, before: LayerSpec, spec: LayerSpec, heads: int
     if groups == 1:
         return
     for side in ("key", "value"):
-        count, composition = spec.side(side).components, spec.side(side).composition
+        count, form = spec.side(side).components, spec.side(side).form
         if spec.side(side) == before.side(side):
-            if composition != "none":
+            if not form.identity:
                 raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
-        elif composition == "joint":
+        elif form.joint:
             raise RequestError(
                 f"--kv-groups {groups} cannot divide the one latent that joint keys and values read; choose other "
                 "compositions, or leave --kv-groups out"

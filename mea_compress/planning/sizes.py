@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from math import prod
 
 from mea_compress.architectures import Source
-from mea_compress.architectures.checkpoint import FLOATS, composition_shape
+from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.compositions.base import method_allocates_uniformly, side_choice
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
 from mea_compress.recipe import Recipe
 
-_SCALAR_NORM_COMPOSITIONS = ("head", "prune", "share", "frequency")
 # What computing takes beside weights, statistics and activations: verification's small model, buffers, allocator.
 _WORKING_BYTES = 100 << 20
 # Hidden states of all calibration tokens beyond this many bytes live in a file instead of memory.
@@ -32,7 +32,7 @@ def layer_window(source: Source, layer: int) -> int | None:
 
 def cached_bytes(source: Source, spec: LayerSpec, dtype: str) -> int:
     """Return the cache bytes per token of a layer in a dtype (as safetensors calls it)."""
-    norms = source.config.mea["qk_norm"] and spec.key.composition in _SCALAR_NORM_COMPOSITIONS
+    norms = source.config.mea["qk_norm"] and spec.key.form.caches_norm_scalars
     scalars = source.config.num_key_value_heads if norms else 0
     return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + scalars)
 
@@ -52,7 +52,7 @@ def stored_shapes(source: Source, spec: LayerSpec) -> Shapes:
         if config.mea["bias"][side]:
             shapes[f"{side[0]}_proj.bias"] = (width,)
     for side, width in widths.items():
-        shape = composition_shape(spec.side(side).composition, width, sum(widths.values()), heads, head_dim)
+        shape = spec.side(side).form.shape(width, sum(widths.values()), heads, head_dim)
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
     return shapes
@@ -105,8 +105,10 @@ def _stock_export(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], i
             section = layer.spec.section()
             if recipe.kv_groups > 1:
                 section["groups"] = recipe.kv_groups
-            if layer.spec.key.composition == "frequency" and recipe.rotary_budget == "uniform":
-                section["rotary_components"] = uniform_rotary_components(layer.spec.key.components, source.head_dim)
+            key = layer.spec.key
+            choice = side_choice(recipe, "key", key.composition)
+            if key.form.per_pair and method_allocates_uniformly(choice, recipe):
+                section["rotary_components"] = uniform_rotary_components(key.components, source.head_dim)
         sections.append(section)
     try:
         form = stock_form(source, sections)

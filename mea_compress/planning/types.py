@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mea_compress.architectures import Source
+from mea_compress.modeling.section_mea import Form, side_form, side_section
 from mea_compress.recipe import Recipe
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import plan_report, stock_outlook
@@ -21,11 +22,13 @@ class SideSpec:
 
     Attributes:
         composition: Name of the composition, as in the ``mea`` section.
-        components: Component heads; part of one where the composition allows it.
+        components: Component heads; part of one where the form allows it.
+        form: How the side is stored, cached and read.
     """
 
     composition: str
     components: float
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,16 @@ class LayerSpec:
     def of(section: Mapping[str, Any]) -> LayerSpec:
         """Return the spec of a layer's entry in the ``mea`` section."""
         key, value = (
-            SideSpec(section[f"{side}_composition"], section[f"{side}_components"]) for side in ("key", "value")
+            SideSpec(section[f"{side}_composition"], section[f"{side}_components"], side_form(section, side))
+            for side in ("key", "value")
         )
         return LayerSpec(key, value)
 
     def section(self) -> dict[str, Any]:
         """Return the part of an entry in the ``mea`` section that a spec says."""
-        return {
-            "key_composition": self.key.composition,
-            "key_components": self.key.components,
-            "value_composition": self.value.composition,
-            "value_components": self.value.components,
-        }
+        return side_section("key", self.key.composition, self.key.components, self.key.form) | side_section(
+            "value", self.value.composition, self.value.components, self.value.form
+        )
 
     def side(self, name: str) -> SideSpec:
         """Return the spec of one side, ``key`` or ``value``."""

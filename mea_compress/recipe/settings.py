@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from mea_compress.compositions.base import BUILT_IN, check_choice
 from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import FORM_OF
 
-KeyComposition = Literal["head", "frequency", "latent", "joint", "pool", "prune", "share"]
-ValueComposition = Literal["head", "latent", "joint", "pool", "prune", "share"]
+MethodChoice = str | dict[str, str | int | float | bool]
+"""A method's name, or a mapping of `method` to its name and of its options to their values."""
 Fit = Literal["weights", "activations", "aligned"]
 DType = Literal["float64", "float32", "float16", "bfloat16"]
 S = TypeVar("S", bound=BaseModel)
@@ -28,6 +30,11 @@ _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 _COUNTS = r"^[1-9]\d*(,[1-9]\d*)*$"
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
+
+
+def _built_in(side: str) -> str:
+    """Names of the methods that come with the package and fit a side, as a help text lists them."""
+    return ", ".join(name for name in BUILT_IN if side in FORM_OF[name].sides)
 
 
 class _Settings(BaseModel):
@@ -159,15 +166,17 @@ class Recipe(_Settings):
         description="Compose heads within this many separate groups of them.",
         json_schema_extra=_group("What to keep", "N"),
     )
-    key_composition: KeyComposition | None = Field(
+    key_composition: MethodChoice | None = Field(
         None,
-        description="How key heads are made from components; without it the best that the family allows.",
-        json_schema_extra=_group("How to compose"),
+        description=f"How keys are fitted: {_built_in('key')}, or a method of your own; without it the best that the "
+        "family allows.",
+        json_schema_extra=_group("How to compose", "METHOD"),
     )
-    value_composition: ValueComposition | None = Field(
+    value_composition: MethodChoice | None = Field(
         None,
-        description="How value heads are made from components; without it the best that the family allows.",
-        json_schema_extra=_group("How to compose"),
+        description=f"How values are fitted: {_built_in('value')}, or a method of your own; without it the best that "
+        "the family allows.",
+        json_schema_extra=_group("How to compose", "METHOD"),
     )
     split: Literal["auto", "even"] = Field(
         "auto",
@@ -176,7 +185,7 @@ class Recipe(_Settings):
     )
     rotary_budget: Literal["energy", "uniform"] = Field(
         "energy",
-        description="How frequency keys deal components out to rotary pairs: by energy, or the same to each.",
+        description="How frequency keys allocate components to rotary pairs: by energy, or as many to each.",
         json_schema_extra=_group("How to compose"),
     )
     prune_by: Literal["pivot", "contribution"] = Field(
@@ -234,6 +243,21 @@ class Recipe(_Settings):
 
     heal: HealRecipe | None = Field(None, description="Distil from the source afterwards (for `run`).")
     evaluate: EvaluateRecipe | None = Field(None, description="Measure against the source at the end (for `run`).")
+
+    @field_validator("key_composition", "value_composition", mode="before")
+    @classmethod
+    def _method_known(cls, value: object, info: ValidationInfo) -> object:
+        if value is None:
+            return None
+        if not isinstance(value, str | dict):
+            raise ValueError(f"should be the name of a method, or a mapping with the key method, not {value!r}")
+        if isinstance(value, dict) and not all(isinstance(item, str | int | float) for item in value.values()):
+            raise ValueError(f"should map the options of a method to single values, not {value!r}")
+        try:
+            check_choice(value, str(info.field_name).removesuffix("_composition"))
+        except RequestError as error:
+            raise ValueError(f"cannot be used: {error}") from None
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -498,7 +522,8 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
         wanted = "auto, cpu, cuda, cuda:N or mps" if device else "whole numbers such as 8192 or 1024,8192"
         return f"{label} should be {wanted}, not {first['input']!r}."
     if first["type"] == "value_error":
-        return f"{label} {first['ctx']['error']}."
+        sentence = f"{label} {first['ctx']['error']}"
+        return sentence if sentence.endswith("?") else f"{sentence}."
     if first["type"].endswith("_type") and first["type"] in ("model_type", "model_attributes_type"):
         return f"{label} should hold settings of its own, such as {', '.join(_nested_fields(keys))}."
     expectation = first["msg"].removeprefix("Input ").replace("valid integer", "whole number").replace("valid ", "")

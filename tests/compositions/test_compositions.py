@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from blocks import HEAD_DIM, HEADS, D, make_heads, run
 
-from mea_compress.compositions import COMPOSITIONS, Request
-from mea_compress.compositions.frequency import allot
+from mea_compress.compositions import CompositionOptions, find_method
+from mea_compress.compositions.frequency import Frequency, allocate_components
 from mea_compress.compositions.head import combine
 from mea_compress.compositions.latent import low_rank
 from mea_compress.compositions.pool import group_heads
-from mea_compress.compositions.prune import choose_kept, least_squares
+from mea_compress.compositions.prune import Prune, choose_kept, least_squares
 from mea_compress.errors import RequestError
 from mea_compress.heads.statistics import LayerStatistics
 
@@ -45,12 +45,12 @@ def as_pairs(channels, heads):
 
 def surgery(heads, kind, side, components, fit):
     statistics = None if fit == "weights" else make_statistics(heads)
-    return getattr(COMPOSITIONS[kind], f"{side}s")(heads, statistics, Request(components, fit))
+    return getattr(find_method(kind)(), f"{side}s")(heads, statistics, CompositionOptions(components, fit))
 
 
 def with_composed(heads, composed, side):
-    rebuilt = composed.composed_heads()
-    if side == "key" and composed.kind == "frequency" and heads.key_norm is not None:
+    rebuilt = composed.reconstruct()
+    if side == "key" and composed.form.weighted_keys and heads.key_norm is not None:
         rebuilt = rebuilt / heads.key_norm[:, None]
     return replace(heads, **{side: rebuilt})
 
@@ -94,7 +94,7 @@ def test_weights_fit_of_head_is_the_papers_svd():
     left, singular, right = np.linalg.svd(matrix, full_matrices=False)
     expected = (left[:, :2] * singular[:2]) @ right[:2]
     composed, _ = surgery(heads, "head", "key", 2, "weights")
-    np.testing.assert_allclose(composed.composed_heads().reshape(HEADS, -1).T, expected, atol=1e-12)
+    np.testing.assert_allclose(composed.reconstruct().reshape(HEADS, -1).T, expected, atol=1e-12)
 
 
 def test_combine_weighs_inputs_by_their_moment():
@@ -104,7 +104,7 @@ def test_combine_weighs_inputs_by_their_moment():
         gap = heads - rebuilt
         return np.einsum("gdx,xy,gdy->", gap, second, gap)
 
-    best = error(combine(heads, 2, second).composed_heads())
+    best = error(combine(heads, 2, second).reconstruct())
     generator = np.random.default_rng(1)
     for _ in range(50):  # no other two directions do better
         basis = np.linalg.qr(generator.standard_normal((HEADS, 2))).Q
@@ -125,11 +125,11 @@ def test_frequency_captures_what_the_complex_gram_says():
     heads, second = make_heads(), make_statistics().moment
     pairs = as_pairs(heads.key, heads)
     for uniform in (True, False):
-        request = Request(2, "activations", "uniform" if uniform else "energy")
-        composed, _ = COMPOSITIONS["frequency"].keys(heads, make_statistics(), request)
+        method = Frequency(allocation="uniform" if uniform else "energy")
+        composed, _ = method.keys(heads, make_statistics(), CompositionOptions(2, "activations"))
         assert sum(composed.rotary_components) == 2 * HEAD_DIM // 2
         assert not uniform or set(composed.rotary_components) == {2}
-        gap = heads.key - composed.composed_heads()
+        gap = heads.key - composed.reconstruct()
         error = np.einsum("gdx,xy,gdy->", gap, second, gap)
         expected = 0.0
         for p, count in enumerate(composed.rotary_components):
@@ -143,7 +143,7 @@ def test_frequency_captures_what_the_complex_gram_says():
 def test_budgeted_components_are_the_best_split_there_is():
     energies = -np.sort(-np.random.default_rng(3).random((4, 3)), 1)
     for total in range(1, 13):
-        found = allot(energies, total)
+        found = allocate_components(energies, total)
         splits = [s for s in itertools.product(range(4), repeat=4) if sum(s) == total]
         best = max(sum(float(energies[p, :c].sum()) for p, c in enumerate(s)) for s in splits)
         assert sum(found) == total
@@ -169,9 +169,8 @@ def test_heads_that_send_most_are_kept(fit):
     scale = np.array([1.0, 3.0, 0.5, 2.0])
     heads = replace(heads, value=heads.value * scale[:, None, None])
     statistics = None if fit == "weights" else make_statistics(heads)
-    request = Request(2, fit, prune_by="contribution")
     for side in ("key", "value"):
-        composed, _ = getattr(COMPOSITIONS["prune"], f"{side}s")(heads, statistics, request)
+        composed, _ = getattr(Prune(by="contribution"), f"{side}s")(heads, statistics, CompositionOptions(2, fit))
         kept = composed.projection.reshape(2, HEAD_DIM, -1)
         assert np.array_equal(kept, getattr(heads, side)[[1, 3]])
 
@@ -264,7 +263,7 @@ def test_what_is_aligned_loses_less_than_what_is_not(side):
     heads = replace(heads, **{side: np.concatenate((base, copies))})
     # Queries of one length: weights that differ by head and pair would make the copies differ again.
     statistics = make_statistics(heads, cost=np.ones((HEADS, HEAD_DIM // 2)))
-    composed, changed = getattr(COMPOSITIONS["head"], f"{side}s")(heads, statistics, Request(2, "aligned"))
+    composed, changed = getattr(find_method("head")(), f"{side}s")(heads, statistics, CompositionOptions(2, "aligned"))
     expected = run(heads)
     aligned = np.square(run(with_composed(changed, composed, side)) - expected).sum() / np.square(expected).sum()
     unaligned = lost(heads, "head", side, 2, "weights")

@@ -59,10 +59,10 @@ def test_other_cache_bytes_than_planned_are_noticed(tmp_path):
 def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkeypatch):
     out, result = emitted(tmp_path)
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
-    forward = verification.MeaAttention._heads
+    forward = verification.MeaAttention._expand
     monkeypatch.setattr(
         verification.MeaAttention,
-        "_heads",
+        "_expand",
         lambda self, cached, composition: 1.01 * forward(self, cached, composition),
     )
     with pytest.raises(VerificationError, match="differs"):

@@ -40,7 +40,7 @@ def test_statistics_are_those_of_the_stock_model(case, tmp_path):
                 attended += torch.outer(average, average) / (30 * 8)
     assert found.tokens == 30
     torch.testing.assert_close(torch.from_numpy(found.moment), moment, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.from_numpy(found.attended), attended, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(found.attention_weighted_moment), attended, rtol=1e-4, atol=1e-5)
 
 
 def attention_of(case, tmp_path):
@@ -61,7 +61,7 @@ def attention_of(case, tmp_path):
         cos, sin = trace.position_embeddings
         queries = attention.q_proj(trace.inputs).unflatten(-1, (-1, attention.head_dim))
         queries = rotate_heads(attention.q_norm(queries) if attention.qk_norm else queries, cos, sin).transpose(1, 2)
-        keys, values = attention.compose(*attention.project(trace.inputs, cos, sin), torch.arange(7)[None], None, None)
+        keys, values = attention.expand(*attention.project(trace.inputs, cos, sin), torch.arange(7)[None], None, None)
         keys, values = (side.repeat_interleave(8 // side.shape[1], 1).double() for side in (keys, values))
         queries = queries.double()
         logits = queries @ keys.mT * attention.scaling
@@ -116,7 +116,7 @@ def test_key_statistics_are_sums_over_queries_and_tokens(case, tmp_path):
     scale = float(covariance.abs().max())
     found = torch.from_numpy(statistics.key_covariance)
     torch.testing.assert_close(found, covariance, rtol=1e-3, atol=1e-5 * scale)
-    found = torch.from_numpy(statistics.key_cost) * found.diagonal(dim1=1, dim2=2).real.T
+    found = torch.from_numpy(statistics.key_sensitivity) * found.diagonal(dim1=1, dim2=2).real.T
     torch.testing.assert_close(found, cost / 14, rtol=1e-3, atol=1e-5 * float(cost.max()))
 
 
@@ -143,7 +143,7 @@ def test_statistics_of_some_heads_are_theirs(tmp_path):
     _, accumulator, *_ = attention_of("llama", tmp_path)
     whole = accumulator.finish()
     part = whole.of_heads([2, 0])
-    assert part.key_cost.tolist() == [whole.key_cost[2].tolist(), whole.key_cost[0].tolist()]
+    assert part.key_sensitivity.tolist() == [whole.key_sensitivity[2].tolist(), whole.key_sensitivity[0].tolist()]
     assert part.key_covariance[1, 0, 1] == whole.key_covariance[1, 2, 0]
     assert part.moment is whole.moment
 

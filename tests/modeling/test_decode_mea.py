@@ -11,20 +11,21 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from mea_compress.modeling import attention_mea, configuration_mea, decode_mea, modeling_mea
 from mea_compress.modeling.decode_mea import (
-    absorbing_pays,
+    absorb_is_faster,
     add_mask,
-    attend_at_once,
     attend_on_gpu,
     every_block,
     fused,
+    fused_attention,
     kernel_options,
+    key_scores,
     may_fuse,
-    read_keys,
-    read_values,
     readable_mask,
     softmax,
+    weighted_values,
 )
 from mea_compress.modeling.reference import reference_attention
+from mea_compress.modeling.section_mea import FORM_OF
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 EVERY_PAIR = [*((keys, values) for keys, values in itertools.product(KEYS, VALUES)), ("joint", "joint")]
@@ -201,7 +202,7 @@ def test_cpu_products_equal_the_batched_ones(dtype):
     queries, weights = (torch.randn(2, 3, 5, width, generator=generator).to(dtype) for width in (16, 11))
     cached = torch.randn(2, 3, 11, 20, generator=generator).to(dtype)[..., :16]  # as beside norm scalars
     with torch.no_grad():
-        found = (read_keys(queries, cached), read_values(weights, cached))
+        found = (key_scores(queries, cached), weighted_values(weights, cached))
     expected = (queries.double() @ cached.double().mT, weights.double() @ cached.double())
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -212,12 +213,12 @@ FLAT = [*itertools.product(("head", "prune", "share", "frequency"), ("head", "pr
 
 
 def plain_products(queries, keys, values, norms, mask, tokens):
-    """What `attend_at_once` replaces: queries (B, 1, Hq * Q, W) against flat components, step after step."""
-    logits = read_keys(queries, keys)[:, 0].unflatten(1, (-1, tokens))  # (B, Hq, Q, T)
+    """What `fused_attention` replaces: queries (B, 1, Hq * Q, W) against flat components, step after step."""
+    logits = key_scores(queries, keys)[:, 0].unflatten(1, (-1, tokens))  # (B, Hq, Q, T)
     if norms is not None:
         logits = logits * norms.mT.repeat_interleave(logits.shape[1] // norms.shape[-1], 1)[:, :, None]
     weights = softmax(add_mask(logits, mask)).to(values.dtype)
-    return read_values(weights.flatten(1, 2)[:, None], values)
+    return weighted_values(weights.flatten(1, 2)[:, None], values)
 
 
 def mask_of(kind, batch, heads, tokens, length):
@@ -261,7 +262,7 @@ def at_once(monkeypatch):
         calls.append(None if mask is None else mask.dtype)
         mask = None if mask is None else decode_mea._four_dimensional(mask, keys.shape[2])
         blocks = every_block(queries.shape[2], keys.shape[2], keys.device)
-        return attend_at_once(queries, keys, values, norms, mask, tokens, blocks)
+        return fused_attention(queries, keys, values, norms, mask, tokens, blocks)
 
     monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors, **options: True)
     monkeypatch.setattr(attention_mea, "fused", uncompiled)
@@ -281,7 +282,7 @@ def test_one_kernel_does_what_plain_products_do(kind, norms, tokens, dtype):
     mask = mask_of(kind, 2, 4, tokens, 13)
     expected = plain_products(*found, mask, tokens)
     given = None if mask is None else decode_mea._four_dimensional(mask, 13)
-    output = attend_at_once(*found, given, tokens, every_block(4 * tokens, 13, torch.device("cpu")))
+    output = fused_attention(*found, given, tokens, every_block(4 * tokens, 13, torch.device("cpu")))
     assert output.dtype == dtype
     torch.testing.assert_close(output, expected, rtol=0, atol={torch.float64: 1e-12, torch.float32: 2e-6}[dtype])
 
@@ -492,16 +493,16 @@ LLAMA_8B = {"query_heads": 32, "heads": 8, "head_dim": 128}
 @pytest.mark.parametrize("kind", ["head", "prune", "share", "frequency"])
 def test_one_token_absorbs_and_a_prompt_expands(kind, device):
     for values in ("head", "latent"):
-        sides = ((kind, 4), (values, 4))
-        assert absorbing_pays(*sides, **LLAMA_8B, tokens=1, device=device)
-        assert not absorbing_pays(*sides, **LLAMA_8B, tokens=4096, device=device)
+        sides = ((FORM_OF[kind], 4), (FORM_OF[values], 4))
+        assert absorb_is_faster(*sides, **LLAMA_8B, tokens=1, device=device)
+        assert not absorb_is_faster(*sides, **LLAMA_8B, tokens=4096, device=device)
 
 
 def test_more_queries_per_head_favour_expanding():
-    sides = (("head", 8), ("head", 8))
+    sides = ((FORM_OF["head"], 8), (FORM_OF["head"], 8))
     for device in ("cpu", "cuda"):
-        few = absorbing_pays(*sides, query_heads=16, heads=16, head_dim=64, tokens=1, device=device)
-        many = absorbing_pays(*sides, query_heads=2048, heads=16, head_dim=64, tokens=1, device=device)
+        few = absorb_is_faster(*sides, query_heads=16, heads=16, head_dim=64, tokens=1, device=device)
+        many = absorb_is_faster(*sides, query_heads=2048, heads=16, head_dim=64, tokens=1, device=device)
         assert few and not many
 
 
@@ -510,15 +511,15 @@ def test_a_few_new_tokens_absorb_on_a_cpu():
     for kinds in (("head", "head"), ("frequency", "latent")):
         for head_dim in (64, 128):
             shape = {"query_heads": 32, "heads": 8, "head_dim": head_dim, "device": "cpu"}
-            sides = [(kind, 4) for kind in kinds]
-            assert absorbing_pays(*sides, **shape, tokens=8)
-            assert not absorbing_pays(*sides, **shape, tokens=256)
+            sides = [(FORM_OF[kind], 4) for kind in kinds]
+            assert absorb_is_faster(*sides, **shape, tokens=8)
+            assert not absorb_is_faster(*sides, **shape, tokens=256)
 
 
 def test_plain_heads_are_read_at_once_by_a_single_token_only():
-    sides = (("pool", 4), ("none", 8))
-    assert absorbing_pays(*sides, **LLAMA_8B, tokens=1, device="cpu")
-    assert not absorbing_pays(*sides, **LLAMA_8B, tokens=2, device="cpu")
+    sides = ((FORM_OF["pool"], 4), (FORM_OF["none"], 8))
+    assert absorb_is_faster(*sides, **LLAMA_8B, tokens=1, device="cpu")
+    assert not absorb_is_faster(*sides, **LLAMA_8B, tokens=2, device="cpu")
 
 
 def test_eager_attention_stays_as_written(absorbing):

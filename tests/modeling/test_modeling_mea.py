@@ -7,10 +7,11 @@ from tiny import SIZES, save, scatter
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from mea_compress.modeling import FAMILIES, configuration_mea, modeling_mea
+from mea_compress.modeling import configuration_mea, modeling_mea
 from mea_compress.modeling.attention_mea import key_positions
 from mea_compress.modeling.reference import reference_attention
 
+FAMILIES = [config.__name__.removeprefix("Mea").removesuffix("Config") for config in configuration_mea.CONFIGS]
 TRAITS = {
     "Phi3": {"hidden_size": 64, "partial_rotary_factor": 0.5},
     "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},

@@ -13,7 +13,7 @@ from mea_compress.heads.alignment import (
     change_value_basis,
     fold_head_norm,
     output_metric,
-    root,
+    sqrt_and_inverse_sqrt,
 )
 
 
@@ -87,6 +87,6 @@ def test_alignment_never_captures_less_than_no_alignment(components):
 def test_root_of_a_singular_metric_is_clamped():
     heads = make_heads()
     flat = replace(heads, output=heads.output * np.array([1.0] * 7 + [0.0]))
-    square, inverse = root(output_metric(flat), floor=1e-8)
+    square, inverse = sqrt_and_inverse_sqrt(output_metric(flat), floor=1e-8)
     assert np.isfinite(inverse).all()
     np.testing.assert_allclose(square @ inverse, np.tile(np.eye(HEAD_DIM), (HEADS, 1, 1)), atol=1e-6)

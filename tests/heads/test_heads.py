@@ -7,10 +7,11 @@ from tiny import stock_checkpoint, stock_model
 from mea_compress.architectures import open_source
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.heads.composed import Composed
+from mea_compress.heads.composed import FactoredHeads
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.read import read_composed, read_heads, read_projection, read_side
 from mea_compress.layers.store import store_layer
+from mea_compress.modeling.section_mea import HEADS, LOW_RANK, POOLED, REAL
 from mea_compress.recipe import Recipe
 
 PREFIX = "model.layers.1.self_attn."
@@ -34,7 +35,8 @@ def test_heads_are_the_projections_in_float64_with_the_bias_as_last_column(case,
         torch.testing.assert_close(torch.einsum("hdx,tx->thd", torch.from_numpy(found), ones).flatten(1), expected)
     sent = torch.randn(5, *heads.query.shape[:2], dtype=torch.float64)
     out = torch.einsum("hDd,thd->tD", torch.from_numpy(heads.output), sent)
-    out = out if heads.output_bias is None else out + torch.from_numpy(heads.output_bias)
+    bias = f"{PREFIX}o_proj.bias"
+    out = out + torch.from_numpy(source.reader.read_array(bias)) if source.reader.has(bias) else out
     torch.testing.assert_close(out, attention.o_proj(sent.flatten(1)))
     assert (heads.key_norm is not None) == (case == "qwen3")
     assert heads.group == 2
@@ -54,21 +56,21 @@ def test_a_layer_survives_being_stored(tmp_path):
         assert np.array_equal(array, on_disk[PREFIX + name].numpy()), name
     assert {k: v for k, v in opened.config.mea["layers"][1].items() if v is not None} == stored.section
     for side in ("key", "value"):
-        assert np.array_equal(read_side(opened, 1, side), composed[side].composed_heads())
+        assert np.array_equal(read_side(opened, 1, side), composed[side].reconstruct())
 
 
 def test_composed_heads_are_the_expansion_of_the_projection():
     heads, head_dim, size = 4, 6, 7
     generator = np.random.default_rng(0)
     weights = {
-        "none": (24, None),
-        "pool": (12, None),
-        "head": (12, generator.standard_normal((2, 4))),
-        "latent": (12, generator.standard_normal((24, 12))),
+        HEADS: (24, None),
+        POOLED: (12, None),
+        REAL: (12, generator.standard_normal((2, 4))),
+        LOW_RANK: (12, generator.standard_normal((24, 12))),
     }
-    for kind, (width, weight) in weights.items():
-        composed = Composed(kind, heads, head_dim, generator.standard_normal((width, size)), weight)
-        found = composed.composed_heads()
+    for form, (width, weight) in weights.items():
+        composed = FactoredHeads(form, heads, head_dim, generator.standard_normal((width, size)), weight)
+        found = composed.reconstruct()
         assert found.shape == (heads, head_dim, size)
         np.testing.assert_allclose(found.reshape(-1, size), composed.expansion() @ composed.projection, atol=1e-12)
 
@@ -86,7 +88,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
 
 def test_numbers_that_the_dtype_cannot_hold_are_refused():
     rows = np.full((4, 5), 7e4)  # float16 ends at 65504
-    side = Composed("none", 2, 2, rows)
+    side = FactoredHeads(HEADS, 2, 2, rows)
     bias = {"query": False, "key": True, "value": False}
     assert np.isfinite(store_layer(ComposedLayer(side, side), bias, "BF16").tensors["k_proj.bias"]).all()
     with pytest.raises(RequestError, match=r"k_proj\.weight .* that float16 cannot hold; choose --dtype bfloat16"):
