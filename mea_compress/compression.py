@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures import Source, open_source
+from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
 from mea_compress.checkpoint.system import raise_trim_threshold
@@ -85,7 +85,7 @@ def compress(
         (256, 'HALF')
     """
     source, out = Path(source), Path(out).absolute()
-    plan = plan_source(open_source(source), make_recipe(recipe, settings))
+    plan = plan_source(open_checkpoint(source), make_recipe(recipe, settings))
     if resume and (already_published(out) or (out / "compression.json").is_file()):
         return _load_finished_result(plan, out)
     check_free(out, source)
@@ -119,7 +119,7 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
     return CompressionResult(out, plan_after_fit(plan, sections), fidelity)
 
 
-def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
+def _fingerprint(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     text = recipe.text
     calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
     return {
@@ -171,7 +171,7 @@ def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     return {
         "compared": "tensors of every layer, bit for bit",
         "kv_bytes_per_token": measured,
-        "decoding_difference": decode_layers(open_source(directory)),
+        "decoding_difference": decode_layers(open_checkpoint(directory)),
     }
 
 

@@ -18,7 +18,7 @@ SIDES = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint whose tensors are all there, with the shapes that its configuration asks for.
 
     Attributes:
@@ -72,7 +72,7 @@ def _rotary_dim(config: ModelShape) -> int:
     return int(_head_dim(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
 
-def open_source(directory: Path) -> Source:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a checkpoint and check, from headers alone, that every tensor is there with the right shape.
 
     Raises:
@@ -83,7 +83,7 @@ def open_source(directory: Path) -> Source:
     where = str(directory / "config.json")
     family = find_family(raw, where)
     native = str(raw["model_type"]).startswith(MEA_PREFIX)
-    source = Source(reader, family, _configuration(raw, family, native, where), native, raw)
+    source = Checkpoint(reader, family, _configuration(raw, family, native, where), native, raw)
     _check_tensors(source)
     return source
 
@@ -156,7 +156,7 @@ def _check_settings(config: Any, rotary_dim: int) -> None:
         raise ValueError(f"rope_parameters do not give {rotary_dim // 2} frequencies")
 
 
-def _check_tensors(source: Source) -> None:
+def _check_tensors(source: Checkpoint) -> None:
     """Raise unless every tensor of the model is there with its shape, attention's in a dtype to compute in."""
     reader, where = source.reader, source.reader.directory
     for layer in range(source.config.num_hidden_layers):
@@ -199,7 +199,7 @@ def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -
     return info
 
 
-def attention_shapes(source: Source, layer: int) -> Shapes:
+def attention_shapes(source: Checkpoint, layer: int) -> Shapes:
     """Return the tensors of a layer's attention and their shapes, by full name."""
     config, family = source.config, source.family
     spec, bias = config.mea["layers"][layer], config.mea["bias"]
@@ -229,7 +229,7 @@ def attention_shapes(source: Source, layer: int) -> Shapes:
     return {family.attention(layer) + name: shape for name, shape in shapes.items()}
 
 
-def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
+def projection_info(source: Checkpoint, layer: int, side: str) -> TensorInfo:
     """Return where the weight of q_proj, k_proj or v_proj lies: a range of rows where the checkpoint fuses them.
 
     Args:
@@ -247,7 +247,7 @@ def projection_info(source: Source, layer: int, side: str) -> TensorInfo:
     return replace(info, shape=(rows, info.shape[1]), offset=info.offset + start * row_bytes, nbytes=rows * row_bytes)
 
 
-def _remaining_shapes(source: Source, layer: int) -> Shapes:
+def _remaining_shapes(source: Checkpoint, layer: int) -> Shapes:
     config, prefix = source.config, source.family.layer.format(layer=layer)
     norms: Shapes = {f"{name}_layernorm.weight": (config.hidden_size,) for name in ("input", "post_attention")}
     return {prefix + name: shape for name, shape in (norms | source.family.mlp(config, layer)).items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress import modeling
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
 from mea_compress.emit.outside import FORM_FILES, form_file, outside_forms
 from mea_compress.errors import RequestError
@@ -140,7 +140,7 @@ def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
         False
     """
     directory = Path(os.path.realpath(checkpoint))
-    source = open_source(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint))
     if not source.native:
         raise RequestError(
             f"{checkpoint} is a {source.raw_config['model_type']} checkpoint and carries no code of this program; "

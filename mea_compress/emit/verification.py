@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mea_compress.architectures import Source, open_source
+from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint import as_tensor
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.decoding import check_decoding, run_cached
@@ -52,7 +52,7 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
     Raises:
         VerificationError: It does not hold.
     """
-    emitted = open_source(directory)
+    emitted = open_checkpoint(directory)
     measured, largest, model = 0, 0.0, None
     layers = range(emitted.config.num_hidden_layers)
     for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
@@ -84,7 +84,7 @@ def relative_difference(measured: torch.Tensor, expected: torch.Tensor) -> float
     return math.inf if math.isnan(error) else error
 
 
-def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
+def _check_layer(emitted: Checkpoint, layer: int) -> tuple[float, int]:
     """Return the largest relative difference of a layer's keys and values, and its cache bytes per token."""
     attention = _keys_and_values_of(emitted, layer)
     generator = torch.Generator().manual_seed(layer)
@@ -106,7 +106,7 @@ def _check_layer(emitted: Source, layer: int) -> tuple[float, int]:
     return difference, (cached_keys.numel() + cached_values.numel()) * itemsize // _TOKENS
 
 
-def _keys_and_values_of(emitted: Source, layer: int) -> MeaAttention:
+def _keys_and_values_of(emitted: Checkpoint, layer: int) -> MeaAttention:
     """Return a layer's attention in float32, without the projections of queries and output."""
     with torch.device("meta"):
         attention = MeaAttention(emitted.config, layer)
@@ -128,7 +128,7 @@ def _difference_of_heads(heads: torch.Tensor, expected: torch.Tensor) -> float:
     return relative_difference(heads.repeat_interleave(expected.shape[1] // heads.shape[1], dim=1), expected)
 
 
-def _explicit_heads(emitted: Source, layer: int, side: str, hidden: torch.Tensor) -> torch.Tensor:
+def _explicit_heads(emitted: Checkpoint, layer: int, side: str, hidden: torch.Tensor) -> torch.Tensor:
     """Return the reconstructed heads of a side applied to (1, T, D) in float64: (1, H, T, d) float32."""
     heads = as_tensor(read_side(emitted, layer, side))  # (H, d, D + 1)
     ones = hidden.new_ones(*hidden.shape[:-1], 1)
@@ -136,7 +136,7 @@ def _explicit_heads(emitted: Source, layer: int, side: str, hidden: torch.Tensor
 
 
 def _explicit_keys(
-    emitted: Source, layer: int, attention: MeaAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    emitted: Checkpoint, layer: int, attention: MeaAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """Return the reconstructed keys after their norm and RoPE, (1, H, T, d)."""
     keys = _explicit_heads(emitted, layer, "key", hidden)
@@ -148,7 +148,7 @@ def _explicit_keys(
     return torch.cat((real * c - imaginary * s, imaginary * c + real * s, unrotated), dim=-1)
 
 
-def decode_layers(emitted: Source) -> float:
+def decode_layers(emitted: Checkpoint) -> float:
     """Decode with every kind of layer of a checkpoint, each in a small model around its attention.
 
     The model has one layer with the checkpoint's heads, compositions, positions and masks; its hidden size is cut down
@@ -176,7 +176,7 @@ def _decode(model: Any, seed: int) -> float:
     return check_decoding(model, prompt, steps, TOLERANCE)
 
 
-def _small_model(emitted: Source, layer: int) -> Any:
+def _small_model(emitted: Checkpoint, layer: int) -> Any:
     """Return a float32 model of the family with one layer's attention, on the first channels of its hidden state."""
     from mea_compress.modeling import modeling_mea
 
@@ -196,7 +196,7 @@ def _small_model(emitted: Source, layer: int) -> Any:
     return model
 
 
-def _small_config(emitted: Source, layer: int) -> Any:
+def _small_config(emitted: Checkpoint, layer: int) -> Any:
     """Return the checkpoint's configuration cut down to one layer, a small hidden size, MLP and vocabulary."""
     config = copy.deepcopy(emitted.model_config)
     small = {
@@ -222,7 +222,7 @@ def _small_config(emitted: Source, layer: int) -> Any:
     return config
 
 
-def _check_model(emitted: Source) -> tuple[float, int, Any]:
+def _check_model(emitted: Checkpoint) -> tuple[float, int, Any]:
     """Return the largest relative difference of logits, the cache bytes per token, and the model in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
@@ -246,7 +246,7 @@ def _check_model(emitted: Source) -> tuple[float, int, Any]:
     return relative_difference(logits, expected), measured, model
 
 
-def _explicit_model(emitted: Source, model: Any) -> Any:
+def _explicit_model(emitted: Checkpoint, model: Any) -> Any:
     """Return the model with explicit attention over the reconstructed heads: no layer is composed."""
     heads = emitted.config.num_key_value_heads
     config = type(model.config).from_dict(model.config.to_dict())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import StockForm, rotary
 from mea_compress.heads.composed import Array, FactoredHeads, join_heads, split_heads
@@ -19,7 +19,7 @@ from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling.section_mea import rotary_pairs
 
 
-def absorbed_queries(source: Source, form: StockForm, layer: int) -> Array:
+def absorbed_queries(source: Checkpoint, form: StockForm, layer: int) -> Array:
     """Return q_proj with the key composition in it: (Hq · head_dim of the form, D + 1), float64."""
     composed = read_composed(source, layer, "key")
     blocks = _blocks(composed, form, _key_rows(composed, form, source.rotary_dim))  # (H, d, width)
@@ -32,13 +32,13 @@ def absorbed_queries(source: Source, form: StockForm, layer: int) -> Array:
     return scale * (blocks.mT[:, None] @ query).reshape(-1, query.shape[-1])
 
 
-def ordered_keys(source: Source, form: StockForm, layer: int) -> Array:
+def ordered_keys(source: Checkpoint, form: StockForm, layer: int) -> Array:
     """Return k_proj with its rows in the order of the form: (groups · head_dim of the form, D + 1), float64."""
     composed = read_composed(source, layer, "key")
     return composed.projection[_key_rows(composed, form, source.rotary_dim)]
 
 
-def absorbed_output(source: Source, form: StockForm, layer: int) -> Array:
+def absorbed_output(source: Checkpoint, form: StockForm, layer: int) -> Array:
     """Return o_proj with the value composition in it: (D, Hq · head_dim of the form), float64."""
     blocks = _blocks(read_composed(source, layer, "value"), form)
     weight = source.reader.read_array(f"{source.family.attention(layer)}o_proj.weight").astype(np.float64)

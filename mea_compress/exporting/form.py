@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, side_form
 
@@ -91,7 +91,7 @@ def uniform_rotary_components(components: float, head_dim: int) -> list[int]:
     return [each + (pair < left_over) for pair in range(head_dim // 2)]
 
 
-def stock_form(source: Source, layers: Sequence[Mapping[str, Any]], target: str = "stock") -> StockForm:
+def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: str = "stock") -> StockForm:
     """Return the form in which layers can be exported.
 
     Args:
@@ -128,7 +128,7 @@ def stock_form(source: Source, layers: Sequence[Mapping[str, Any]], target: str 
     return form
 
 
-def _exportable(source: Source, components: float) -> str:
+def _exportable(source: Checkpoint, components: float) -> str:
     """Return the options with which this model can be exported at about this many component heads."""
     llama_only = not source.family.stock_export
     if source.config.mea["qk_norm"] or _length_dependent_rope(source) or (llama_only and _slides(source)):
@@ -136,7 +136,7 @@ def _exportable(source: Source, components: float) -> str:
     return f"{_WIDE} and export with --format llama" if llama_only else _WIDE
 
 
-def _pooled(source: Source, components: float) -> str:
+def _pooled(source: Checkpoint, components: float) -> str:
     """Return the options for pooled heads: as many as were asked for, or fewer, since they divide the heads."""
     heads = source.config.num_key_value_heads
     count = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, components))
@@ -146,7 +146,7 @@ def _pooled(source: Source, components: float) -> str:
     )
 
 
-def _same_width(source: Source, layers: Sequence[Mapping[str, Any]]) -> float:
+def _same_width(source: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> float:
     """Return the component heads of every layer, keys and values alike."""
     first = layers[0]["key_components"]
     for index, spec in enumerate(layers):
@@ -163,7 +163,9 @@ def _same_width(source: Source, layers: Sequence[Mapping[str, Any]]) -> float:
     return first
 
 
-def _same_pairs(source: Source, layers: Sequence[Mapping[str, Any]], groups: int, components: float) -> tuple[int, ...]:
+def _same_pairs(
+    source: Checkpoint, layers: Sequence[Mapping[str, Any]], groups: int, components: float
+) -> tuple[int, ...]:
     """Return the source's rotary pairs in one exported head, ascending."""
     shared = None
     for index, spec in enumerate(layers):
@@ -183,7 +185,7 @@ def _same_pairs(source: Source, layers: Sequence[Mapping[str, Any]], groups: int
     return shared
 
 
-def _check_target(source: Source, form: StockForm, target: str, components: float) -> None:
+def _check_target(source: Checkpoint, form: StockForm, target: str, components: float) -> None:
     """Raise if the class that the format is written for cannot hold the form."""
     if target not in FORMATS:
         raise RequestError(f"there is no export format {target!r}; choose one of {', '.join(FORMATS)}")
@@ -200,14 +202,14 @@ def _check_target(source: Source, form: StockForm, target: str, components: floa
         raise RequestError(f"{llama}; {f'{pooled} and ' if stock else ''}export it with --format stock")
 
 
-def _stock_obstacle(source: Source, form: StockForm) -> str | None:
+def _stock_obstacle(source: Checkpoint, form: StockForm) -> str | None:
     """Return why the family's class cannot hold the form, or None."""
     if source.family.stock_export or form.keeps_rope:
         return None
     return f"transformers' {source.family.model_type} takes no heads of another size than the hidden size gives"
 
 
-def _llama_obstacle(source: Source, form: StockForm) -> str | None:
+def _llama_obstacle(source: Checkpoint, form: StockForm) -> str | None:
     """Return why Llama's class cannot hold the form, or None."""
     config, name = source.config, source.family.model_type
     if config.mea["qk_norm"] or (source.rotary_dim != source.head_dim and form.keeps_rope):
@@ -215,7 +217,7 @@ def _llama_obstacle(source: Source, form: StockForm) -> str | None:
     return f"Llama has no sliding window and this {name} checkpoint has one" if _slides(source) else None
 
 
-def _slides(source: Source) -> bool:
+def _slides(source: Checkpoint) -> bool:
     """Return whether a layer sees a window shorter than the context."""
     config = source.config
     types = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -223,7 +225,7 @@ def _slides(source: Source) -> bool:
     return window < config.max_position_embeddings and "sliding_attention" in types
 
 
-def rotary(source: Source) -> tuple[torch.Tensor, float]:
+def rotary(source: Checkpoint) -> tuple[torch.Tensor, float]:
     """Return the inverse frequency of every rotary pair, (head_dim / 2,) float64, and the factor on cos and sin.
 
     Taken from transformers' own module, so that every scaling is what the source runs with. Channels that RoPE leaves
@@ -240,7 +242,7 @@ def rotary(source: Source) -> tuple[torch.Tensor, float]:
     return torch.cat((rotating, rest)), float(module.attention_scaling)
 
 
-def _length_dependent_rope(source: Source) -> str | None:
+def _length_dependent_rope(source: Checkpoint) -> str | None:
     """Return the RoPE type if its frequencies change with the length of the sequence, else None."""
     parameters = source.config.rope_parameters or {}
     kind = parameters.get("rope_type", "default")
@@ -249,7 +251,7 @@ def _length_dependent_rope(source: Source) -> str | None:
     return None if kind in _LENGTH_INDEPENDENT_ROPE else kind
 
 
-def export_cost(source: Source, form: StockForm, itemsize: int, windows: Sequence[int | None]) -> ExportCost:
+def export_cost(source: Checkpoint, form: StockForm, itemsize: int, windows: Sequence[int | None]) -> ExportCost:
     """Return what an export costs in weights and saves in cache.
 
     Args:
@@ -281,7 +283,7 @@ def _first_saving(added: int, saved: int, windows: Sequence[int | None]) -> int 
     return low if low < 1 << 40 else None
 
 
-def rope_settings(source: Source, form: StockForm) -> dict[str, Any]:
+def rope_settings(source: Checkpoint, form: StockForm) -> dict[str, Any]:
     """Return the RoPE settings of an export's config.json, under the names of old and new libraries.
 
     Libraries older than transformers 5, and engines, read ``rope_theta`` and ``rope_scaling`` in place of
@@ -298,7 +300,7 @@ def rope_settings(source: Source, form: StockForm) -> dict[str, Any]:
     return settings | {"rope_scaling": None if scaling.get("rope_type") == "default" else scaling}
 
 
-def _written_down(source: Source, form: StockForm) -> dict[str, Any]:
+def _written_down(source: Checkpoint, form: StockForm) -> dict[str, Any]:
     """Return ``rope_parameters`` with every frequency written down, the same for short and long sequences.
 
     The base is 1, so that a factor is 1 over the frequency it stands for.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mea_compress.architectures import Source, open_source
+from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint import (
     Entry,
     NewTensor,
@@ -99,7 +99,7 @@ def export(
         ('llama', 1)
     """
     checkpoint, out = Path(checkpoint), Path(out).absolute()
-    source = open_source(checkpoint)
+    source = open_checkpoint(checkpoint)
     if not source.native:
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
     form = stock_form(source, source.config.mea["layers"], format)
@@ -122,7 +122,7 @@ def export(
     return result
 
 
-def _fingerprint(source: Source, target: str) -> dict[str, Any]:
+def _fingerprint(source: Checkpoint, target: str) -> dict[str, Any]:
     return {
         "the checkpoint": fingerprint(source.reader, source.raw_config),
         "the format": target,
@@ -130,7 +130,7 @@ def _fingerprint(source: Source, target: str) -> dict[str, Any]:
     }
 
 
-def _config(source: Source, form: StockForm, target: str) -> dict[str, Any]:
+def _config(source: Checkpoint, form: StockForm, target: str) -> dict[str, Any]:
     """Return config.json of the base family, with nothing of this package in it."""
     config = {key: value for key, value in source.raw_config.items() if key not in ("auto_map", "mea")}
     family = source.family
@@ -148,7 +148,7 @@ def _config(source: Source, form: StockForm, target: str) -> dict[str, Any]:
     return config
 
 
-def _entries(source: Source, form: StockForm, target: str) -> list[Entry]:
+def _entries(source: Checkpoint, form: StockForm, target: str) -> list[Entry]:
     """Return all tensors of the export in the order of the source."""
     replaced: dict[str, Entry | None] = {}
     for layer in range(source.config.num_hidden_layers):
@@ -169,7 +169,7 @@ def _entries(source: Source, form: StockForm, target: str) -> list[Entry]:
     return entries
 
 
-def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Entry | None]:
+def _layer_entries(source: Checkpoint, form: StockForm, layer: int) -> dict[str, Entry | None]:
     """Return what takes the place of a layer's tensors, by name; None where nothing does."""
     spec, prefix = source.config.mea["layers"][layer], source.family.attention(layer)
     hidden_size, width = source.config.hidden_size, source.config.num_attention_heads * form.head_dim
@@ -197,7 +197,7 @@ def _layer_entries(source: Source, form: StockForm, layer: int) -> dict[str, Ent
     return tensors
 
 
-def _fused_projections(source: Source, layer: int, tensors: dict[str, Entry | None]) -> dict[str, Entry | None]:
+def _fused_projections(source: Checkpoint, layer: int, tensors: dict[str, Entry | None]) -> dict[str, Entry | None]:
     """Return a layer's tensors with queries, keys and values stacked in the one projection that the family has."""
     prefix = source.family.attention(layer)
     names = [f"{prefix}{side}_proj.weight" for side in "qkv"]
@@ -236,7 +236,7 @@ def _rounded(array: Array, dtype: str, name: str) -> Array:
     return rounded
 
 
-def _write_card(source: Source, result: ExportResult, target: Path) -> None:
+def _write_card(source: Checkpoint, result: ExportResult, target: Path) -> None:
     directory = source.reader.directory
     record = directory / "compression.json"
     name = json.loads(record.read_text())["source"] if record.is_file() else directory.resolve().name

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.decoding import cache_argument, check_decoding, run_cached
@@ -30,7 +30,7 @@ _TOKENS = 24
 _LARGEST_POSITION = 512
 
 
-def verify_export(source: Source, directory: Path, progress: bool = True) -> dict[str, float]:
+def verify_export(source: Checkpoint, directory: Path, progress: bool = True) -> dict[str, float]:
     """Reload an export with the stock classes and compare it with the checkpoint that it was made from.
 
     Every layer's attention is run on the same input in both, in float32; a model that is small enough is also loaded
@@ -68,7 +68,9 @@ def verify_export(source: Source, directory: Path, progress: bool = True) -> dic
     return result
 
 
-def _check_layer(source: Source, config: PreTrainedConfig, reader: CheckpointReader, layer: int) -> tuple[float, int]:
+def _check_layer(
+    source: Checkpoint, config: PreTrainedConfig, reader: CheckpointReader, layer: int
+) -> tuple[float, int]:
     """Return the largest relative difference of one layer's attention, and the export's cache bytes per token.
 
     The export decodes the tokens in three steps with a cache; the compressed layer reads them at once without one.
@@ -118,7 +120,7 @@ def _layer_input(config: PreTrainedConfig, seed: int) -> tuple[torch.Tensor, tor
     return hidden, positions
 
 
-def _check_model(source: Source, directory: Path) -> tuple[float, int, float]:
+def _check_model(source: Checkpoint, directory: Path) -> tuple[float, int, float]:
     """Return the largest relative difference of float32 logits, the export's cache bytes per token, and of decoding."""
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, source.config.max_position_embeddings)

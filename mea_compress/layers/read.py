@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import projection_info
 from mea_compress.checkpoint import TensorInfo, read_array
 from mea_compress.errors import RequestError
@@ -11,7 +11,7 @@ from mea_compress.heads.types import AttentionHeads
 from mea_compress.modeling.section_mea import rotary_pairs, side_form
 
 
-def read_composed(source: Source, layer: int, side: str) -> FactoredHeads:
+def read_composed(source: Checkpoint, layer: int, side: str) -> FactoredHeads:
     """Return keys or values of a layer as the checkpoint holds them: components and composition.
 
     Args:
@@ -42,11 +42,11 @@ def read_composed(source: Source, layer: int, side: str) -> FactoredHeads:
     )
 
 
-def _latent(source: Source, layer: int) -> Array:
+def _latent(source: Checkpoint, layer: int) -> Array:
     return np.concatenate([read_projection(source, layer, side) for side in ("key", "value")])
 
 
-def read_side(source: Source, layer: int, side: str) -> Array:
+def read_side(source: Checkpoint, layer: int, side: str) -> Array:
     """Return the key or value heads that the queries see, (H, d, D + 1): a native MEA layer is multiplied out.
 
     Where a form rebuilds keys that the key norm's weight has multiplied, the weight is divided out.
@@ -58,7 +58,7 @@ def read_side(source: Source, layer: int, side: str) -> Array:
     return heads
 
 
-def read_heads(source: Source, layer: int, with_queries: bool = True) -> AttentionHeads:
+def read_heads(source: Checkpoint, layer: int, with_queries: bool = True) -> AttentionHeads:
     """Return a layer's attention.
 
     Args:
@@ -93,7 +93,7 @@ def read_heads(source: Source, layer: int, with_queries: bool = True) -> Attenti
     )
 
 
-def read_projection(source: Source, layer: int, side: str) -> Array:
+def read_projection(source: Checkpoint, layer: int, side: str) -> Array:
     """Return q_proj, k_proj or v_proj with its bias as last column, (rows, D + 1), cut out where they are fused."""
     info = projection_info(source, layer, side)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
@@ -103,7 +103,7 @@ def read_projection(source: Source, layer: int, side: str) -> Array:
     return _finite(projection, info)
 
 
-def _read(source: Source, name: str) -> Array:
+def _read(source: Checkpoint, name: str) -> Array:
     info = source.reader.info(name)
     return _finite(read_array(info).astype(np.float64), info)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint import as_tensor
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.store import StoredLayer
@@ -75,7 +75,7 @@ class LayerRunner:
 
     def __init__(
         self,
-        source: Source,
+        source: Checkpoint,
         layer: int,
         stored: StoredLayer | None = None,
         dtype: torch.dtype = torch.float32,
@@ -139,7 +139,7 @@ class LayerRunner:
         return following, captured
 
 
-def embed(source: Source, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
+def embed(source: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
     """Return the token embeddings of all sequences, (N, T) -> (N, T, D); only the rows that occur are read."""
     name = "model.embed_tokens.weight"
     unique, inverse = tokens.unique(return_inverse=True)
@@ -156,7 +156,7 @@ def batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _layer_state(source: Source, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _layer_state(source: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the layer's tensors under the names of layer 0; a fused projection is split."""
     prefix, attention = source.family.layer.format(layer=layer), source.family.attention(layer)
     state = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
 from mea_compress.errors import RequestError
@@ -19,7 +19,7 @@ _CALIBRATION_SEQUENCE = 1024
 WHOLE_MODEL_BYTES = 32 << 20
 
 
-def decide(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], choice: str) -> Decisions:
+def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choice: str) -> Decisions:
     """Decide what the whole work needs, once its layers are planned."""
     steps = refinement_steps(source, recipe)
     sequences, length = calibration_shape(source, recipe)
@@ -42,7 +42,7 @@ def decide(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], choice: 
     )
 
 
-def calibration_shape(source: Source, recipe: Recipe) -> tuple[int, int]:
+def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     """Return the number of calibration sequences and their length.
 
     Raises:
@@ -55,7 +55,7 @@ def calibration_shape(source: Source, recipe: Recipe) -> tuple[int, int]:
     return recipe.sequences or max(1, _CALIBRATION_TOKENS // length), length
 
 
-def refinement_steps(source: Source, recipe: Recipe) -> int:
+def refinement_steps(source: Checkpoint, recipe: Recipe) -> int:
     """Return the optimiser steps of a layer: as asked for, or by the model's width where the fit refines by itself."""
     if recipe.refine is not None:
         return recipe.refine
@@ -65,7 +65,7 @@ def refinement_steps(source: Source, recipe: Recipe) -> int:
     return max(100, min(300, 300 * 512 // source.config.hidden_size))
 
 
-def stored_dtype(source: Source, recipe: Recipe) -> str:
+def stored_dtype(source: Checkpoint, recipe: Recipe) -> str:
     """Return the safetensors name of the dtype that composed layers are stored in."""
     return DTYPE_NAMES[recipe.dtype] if recipe.dtype else source.dtype
 
@@ -87,7 +87,7 @@ def _can_split(recipe: Recipe, spec: LayerSpec) -> bool:
     return open_budget and alike and recipe.kv_groups == 1 and not key.joint and (recipe.kv_ratio or 1) < 1
 
 
-def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
+def choose_compositions(source: Checkpoint, recipe: Recipe) -> tuple[str, str, str]:
     """Choose the compositions of keys and values, and say why where the recipe left them open.
 
     The best that decodes without rebuilding keys: a complex composition commutes with RoPE, and o_proj reads values
@@ -106,7 +106,7 @@ def choose_compositions(source: Source, recipe: Recipe) -> tuple[str, str, str]:
     return keys, values, "; ".join(reasons)
 
 
-def decide_layer(source: Source, recipe: Recipe, keys: str, values: str, before: LayerSpec) -> LayerSpec:
+def decide_layer(source: Checkpoint, recipe: Recipe, keys: str, values: str, before: LayerSpec) -> LayerSpec:
     """Decide how a chosen layer is cached afterwards.
 
     Raises:
@@ -127,7 +127,7 @@ def decide_layer(source: Source, recipe: Recipe, keys: str, values: str, before:
 
 
 def _decide_side(
-    side: str, composition: str, count: int | None, ratio: float | None, before: SideSpec, source: Source
+    side: str, composition: str, count: int | None, ratio: float | None, before: SideSpec, source: Checkpoint
 ) -> SideSpec:
     """Decide composition and components of one side; a side that nothing is said about stays as it is."""
     if count is None and ratio is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures import Source, open_source
+from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.emit.code import CarriedCode, carried_code
 from mea_compress.planning.decisions import choose_compositions, decide, decide_layer, needs_queries, stored_dtype
@@ -42,10 +42,10 @@ def make_plan(directory: Path, recipe: Recipe) -> Plan:
     Raises:
         RequestError: The checkpoint is not usable or the recipe asks for what it cannot give.
     """
-    return plan_source(open_source(directory), recipe)
+    return plan_source(open_checkpoint(directory), recipe)
 
 
-def plan_source(source: Source, recipe: Recipe) -> Plan:
+def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
     """Return the plan for an opened checkpoint.
 
     Raises:
@@ -77,7 +77,7 @@ def plan_after_fit(plan: Plan, sections: Mapping[int, Mapping[str, Any]]) -> Pla
     return replace(plan, layers=tuple(layers), costs=costs)
 
 
-def _layer_plan(source: Source, recipe: Recipe, layer: int, before: LayerSpec, spec: LayerSpec) -> LayerPlan:
+def _layer_plan(source: Checkpoint, recipe: Recipe, layer: int, before: LayerSpec, spec: LayerSpec) -> LayerPlan:
     return LayerPlan(
         layer,
         before,
@@ -102,7 +102,7 @@ class Inspection(Shown):
         code: The code that it carries, where it is one of this program's.
     """
 
-    source: Source
+    source: Checkpoint
     layers: Sequence[LayerPlan]
     parameters: int
     code: CarriedCode | None
@@ -167,7 +167,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     Raises:
         RequestError: The checkpoint is not usable.
     """
-    source = open_source(directory)
+    source = open_checkpoint(directory)
     unchanged = plan_source(source, Recipe())
     code = carried_code(directory) if source.native else None
     return Inspection(source, unchanged.layers, unchanged.costs.parameters_before, code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
@@ -22,7 +22,7 @@ _WORKING_BYTES = 100 << 20
 SPILL_BYTES = 4 << 30
 
 
-def layer_window(source: Source, layer: int) -> int | None:
+def layer_window(source: Checkpoint, layer: int) -> int | None:
     """Return the tokens that a layer with sliding-window attention sees, or None."""
     config = source.config
     types = getattr(config, "layer_types", None)
@@ -30,19 +30,19 @@ def layer_window(source: Source, layer: int) -> int | None:
     return getattr(config, "sliding_window", None) if sliding else None
 
 
-def cached_bytes(source: Source, spec: LayerSpec, dtype: str) -> int:
+def cached_bytes(source: Checkpoint, spec: LayerSpec, dtype: str) -> int:
     """Return the cache bytes per token of a layer in a dtype (as safetensors calls it)."""
     norms = source.config.mea["qk_norm"] and spec.key.form.caches_norm_scalars
     scalars = source.config.num_key_value_heads if norms else 0
     return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + scalars)
 
 
-def layer_parameters(source: Source, spec: LayerSpec) -> int:
+def layer_parameters(source: Checkpoint, spec: LayerSpec) -> int:
     """Return how many numbers the tensors hold that make a layer's keys and values."""
     return sum(prod(shape) for shape in stored_shapes(source, spec).values())
 
 
-def stored_shapes(source: Source, spec: LayerSpec) -> Shapes:
+def stored_shapes(source: Checkpoint, spec: LayerSpec) -> Shapes:
     """Return the tensors that keys and values are stored as, in order, by their names below ``self_attn.``."""
     config, heads, head_dim = source.config, source.config.num_key_value_heads, source.head_dim
     widths = dict(zip(("key", "value"), _widths(source, spec), strict=True))
@@ -58,12 +58,12 @@ def stored_shapes(source: Source, spec: LayerSpec) -> Shapes:
     return shapes
 
 
-def _widths(source: Source, spec: LayerSpec) -> tuple[int, int]:
+def _widths(source: Checkpoint, spec: LayerSpec) -> tuple[int, int]:
     key, value = (cached_width(side.components, source.head_dim) for side in (spec.key, spec.value))
     return key, value
 
 
-def whole_costs(source: Source, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
+def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
     """Return what the whole work takes and gives."""
     infos = source.reader.tensors.values()
     total = sum(prod(info.shape) for info in infos)
@@ -96,7 +96,7 @@ def whole_costs(source: Source, recipe: Recipe, decisions: Decisions, layers: Se
     )
 
 
-def _stock_export(source: Source, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:
+def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:
     """Return what a stock export of the planned layers costs and saves, or why there can be none."""
     sections = []
     for layer, spec in zip(layers, source.config.mea["layers"], strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mea_compress.architectures import Source
+from mea_compress.architectures import Checkpoint
 from mea_compress.modeling.section_mea import Form, side_form, side_section
 from mea_compress.recipe import Recipe
 from mea_compress.report.showing import Shown
@@ -161,7 +161,7 @@ class Plan(Shown):
         costs: Sizes of the whole.
     """
 
-    source: Source
+    source: Checkpoint
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
     decisions: Decisions

@@ -16,7 +16,7 @@ from tiny import stock_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.compositions import base, configured, find_method, methods, register
 from mea_compress.compositions.moments import apply_covariance, moment
 from mea_compress.compression import compress
@@ -181,7 +181,7 @@ def test_a_checkpoint_outlives_its_method(tmp_path):
     strided()
     out = compressed(tmp_path, "strided").out
     del base._methods["strided"]
-    source = open_source(out)
+    source = open_checkpoint(out)
     assert source.config.mea["layers"][0]["value_composition"] == "strided"
     check_decoding_and_reference(out)
     again = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="latent")
@@ -216,7 +216,7 @@ def test_a_form_that_is_not_registered_is_named(tmp_path):
     out = compressed(tmp_path, "mapped").out
     del FORMS["mapped"]
     with pytest.raises(RequestError, match="unknown value_form 'mapped'; import the module that registers it"):
-        open_source(out)
+        open_checkpoint(out)
 
 
 def test_flags_and_recipes_take_every_registered_method(tmp_path):

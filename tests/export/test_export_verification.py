@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from exporting import compressed
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.errors import VerificationError
 from mea_compress.exporting import stock, verification
 from mea_compress.exporting.stock import export
@@ -33,7 +33,7 @@ def test_a_projection_that_was_folded_wrongly_is_noticed(wrong, projection, whol
 def test_another_layer_s_weights_are_noticed(whole, tmp_path, monkeypatch):
     out = compressed(tmp_path)
     export(out, tmp_path / "export", progress=False)
-    source = open_source(out)
+    source = open_checkpoint(out)
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
     result = verify_export(source, tmp_path / "export", progress=False)
     assert result["attention_difference"] < 1e-5 and ("logit_difference" in result) == whole

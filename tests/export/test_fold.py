@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from exporting import WAYS, compressed
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.errors import RequestError
 from mea_compress.exporting.fold import absorbed_output, absorbed_queries, ordered_keys
 from mea_compress.exporting.form import stock_form
@@ -16,7 +16,7 @@ TOKENS = 7
 
 
 def opened(directory, case, way, **more):
-    source = open_source(compressed(directory, case, way, **more))
+    source = open_checkpoint(compressed(directory, case, way, **more))
     return source, stock_form(source, source.config.mea["layers"], "llama" if case.startswith("phi3") else "stock")
 
 

@@ -8,7 +8,7 @@ import torch
 from exporting import HEAD, WAYS, compressed, load
 from tiny import LLAMA3_ROPE, contents, save, stock_checkpoint, stock_model
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import FORMATS, _first_saving, uniform_rotary_components
@@ -108,7 +108,7 @@ def test_uniform_budgets_that_leave_some_pairs_one_more_are_exported_as_planned(
     recipe = load_recipe("serve-anywhere", {"kv_ratio": ratio, "fit": "weights", "refine": 0})
     planned = make_plan(source, recipe).costs.stock_export
     compress(source, tmp_path / "out", recipe=recipe, progress=False)
-    opened = open_source(tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
     for layer in opened.config.mea["layers"]:
         assert len(set(layer["rotary_components"])) == 2
         assert layer["rotary_components"] == uniform_rotary_components(layer["key_components"], opened.head_dim)
@@ -204,7 +204,7 @@ def test_plan_and_export_say_the_same_of_weights_and_cache(tmp_path):
     result = export(tmp_path / "out", tmp_path / "export", progress=False).to_json()
     assert {name: result[name] for name in planned} == planned
     sizes = [
-        sum(info.nbytes for info in open_source(tmp_path / name).reader.tensors.values())
+        sum(info.nbytes for info in open_checkpoint(tmp_path / name).reader.tensors.values())
         for name in ("source", "export")
     ]
     assert sizes[1] - sizes[0] == planned["weight_bytes_added"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CASES, SIZES, contents, stock_checkpoint
 from transformers.cache_utils import DynamicCache
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.cli import cli
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
@@ -154,7 +154,7 @@ ROPES = {
 def test_rope_scaling_is_folded_in_also_beyond_the_trained_length(rope, tmp_path):
     stock_checkpoint(tmp_path / "source", "llama", rope_parameters={"rope_theta": 10000.0, **ROPES[rope]})
     out = compressed(tmp_path, way="head")
-    _, factor = rotary(open_source(out))
+    _, factor = rotary(open_checkpoint(out))
     assert (factor != 1) == (rope in ("yarn", "longrope"))  # their factor on cos and sin went into q_proj
     export(out, tmp_path / "export", progress=False)
     ids = tokens(shape=(1, 300))  # the model's context is 256

@@ -5,7 +5,7 @@ import torch
 from tiny import SIZES, save, scatter, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.layers.runner import LayerRunner, batches, embed
@@ -16,7 +16,7 @@ from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "phi3-partial", "qwen3_moe"])
 def test_statistics_are_those_of_the_stock_model(case, tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "src", case))
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src", case))
     ids = torch.randint(3, 64, (3, 10), generator=torch.Generator().manual_seed(1))
     hidden, accumulator = embed(source, ids), None
     for part in batches(3, 2):
@@ -48,9 +48,9 @@ def attention_of(case, tmp_path):
     if case == "head norm":
         torch.manual_seed(0)
         model = MeaLlamaForCausalLM(MeaLlamaConfig(**SIZES, head_dim=8, mea={"head_norm": True}))
-        source = open_source(save(scatter(model), tmp_path / "src"))
+        source = open_checkpoint(save(scatter(model), tmp_path / "src"))
     else:
-        source = open_source(stock_checkpoint(tmp_path / "src", case))
+        source = open_checkpoint(stock_checkpoint(tmp_path / "src", case))
     runner = LayerRunner(source, 0)
     attention = runner.attention
     hidden = embed(source, torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1)))[:]
@@ -155,7 +155,7 @@ def test_too_few_tokens_says_how_many_are_needed():
 
 
 def test_statistics_with_nan_are_refused(tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "src"))
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src"))
     runner = LayerRunner(source, 0)
     accumulator = StatisticsAccumulator(runner.attention)
     hidden = embed(source, torch.randint(3, 64, (2, 6)))[:]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import contents, stock_checkpoint, stock_model
 from transformers import AutoModelForCausalLM
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.fit import layers as fitting
@@ -77,7 +77,7 @@ def test_kept_heads_stay_bit_identical_through_refinement(tmp_path):
         recipe=recipe(key_composition="prune", value_composition="prune", refine=4, split="even"),
         progress=False,
     )
-    emitted, original = open_source(tmp_path / "out"), open_source(source)
+    emitted, original = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
     for side in ("key", "value"):
         rows = emitted.reader.read_array(f"model.layers.0.self_attn.{side[0]}_proj.weight")
         components = rows.reshape(2, -1, rows.shape[1])

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import stock_checkpoint, stock_model
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
 from mea_compress.heads.composed import FactoredHeads
@@ -19,7 +19,7 @@ PREFIX = "model.layers.1.self_attn."
 
 @pytest.mark.parametrize("case", ["llama-rope-bias-wide-tied", "qwen2", "qwen3", "phi3-partial"])
 def test_heads_are_the_projections_in_float64_with_the_bias_as_last_column(case, tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "source", case))
+    source = open_checkpoint(stock_checkpoint(tmp_path / "source", case))
     attention = stock_model(case).model.layers[1].self_attn
     heads = read_heads(source, 1)
     x = torch.randn(5, source.config.hidden_size, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_a_layer_survives_being_stored(tmp_path):
     source = stock_checkpoint(tmp_path / "source", "qwen2", torch.float64)
     recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="frequency", value_composition="latent")
     compress(source, tmp_path / "out", recipe=recipe, progress=False)
-    opened = open_source(tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
     composed = {side: read_composed(opened, 1, side) for side in ("key", "value")}
     stored = store_layer(ComposedLayer(**composed), opened.config.mea["bias"], "F64")
     on_disk = load_file(tmp_path / "out" / "model.safetensors")
@@ -80,7 +80,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
     tensors = load_file(directory / "model.safetensors")
     tensors[PREFIX + "q_proj.weight"][0, 0] = float("inf")
     save_file(tensors, directory / "model.safetensors")
-    source = open_source(directory)
+    source = open_checkpoint(directory)
     read_projection(source, 1, "key")
     with pytest.raises(RequestError, match=r"q_proj\.weight holds NaN or infinite"):
         read_projection(source, 1, "query")

@@ -5,7 +5,7 @@ import torch
 from tiny import CASES, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
-from mea_compress.architectures import open_source
+from mea_compress.architectures import open_checkpoint
 from mea_compress.layers import runner as streaming
 from mea_compress.layers.read import read_heads
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
@@ -13,7 +13,7 @@ from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 
 @pytest.mark.parametrize("case", CASES)
 def test_layers_in_turn_are_the_stock_model(case, tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "src", case))
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src", case))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "src").eval()
     ids = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
     hidden = embed(source, ids)
@@ -27,7 +27,7 @@ def test_layers_in_turn_are_the_stock_model(case, tmp_path):
 
 
 def test_trace_is_what_the_attention_saw_and_sent(tmp_path):
-    source = open_source(stock_checkpoint(tmp_path / "src", "qwen3"))
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src", "qwen3"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "src").eval()
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
     _, trace = LayerRunner(source, 0).run(embed(source, ids)[:])
