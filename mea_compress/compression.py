@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_compress.architectures import Checkpoint, open_checkpoint
+from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
 from mea_compress.checkpoint.system import raise_trim_threshold
@@ -90,7 +90,7 @@ def compress(
         return _load_finished_result(plan, out)
     check_free(out, source)
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
-    with open_workspace(out, _fingerprint(plan.source, plan.recipe), resume) as workspace:
+    with open_workspace(out, _fingerprint(plan), resume) as workspace:
         plan = _fit_and_write(plan, workspace, progress)
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
@@ -119,12 +119,13 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
     return CompressionResult(out, plan_after_fit(plan, sections), fidelity)
 
 
-def _fingerprint(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    text = recipe.text
+def _fingerprint(plan: Plan) -> dict[str, Any]:
+    """Return what must be the same for an interrupted run to be taken up again, by what to call it."""
+    text = plan.recipe.text
     calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
     return {
-        "the source": fingerprint(source.reader, source.raw_config),
-        "the recipe": to_yaml(recipe),
+        "the source": fingerprint(plan.source.reader, plan.source.raw_config),
+        "the recipe": to_yaml(plan.recipe),
         "the calibration text": calibration,
         "a library version": versions(),
     }
@@ -164,7 +165,8 @@ def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     from mea_compress.emit.verification import decode_layers, verify
 
     if plan.decisions.needs_calibration or plan.decisions.verifies_whole_model:
-        return verify(directory, plan.bytes_after, progress)
+        whole = plan.decisions.verifies_whole_model
+        return verify(directory, plan.bytes_after, whole_model=whole, progress=progress)
     measured = inspect_checkpoint(directory).bytes_per_token
     if measured != plan.bytes_after:
         raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {plan.bytes_after}")

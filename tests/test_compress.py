@@ -579,10 +579,8 @@ import resource, sys
 from pathlib import Path
 from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
-import mea_compress.emit.verification
 import mea_compress.planning.decisions
 mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
-mea_compress.emit.verification.WHOLE_MODEL_BYTES = 0
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head", shard_size="4MB")
 compress(Path(sys.argv[1]), Path(sys.argv[1] + "-out"), recipe, progress=False)
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])

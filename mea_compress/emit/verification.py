@@ -21,7 +21,6 @@ from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import every_head
-from mea_compress.planning.decisions import WHOLE_MODEL_BYTES
 
 # Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
 TOLERANCE = 1e-4
@@ -32,17 +31,18 @@ _DECODED_TOKENS = 8
 _SMALL_HIDDEN, _SMALL_MLP, _SMALL_VOCABULARY = 64, 16, 64
 
 
-def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[str, Any]:
+def verify(directory: Path, promised_bytes: int, *, whole_model: bool = True, progress: bool = True) -> dict[str, Any]:
     """Reload a checkpoint and check it.
 
     Every layer's keys and values, as its attention module reads them from what it gives to a cache, must equal those
-    of explicit attention whose weights are the reconstructed heads in float64; a model that is small enough is also
+    of explicit attention whose weights are the reconstructed heads in float64; where the plan says so, the model is
     loaded as a whole and its logits compared. The cache bytes are those of the tensors that are cached. Greedy tokens
     decoded with a cache must be those of whole sequences (see `check_decoding`).
 
     Args:
         directory: The emitted checkpoint.
         promised_bytes: Cache bytes per token that the plan promises.
+        whole_model: Load the model as a whole; otherwise no more than one layer is in memory.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -60,7 +60,7 @@ def verify(directory: Path, promised_bytes: int, progress: bool = True) -> dict[
         measured += layer_bytes
         largest = max(largest, difference)
     compared = "keys and values of every layer"
-    if emitted.weight_bytes <= WHOLE_MODEL_BYTES:
+    if whole_model:
         difference, measured, model = _check_model(emitted)
         largest = max(largest, difference)
         compared = "logits of the whole model"

@@ -33,20 +33,19 @@ def emitted(tmp_path, case="llama", kind="head"):
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama", "qwen3", "phi3-partial"])
-def test_what_compress_emits_is_right(case, kind, whole, tmp_path, monkeypatch):
+def test_what_compress_emits_is_right(case, kind, whole, tmp_path):
     out, result = emitted(tmp_path, case, kind)
-    monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
-    found = verify(out, result.plan.bytes_after, progress=False)
+    found = verify(out, result.plan.bytes_after, whole_model=whole, progress=False)
     assert found["largest_difference"] < 1e-5
     assert found["kv_bytes_per_token"] == result.plan.bytes_after
     assert ("logits" in found["compared"]) == whole
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_is_verified_layer_by_layer(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 0)
-    result = emitted(tmp_path, case, "frequency")[1]
-    assert result.fidelity["verification"]["compared"].startswith("keys and values")
+def test_every_family_is_verified_layer_by_layer(case, tmp_path):
+    out, result = emitted(tmp_path, case, "frequency")
+    found = verify(out, result.plan.bytes_after, whole_model=False, progress=False)
+    assert found["compared"].startswith("keys and values") and found["decoding_difference"] < 1e-5
 
 
 def test_other_cache_bytes_than_planned_are_noticed(tmp_path):
@@ -58,7 +57,6 @@ def test_other_cache_bytes_than_planned_are_noticed(tmp_path):
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkeypatch):
     out, result = emitted(tmp_path)
-    monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
     forward = verification.MeaAttention._expand
     monkeypatch.setattr(
         verification.MeaAttention,
@@ -66,7 +64,7 @@ def test_a_model_that_computes_something_else_is_noticed(whole, tmp_path, monkey
         lambda self, cached, composition: 1.01 * forward(self, cached, composition),
     )
     with pytest.raises(VerificationError, match="differs"):
-        verify(out, result.plan.bytes_after, progress=False)
+        verify(out, result.plan.bytes_after, whole_model=whole, progress=False)
 
 
 @pytest.mark.slow
