@@ -9,14 +9,9 @@ Shapes: B batch, T cached tokens, Q new tokens, Hq query heads, H key/value head
 heads of a cache (one where components are cached flat) and R query rows that read each of them, Hq * Q / N.
 """
 
-import inspect
-import warnings
-from collections.abc import Callable
-from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .decode_cpu_mea import attend_on_cpu, readable
 from .section_mea import Form
@@ -32,10 +27,6 @@ _BALANCE_OF_COMPOSED = {"cpu": 300.0}
 _COMPOSING_RATE = 0.2
 # Latent keys are rebuilt so many tokens at a time on a CPU, which keeps a tile of all heads in its cache.
 TILE = 512
-# A GPU's kernel splits the cache among its processors by blocks of so many tokens.
-GPU_BLOCK = 128
-# Query rows that the kernel holds at once, so that it reads the cache once, and the numbers of its accumulator.
-GPU_ROWS, GPU_ACCUMULATOR = 64, 32768
 
 
 def side_cost(form: Form, rows: int, heads: int, components: float, head_dim: int, device: str) -> tuple[float, float]:
@@ -159,89 +150,11 @@ def _is_inference(*tensors: torch.Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def fused_attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    norms: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    tokens: int,
-    blocks: BlockMask,
-    options: Any = None,
-) -> torch.Tensor:
-    """What absorbed queries get from flat components, in one kernel that reads each cached number once.
-
-    The same as `key_scores`, norms, `add_mask`, `softmax` and `weighted_values` one after another, the readable
-    reference, but for a row that sees nothing, which gets zeros. Compiled only on a GPU; elsewhere it runs as it is
-    written.
-
-    All rows are queries of one head: as heads of their own, their number would have to be a power of two.
-
-    Args:
-        queries: (B, 1, Hq * Q, key width), scaled; the rows of a query head lie together.
-        keys: (B, 1, T, key width).
-        values: (B, 1, T, value width).
-        norms: 1/rms of every rebuilt key, (B, T, H), or None.
-        mask: (B or 1, Hq or 1, Q, T), boolean where a token is seen, or additive; or None.
-        tokens: Q.
-        blocks: Of `every_block`.
-        options: Of `kernel_options`.
-
-    Returns:
-        (B, 1, Hq * Q, value width), in the dtype of the queries.
-    """
-    group = queries.shape[2] // norms.shape[-1] if norms is not None else 1
-
-    def score(logit: torch.Tensor, b: torch.Tensor, _: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> Any:
-        if norms is not None:
-            logit = logit * norms[b, token, row // group]
-        if mask is None:
-            return logit
-        # Where all sequences or heads share a mask, its only index is 0.
-        entry = mask[b * (mask.shape[0] > 1), row // tokens * (mask.shape[1] > 1), row % tokens, token]
-        return logit + entry if mask.is_floating_point() else torch.where(entry, logit, -float("inf"))
-
-    output: Any = flex_attention(
-        queries, keys, values, score_mod=score, block_mask=blocks, scale=1.0, kernel_options=options
-    )
-    return output
-
-
-@lru_cache(maxsize=1)
-def every_block(rows: int, length: int, device: torch.device) -> BlockMask:
-    """All cached tokens, block by block: without a list of blocks the kernel would not share them out."""
-    blocks = -(-length // GPU_BLOCK)
-    count = torch.full((1, 1, 1), blocks, dtype=torch.int32, device=device)
-    indices = torch.arange(blocks, dtype=torch.int32, device=device)[None, None, None]
-    return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=GPU_BLOCK, seq_lengths=(rows, length))
-
-
-def kernel_options(rows: int, key_width: int, value_width: int, itemsize: int, shared: int) -> dict[str, int] | None:
-    """How the kernel of `fused_attention` is to be built, or None where it cannot be.
-
-    A product on a GPU is at least 16 wide, and widths are rounded up to powers of two. A tile of queries and one of
-    the cache must fit in the memory of a processor, and the sums of all rows in its registers.
-
-    Args:
-        rows: Hq * Q.
-        key_width: Of the cached keys, without norms.
-        value_width: Of the cached values.
-        itemsize: Bytes of a cached number.
-        shared: Bytes of shared memory that one block of threads may have.
-    """
-    if min(key_width, value_width) < 16 or rows > GPU_ROWS:
-        return None
-    held, keys, values = (1 << (number - 1).bit_length() for number in (max(rows, 16), key_width, value_width))
-    if held * values > GPU_ACCUMULATOR:
-        return None
-    for tile, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1)):
-        if itemsize * (held * keys + stages * tile * (keys + values)) <= shared:
-            return {"BLOCK_N": tile, "num_stages": stages, "num_warps": 8 if held * values > 8192 else 4}
-    return None
-
-
 def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor, cpu_kernel: bool = True) -> bool:
-    """Whether `fused` may read this cache: where a device has a kernel, and nothing looks at what is computed.
+    """Return whether `fused` may read this cache: on a CPU, where nothing looks at what is computed.
+
+    A kernel compiled from FlexAttention was tried on a GPU and read slower than plain products: on an H200 at 32 K
+    tokens 1.07 ms against 0.18 for eight sequences, and at best the same for one.
 
     Args:
         keys: What is cached.
@@ -253,10 +166,7 @@ def may_fuse(keys: torch.Tensor, values: torch.Tensor, *others: torch.Tensor, cp
     if not _is_inference(*tensors):
         return False
     devices = {tensor.device.type for tensor in tensors}
-    return devices == {"cuda"} or (devices == {"cpu"} and cpu_kernel and readable(keys, values))
-
-
-_NOT_FUSED: set[tuple] = set()
+    return devices == {"cpu"} and cpu_kernel and readable(keys, values)
 
 
 def fused(
@@ -267,15 +177,15 @@ def fused(
     mask: torch.Tensor | None,
     tokens: int,
 ) -> torch.Tensor | None:
-    """What absorbed queries get from flat components, by the kernel of their device; None where none can be had.
+    """Return what absorbed queries get from flat components by the CPU's kernel, or None where none can be had.
 
     A mask that does not fit is left to plain products, which say what is wrong with it.
 
     Args:
-        queries: As `fused_attention`, in the dtype of the keys.
-        keys: As there.
-        values: As there.
-        norms: As there.
+        queries: (B, 1, Hq * Q, key width), scaled, in the dtype of the keys; the rows of a query head lie together.
+        keys: (B, 1, T, key width).
+        values: (B, 1, T, value width).
+        norms: 1/rms of every rebuilt key, (B, T, H), or None.
         mask: As `add_mask` takes it.
         tokens: Q.
     """
@@ -286,45 +196,4 @@ def fused(
         if any(size not in sizes for size, sizes in zip(mask.shape, fits, strict=True)):
             return None
         mask = mask.expand(-1, -1, tokens, length)
-    if queries.device.type == "cpu":
-        return attend_on_cpu(queries, keys, values, norms, mask)
-    return attend_on_gpu(queries, keys, values, norms, mask, tokens)
-
-
-def attend_on_gpu(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    norms: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    tokens: int,
-) -> torch.Tensor | None:
-    """`fused_attention`, compiled once for all lengths of a cache; None where there is none. Arguments as there."""
-    rows, length, width = queries.shape[2], keys.shape[2], values.shape[3]
-    form = (str(keys.device), keys.dtype, *queries.shape, width, tokens, norms is None, getattr(mask, "dtype", None))
-    if form in _NOT_FUSED or keys.dtype != values.dtype or keys.dtype.itemsize not in (2, 4):
-        return None
-    device = torch.cuda.get_device_properties(keys.device)
-    options = kernel_options(
-        rows, queries.shape[3], width, keys.dtype.itemsize, getattr(device, "shared_memory_per_block_optin", 48 * 1024)
-    )
-    if options is None:
-        return None
-    try:
-        blocks = every_block(rows, length, keys.device)
-        return _compiled(form)(queries, keys, values, norms, mask, tokens, blocks, options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the compiler does not support here, plain products do
-        _NOT_FUSED.add(form)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"cached components are read by plain products, no kernel was built: {reason}", stacklevel=2)
-        return None
-
-
-@cache
-def _compiled(form: tuple) -> Callable:
-    """`fused_attention` compiled for a form, each apart where this torch can, so that many do not count as one."""
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compile_: Any = torch.compile
-    return compile_(fused_attention, fullgraph=True, **apart)
+    return attend_on_cpu(queries, keys, values, norms, mask)

@@ -9,15 +9,10 @@ import torch
 from test_modeling_mea import HEAD_DIM, HEADS, KEYS, PAIRS, VALUES, build, decode, forward, spec, tokens
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from mea_compress.modeling import attention_mea, configuration_mea, decode_mea, modeling_mea
+from mea_compress.modeling import attention_mea, configuration_mea, modeling_mea
 from mea_compress.modeling.decode_mea import (
     absorb_is_faster,
     add_mask,
-    attend_on_gpu,
-    every_block,
-    fused,
-    fused_attention,
-    kernel_options,
     key_scores,
     may_fuse,
     readable_mask,
@@ -213,7 +208,7 @@ FLAT = [*itertools.product(("head", "prune", "share", "frequency"), ("head", "pr
 
 
 def plain_products(queries, keys, values, norms, mask, tokens):
-    """What `fused_attention` replaces: queries (B, 1, Hq * Q, W) against flat components, step after step."""
+    """What a kernel replaces: queries (B, 1, Hq * Q, W) against flat components, step after step."""
     logits = key_scores(queries, keys)[:, 0].unflatten(1, (-1, tokens))  # (B, Hq, Q, T)
     if norms is not None:
         logits = logits * norms.mT.repeat_interleave(logits.shape[1] // norms.shape[-1], 1)[:, :, None]
@@ -253,70 +248,6 @@ def parts(tokens, norms, dtype, device="cpu", length=13, key_width=24, value_wid
     return *found, scales if norms else None
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Lets the kernel's function, not compiled, read the components on a CPU, and counts its calls."""
-    calls = []
-
-    def uncompiled(queries, keys, values, norms, mask, tokens):
-        calls.append(None if mask is None else mask.dtype)
-        mask = None if mask is None else decode_mea._four_dimensional(mask, keys.shape[2])
-        blocks = every_block(queries.shape[2], keys.shape[2], keys.device)
-        return fused_attention(queries, keys, values, norms, mask, tokens, blocks)
-
-    monkeypatch.setattr(attention_mea, "may_fuse", lambda *tensors, **options: True)
-    monkeypatch.setattr(attention_mea, "fused", uncompiled)
-    return calls
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("kind", MASK_KINDS)
-def test_one_kernel_does_what_plain_products_do(kind, norms, tokens, dtype):
-    if kind == "integer" and tokens > 1:
-        pytest.skip("a mask of tokens is of a single new one")
-    found = parts(tokens, norms, dtype)
-    mask = mask_of(kind, 2, 4, tokens, 13)
-    expected = plain_products(*found, mask, tokens)
-    given = None if mask is None else decode_mea._four_dimensional(mask, 13)
-    output = fused_attention(*found, given, tokens, every_block(4 * tokens, 13, torch.device("cpu")))
-    assert output.dtype == dtype
-    torch.testing.assert_close(output, expected, rtol=0, atol={torch.float64: 1e-12, torch.float32: 2e-6}[dtype])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
-@pytest.mark.parametrize(("keys", "values"), FLAT)
-def test_one_kernel_reads_every_flat_composition(keys, values, family, at_once):
-    changes = {"sliding_window": 4} if family == "Mistral" else {}
-    model = build(family, keys, values, **changes)
-    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
-    mask[0, :3] = 0
-    for present in (None, mask):
-        options = {} if present is None else {"attention_mask": present}
-        model.config.mea["decode"] = "expand"
-        expected, _ = decode(model, ids, 6, **options)
-        assert not at_once
-        model.config.mea["decode"] = "absorb"
-        found, _ = decode(model, ids, 6, **options)
-        seen = mask.bool() if present is not None else torch.ones_like(mask).bool()
-        torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=1e-9)
-        assert torch.bool in at_once and (present is not None or family == "Mistral" or None in at_once)
-        at_once.clear()
-
-
-@pytest.mark.parametrize(("keys", "values"), [("pool", "head"), ("head", "none"), ("latent", "latent"), ("joint",) * 2])
-def test_what_is_not_flat_components_is_left_to_products(keys, values, at_once):
-    model = build("Qwen3", keys, values)
-    model.config.mea["decode"] = "absorb"
-    decode(model, tokens(1, 8), 6)
-    assert not at_once
-
-
 def test_no_kernel_is_asked_for_where_there_is_none():
     for dtype in (torch.float16, torch.float64):
         assert not may_fuse(*(torch.zeros(1, dtype=dtype) for _ in range(3)))
@@ -327,108 +258,14 @@ def test_no_kernel_is_asked_for_where_there_is_none():
     assert not may_fuse(torch.zeros(1), on_another, on_another)
 
 
-H200, A100, SMALL = 227 * 1024, 163 * 1024, 99 * 1024
-
-
-@pytest.mark.parametrize("shared", [H200, A100, SMALL])
-def test_kernels_are_built_for_half_of_the_heads_of_llama(shared):
-    for width in (256, 512):  # 4 of 8 heads of Llama-3.2-1B and Llama-3.1-8B
-        options = kernel_options(32, width, width, 2, shared)
-        assert options is not None
-        assert 2 * (32 * width + options["num_stages"] * options["BLOCK_N"] * 2 * width) <= shared
-
-
-def test_kernels_are_not_built_where_they_cannot_be():
-    assert kernel_options(32, 16, 16, 2, H200) is not None
-    assert kernel_options(28, 192, 320, 2, H200) is not None  # no powers of two
-    assert kernel_options(32, 8, 64, 2, H200) is None  # products are at least 16 wide
-    assert kernel_options(32, 64, 8, 2, H200) is None
-    assert kernel_options(65, 64, 64, 2, H200) is None
-    assert kernel_options(32, 2048, 2048, 2, H200) is None
-    assert kernel_options(16, 2048, 1024, 4, A100) is None
-
-
-class Processor:
-    shared_memory_per_block_optin = H200
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Processor())
-    monkeypatch.setattr(decode_mea, "_NOT_FUSED", set())
-    decode_mea._compiled.cache_clear()
-    yield
-    decode_mea._compiled.cache_clear()
-
-
-def test_a_compiler_that_fails_leaves_the_cache_to_products(pretended_gpu, monkeypatch):
-    asked = []
-
-    def compile_(function, **options):
-        asked.append(function)
-        raise RuntimeError("no compiler\nat all")
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    found = parts(1, True, torch.float32)
-    with pytest.warns(UserWarning, match="no kernel was built: no compiler$"):
-        assert attend_on_gpu(*found, None, 1) is None
-    assert attend_on_gpu(*found, None, 1) is None
-    assert len(asked) == 1
-
-
-@pytest.mark.slow
-def test_a_kernel_is_compiled_once_for_all_lengths(pretended_gpu, monkeypatch):
-    torch._dynamo.reset()
-    graphs, compile_ = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def compiled(function, *, fullgraph, isolate_recompiles=False):
-        return compile_(function, fullgraph=fullgraph, isolate_recompiles=isolate_recompiles, backend=backend)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    for length in (13, 14, 15, 200, 300):
-        found = parts(1, True, torch.float32, length=length)
-        mask = mask_of("boolean", 2, 4, 1, length)
-        expected = plain_products(*found, mask, 1)
-        torch.testing.assert_close(attend_on_gpu(*found, mask, 1), expected, rtol=0, atol=1e-5)
-    assert len(graphs) <= 3  # the first length, those of as many blocks, any
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("kind", MASK_KINDS)
-def test_the_compiled_kernel_does_what_plain_products_do(kind, norms, dtype):
-    assert not decode_mea._NOT_FUSED
-    widths = {"heads": 32, "groups": 8, "key_width": 256, "value_width": 192}
-    for length in (100, 1000, 1001):
-        found = parts(1, norms, dtype, device="cuda", length=length, **widths)
-        mask = mask_of(kind, 2, 32, 1, length)
-        mask = None if mask is None else mask.cuda()
-        assert may_fuse(*found[:3])
-        output = fused(*found, mask, 1)
-        assert output is not None, "no kernel was built"
-        wide = [None if tensor is None else tensor.double() for tensor in found]
-        expected = plain_products(*wide, mask, 1)
-        torch.testing.assert_close(
-            output.double(), expected, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-        )
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_a_step_decoded_on_a_gpu_is_the_same_absorbed_and_expanded(family, monkeypatch):
+def test_a_step_decoded_on_a_gpu_is_the_same_absorbed_and_expanded(family):
     model = build(family, "head", "latent", dtype=torch.float32, num_attention_heads=8).cuda()
-    asked, fuse = [], attention_mea.fused
-    monkeypatch.setattr(attention_mea, "fused", lambda *found: asked.append(fuse(*found)) or asked[-1])
     ids, found = tokens(2, 12).cuda(), {}
     for choice in ("expand", "absorb"):
         model.config.mea["decode"] = choice
         found[choice], _ = decode(model, ids, 6)
-    assert asked and all(output is not None for output in asked)
     torch.testing.assert_close(found["absorb"], found["expand"], rtol=0, atol=1e-3)
 
 
