@@ -106,7 +106,7 @@ def test_neither_format_is_proposed_where_none_holds_wide_heads(format, tmp_path
 def test_uniform_budgets_that_leave_some_pairs_one_more_are_exported_as_planned(case, ratio, traits, tmp_path):
     source = stock_checkpoint(tmp_path / "source", case, **traits)
     recipe = load_recipe("serve-anywhere", {"kv_ratio": ratio, "fit": "weights", "refine": 0})
-    planned = make_plan(source, recipe).stock_export
+    planned = make_plan(source, recipe).costs.stock_export
     compress(source, tmp_path / "out", recipe=recipe, progress=False)
     opened = open_source(tmp_path / "out")
     for layer in opened.config.mea["layers"]:
@@ -169,7 +169,7 @@ def test_energy_budgets_are_refused_before_and_after(tmp_path):
     save(model, tmp_path / "source")
     kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
     recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
-    assert "uniform" in make_plan(tmp_path / "source", recipe).stock_export["reason"]
+    assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
     compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
     with pytest.raises(RequestError, match="--rotary-budget uniform"):
         export(tmp_path / "out", tmp_path / "export", progress=False)
@@ -199,7 +199,7 @@ def test_groups_must_divide(tmp_path):
 def test_plan_and_export_say_the_same_of_weights_and_cache(tmp_path):
     stock_checkpoint(tmp_path / "source", "qwen2")
     recipe = Recipe(kv_ratio=0.5, fit="weights", **WAYS["frequency"])
-    planned = make_plan(tmp_path / "source", recipe).stock_export
+    planned = make_plan(tmp_path / "source", recipe).costs.stock_export
     compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
     result = export(tmp_path / "out", tmp_path / "export", progress=False).to_json()
     assert {name: result[name] for name in planned} == planned
