@@ -251,7 +251,7 @@ HOSTILE = {
     "rope": (configs(rope_parameters={"rope_type": "imaginary", "rope_theta": 1e4}), "config"),
     "rotary": (
         configs(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 3}),
-        "RoPE cannot turn",
+        "RoPE cannot rotate",
     ),
     "rope-lengths": (
         configs(
