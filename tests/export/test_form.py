@@ -164,7 +164,7 @@ def test_libraries_of_any_age_read_the_same_rope(rope, way, tmp_path):
 
 def test_energy_budgets_are_refused_before_and_after(tmp_path):
     model = stock_model("mistral-full")
-    with torch.no_grad():  # the first rotary pair has most of the energy, so that it gets most of the lanes
+    with torch.no_grad():  # the first rotary pair has most of the energy, so that it gets most of the components
         model.model.layers[0].self_attn.k_proj.weight.unflatten(0, (4, 8))[:, ::4] *= 10
     save(model, tmp_path / "source")
     kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
