@@ -302,7 +302,7 @@ def test_impossible_requests_are_refused(case, source, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])
 def test_ratios_out_of_range_are_refused(ratio):
-    with pytest.raises(RequestError, match="kv-ratio"):
+    with pytest.raises(RequestError, match="kv_ratio"):
         load_recipe(None, {"kv_ratio": ratio})
 
 

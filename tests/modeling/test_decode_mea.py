@@ -390,8 +390,8 @@ print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=Fals
 
 
 @pytest.mark.process
-def test_the_three_code_files_stand_on_their_own(tmp_path):
-    from mea_compress.compression import CODE_FILES
+def test_the_code_files_stand_on_their_own(tmp_path):
+    from mea_compress.emit.code import CODE_FILES
 
     model = build("Llama", "frequency", "latent", dtype=torch.float32)
     model.config.auto_map = {
