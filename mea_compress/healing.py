@@ -40,7 +40,7 @@ from mea_compress.emit.code import carried_code, write_code
 from mea_compress.emit.directory import versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
-from mea_compress.fit.refinement import hold_groups
+from mea_compress.fit.refinement import mask_cross_group_gradients
 from mea_compress.loading import (
     choose_sequence_length,
     load_model,
@@ -172,7 +172,7 @@ def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Paramet
         raise RequestError("the student has no weights that are recognised as attention: use all for `train`")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    hold_groups(model)
+    mask_cross_group_gradients(model)
     return trainable
 
 

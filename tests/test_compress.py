@@ -362,7 +362,7 @@ def test_a_config_that_lies_is_refused_or_harmless(original, tmp_path_factory, l
     except RequestError as refusal:
         assert "\n" not in str(refusal)
     else:
-        assert plan.bytes_after * 2 == plan.bytes_before or "mea_llama" in str(lies) or plan.bytes_after > 0
+        assert plan.bytes_after * 2 == plan.bytes_before
 
 
 @pytest.mark.process

@@ -60,7 +60,7 @@ class Refined:
 
 
 class Refiner:
-    """Refines one layer, or tries out several forms of it.
+    """Refine one layer, or tries out several forms of it.
 
     Args:
         inputs: What the compressed model sends into the layer, (N, T, D).
@@ -82,12 +82,12 @@ class Refiner:
         self.seed, self.tick = seed, tick
 
     def try_out(self, runner: LayerRunner) -> float:
-        """Held-out error after a short refinement at the largest step size; infinite where that blows up."""
+        """Return the held-out error after a short refinement at the largest step size, inf if it diverges."""
         run = _Run(self, runner)
         return min(run.descend(self.settings.trial_steps, self.settings.rates[-1], 1), run.best.value)
 
     def refine(self, composed: ComposedLayer, runner: LayerRunner) -> Refined:
-        """Fits a composed layer.
+        """Refine a composed layer.
 
         Args:
             composed: The layer's closed form.
@@ -134,24 +134,24 @@ class _Run:
         self.best = _Best(self.held_out(), self.start)
 
     def error(self, index: slice | torch.Tensor) -> torch.Tensor:
-        """Squared error of the residual stream, each token relative to its size, over that of doing nothing."""
+        """Return the squared error of the residual stream, relative to each token's size, over that of no layer."""
         hidden = self.runner.forward(self.inputs[index])
         target = self.targets[index].to(hidden.device)
         return ((hidden - target).square() / _size(target)).mean() / self.scale
 
     @torch.no_grad()
     def held_out(self) -> float:
-        """The error on the held-out sequences."""
+        """Return the error on the held-out sequences."""
         total = 0.0
         for part in batches(self.settings.held_out, self.settings.batch):
             total += float(self.error(part)) * (part.stop - part.start)
         return total / self.settings.held_out
 
     def descend(self, steps: int, rate: float, checks: int) -> float:
-        """Adam from the start, with a short warm-up and a cosine to zero; every look at the held-out error counts.
+        """Run Adam from the start, with a short warm-up and a cosine to zero; every look at the held-out error counts.
 
         Returns:
-            The last held-out error; infinite where it blew up.
+            The last held-out error, inf if it diverged.
         """
         _set(self.parameters, self.start)
         groups = []
@@ -183,12 +183,12 @@ class _Run:
 
 
 def _size(target: torch.Tensor) -> torch.Tensor:
-    """Mean square of each token's stream, (…, 1)."""
+    """Return the mean square of each token's stream, (…, 1)."""
     return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
 def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
-    """The attention's weights but for norms and what a form promises to keep."""
+    """Return the attention's weights but for norms and what a form promises to keep."""
     frozen: list[str] = []
     for side, form in (("key", attention.key_form), ("value", attention.value_form)):
         names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}
@@ -197,12 +197,12 @@ def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
     for name, parameter in attention.named_parameters():
         if "norm" not in name and not name.startswith(tuple(frozen)):
             chosen[name] = parameter.requires_grad_(True)
-    hold_groups(attention)
+    mask_cross_group_gradients(attention)
     return chosen
 
 
 def _order(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of indices, every sequence once before any comes again."""
+    """Yield batches of indices, every sequence once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.long)
     while True:
@@ -213,7 +213,7 @@ def _order(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 def _fallback_size(start: dict[str, torch.Tensor]) -> float:
-    """A step size for tensors that begin at zero (biases): that of the smallest other tensor."""
+    """Return a size for tensors that begin at zero (biases): that of the smallest other tensor."""
     return min((float(tensor.square().mean().sqrt()) for tensor in start.values() if tensor.any()), default=0.02)
 
 
@@ -248,8 +248,8 @@ def _read_back(composed: ComposedLayer, attention: Any) -> ComposedLayer:
     )
 
 
-def hold_groups(model: torch.nn.Module) -> None:
-    """Keeps what lies between groups at zero while a model or an attention module is trained."""
+def mask_cross_group_gradients(model: torch.nn.Module) -> None:
+    """Keep off-diagonal blocks at zero while a model or an attention module is trained."""
     for module in model.modules():
         if not isinstance(module, MeaAttention):
             continue
