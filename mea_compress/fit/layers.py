@@ -26,10 +26,10 @@ from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
+from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import LayerPlan, LayerSpec, Plan
 from mea_compress.text import read_documents, sample_sequences, token_sequences
 
-_TOKENS_PER_STEP = 4096
 _HELD_OUT = 64
 # Shares of a layer's components that keys get where the split is searched, besides the even one. Refined values repay
 # width more than refined keys do, most of all in late layers.
@@ -105,7 +105,7 @@ class CalibratedFit:
         self.plan, self.progress = plan, progress
         self.device = resolve_device(plan.recipe.device)
         check_tokens(tokens, plan.source.config.hidden_size)
-        self.batch = max(1, _TOKENS_PER_STEP // tokens.shape[1])
+        self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
         self.original = embed(plan.source, tokens)
         self.compressed = self.original
         self.following: Activations | None = None

@@ -20,6 +20,8 @@ from mea_compress.recipe import Recipe
 _WORKING_BYTES = 100 << 20
 # Hidden states of all calibration tokens beyond this many bytes live in a file instead of memory.
 SPILL_BYTES = 4 << 30
+# Tokens that a layer is run on at once.
+TOKENS_PER_STEP = 4096
 
 
 def layer_window(source: Checkpoint, layer: int) -> int | None:
@@ -82,6 +84,10 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         # The text as the original has it before and behind a layer, and as the compressed layers send it.
         tokens = decisions.sequences * decisions.sequence_length
         memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * tokens)
+        # The layer as it is composed, and what a step of it keeps for its gradients.
+        memory += 4 * decoder + step_bytes(source, decisions.refinement_steps > 0)
+        if decisions.refinement_steps:  # gradients, Adam's two moments, and where the weights began and were best
+            memory += 5 * 4 * 2 * attention
         if recipe.text is None:  # text is sampled from the whole model, before the fit
             memory = max(memory, sum(info.nbytes for info in infos))
     largest = max((prod(info.shape) for info in infos), default=0)
@@ -94,6 +100,22 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         memory_bytes=memory + _WORKING_BYTES,
         stock_export=_stock_export(source, recipe, layers, size),
     )
+
+
+def step_bytes(source: Checkpoint, gradients: bool) -> int:
+    """Return the bytes of one step's activations in a decoder layer, float32; measured, and held to it by a test.
+
+    Args:
+        source: The checkpoint.
+        gradients: Whether the layer is refined, so that its activations are kept.
+    """
+    settings, hidden = source.raw_config, source.config.hidden_size
+    inner = settings.get("intermediate_size") or 4 * hidden
+    if settings.get("moe_intermediate_size"):
+        inner = settings["moe_intermediate_size"] * (settings.get("num_experts_per_tok") or 1)
+    # Channels a token that are alive at once: of the stream and the heads, and of the MLP.
+    channels = 18 * hidden + 8 * inner if gradients else 8 * hidden + 3 * inner
+    return 4 * TOKENS_PER_STEP * channels
 
 
 def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiny import CASES, stock_checkpoint
@@ -100,3 +103,39 @@ def test_what_is_expected_of_memory_and_disk(tmp_path):
     weights, aligned = make_plan(source, half()), make_plan(source, half(fit="aligned"))
     assert 0 < weights.costs.memory_bytes < aligned.costs.memory_bytes
     assert weights.costs.output_bytes < weights.costs.disk_bytes < aligned.costs.disk_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_memory_that_is_promised_is_what_a_fit_takes(steps, tmp_path):
+    """Peak memory above what is there before the work, of a layer that is not small beside the libraries."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "max_position_embeddings": 256}
+    source = stock_checkpoint(tmp_path / "source", **sizes)
+    script = """
+import sys
+import mea_compress.planning.decisions, mea_compress.emit.verification, mea_compress.fit.layers
+from mea_compress.compression import compress
+from mea_compress.planning.plans import make_plan
+from mea_compress.recipe import Recipe
+from pathlib import Path
+
+def resident(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
+recipe = Recipe(kv_ratio=0.5, sequences=48, sequence_length=256, refine=int(sys.argv[2]), split="even")
+promised = make_plan(Path(sys.argv[1]), recipe).costs.memory_bytes
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+compress(sys.argv[1], sys.argv[1] + "-out", recipe=recipe, progress=False)
+print(promised, resident("VmHWM") - before)
+"""
+    command = [sys.executable, "-c", script, str(source), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    promised, peak = map(int, done.stdout.split()[-2:])
+    assert peak <= 1.1 * promised and promised <= 2.5 * peak, (promised >> 20, peak >> 20)
