@@ -35,8 +35,9 @@ SHAPES = {
 # As the program itself does it, which loads neither PyTorch nor transformers for this.
 BASELINE = """
 import sys
-sys.argv = ["mea-compress"]
-import mea_compress.cli, mea_compress.compression, mea_compress.fit.layers
+import mea_compress.cli, mea_compress.compression, mea_compress.fit.layers, mea_compress.emit.verification
+from mea_compress.modeling import register
+register()
 """
 RESULTS = Path(__file__).parent / "results" / "surgery.json"
 

@@ -386,7 +386,7 @@ from mea_compress.compression import compress
 from mea_compress.recipe import Recipe
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head")
 sys.addaudithook(audit)
-compress(Path(source), Path(sys.argv[2]), recipe, progress=False)
+compress(Path(source), Path(sys.argv[2]), recipe=recipe, progress=False)
 print(touched)
 """
     before = contents(source)
@@ -582,7 +582,7 @@ from mea_compress.recipe import Recipe
 import mea_compress.planning.decisions
 mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
 recipe = Recipe(kv_ratio=0.5, fit="weights", key_composition="head", value_composition="head", shard_size="4MB")
-compress(Path(sys.argv[1]), Path(sys.argv[1] + "-out"), recipe, progress=False)
+compress(Path(sys.argv[1]), Path(sys.argv[1] + "-out"), recipe=recipe, progress=False)
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
     if not Path("/proc/self/status").exists():

@@ -12,7 +12,8 @@ from mea_compress.modeling.section_mea import TESTED_TRANSFORMERS
 
 OLDEST, NEWEST = TESTED_TRANSFORMERS
 # What a release needs in other versions than those that are installed.
-BESIDE = {OLDEST: ("huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9")}
+_HTTP = ("httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.18", "idna==3.20", "h11==0.16.0", "anyio==4.16.0")
+BESIDE = {OLDEST: ("huggingface-hub==1.33.0", *_HTTP)}
 # The oldest, one that serving engines pin, the installed one and the newest.
 RELEASES = tuple(dict.fromkeys((OLDEST, "5.19.0", transformers.__version__, NEWEST)))
 

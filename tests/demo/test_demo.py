@@ -1,6 +1,7 @@
 import json
 import math
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mea_compress import modeling
 from mea_compress.cli import cli
 from mea_compress.demo import training
 from mea_compress.demo.run import run_demo
@@ -75,7 +77,9 @@ def test_checkpoints_carry_the_code_that_loads_them(done, name):
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for target in auto_map.values():
         module, name = target.split(".")
-        assert f"class {name}(" in (directory / f"{module}.py").read_text()
+        assert getattr(import_module(f"mea_compress.modeling.{module}"), name).__name__ == name
+        ours = Path(modeling.__file__).with_name(f"{module}.py")
+        assert (directory / f"{module}.py").read_bytes() == ours.read_bytes()
 
 
 def test_the_default_model_has_one_to_three_million_parameters():
