@@ -32,7 +32,7 @@ SHAPES = {
 }
 """Hidden size, MLP size, layers, query heads, key/value heads, head_dim, vocabulary, tied embeddings."""
 
-# As the program itself does it, which loads neither PyTorch nor transformers for this.
+# All that compressing imports, PyTorch and transformers included.
 BASELINE = """
 import sys
 import mea_compress.cli, mea_compress.compression, mea_compress.fit.layers, mea_compress.emit.verification
