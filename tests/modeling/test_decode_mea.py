@@ -89,6 +89,7 @@ def absorbing(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(("keys", "values"), EVERY_PAIR)
