@@ -81,7 +81,8 @@ def section(command: click.Command, context: click.Context) -> str:
 def option_reference(program: click.Command = main) -> str:
     """Return the page."""
     assert isinstance(program, click.Group)
-    context = click.Context(program, info_name="mea-compress")
+    # With the program's own settings: Click remembers what a command's first context calls its help.
+    context = click.Context(program, info_name="mea-compress", **program.context_settings)
     return "\n\n".join([INTRODUCTION.rstrip(), *(section(*found) for found in commands(program, context))]) + "\n"
 
 
