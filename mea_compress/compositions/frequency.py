@@ -18,7 +18,7 @@ from mea_compress.heads.alignment import key_pairs
 from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
-from mea_compress.modeling.section_mea import COMPLEX, Form
+from mea_compress.modeling.section_mea import COMPLEX, Form, uniform_components
 
 
 def allocate_components(energies: Array, total: int) -> tuple[int, ...]:
@@ -41,11 +41,6 @@ def allocate_components(energies: Array, total: int) -> tuple[int, ...]:
         if counts[p] < heads:
             heapq.heappush(queue, (-float(energies[p, counts[p]]), p))
     return tuple(counts)
-
-
-def _uniform(total: int, pairs: int) -> tuple[int, ...]:
-    """As many components for every pair; what is left over goes to the fastest pairs."""
-    return tuple(total // pairs + (p < total % pairs) for p in range(pairs))
 
 
 @register
@@ -92,7 +87,11 @@ class Frequency:
         values, vectors = np.linalg.eigh(cross)
         values, vectors = values[..., ::-1], vectors[..., ::-1]
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = _uniform(budget, pairs) if self.allocates_uniformly else allocate_components(values, budget)
+        counts = (
+            tuple(uniform_components(budget, pairs))
+            if self.allocates_uniformly
+            else allocate_components(values, budget)
+        )
         components, combinations = [], []
         for p, number in enumerate(counts):
             if not number:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import cached_width, side_form
+from mea_compress.modeling.section_mea import cached_width, side_form, uniform_components
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +87,7 @@ def uniform_rotary_components(components: float, head_dim: int) -> list[int]:
         components: Component heads that keys cache; part of a head is possible.
         head_dim: Channels of a head.
     """
-    each, left_over = divmod(cached_width(components, head_dim) // 2, head_dim // 2)
-    return [each + (pair < left_over) for pair in range(head_dim // 2)]
+    return uniform_components(cached_width(components, head_dim) // 2, head_dim // 2)
 
 
 def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: str = "stock") -> StockForm:

@@ -236,6 +236,11 @@ def cached_width(components: float, head_dim: int) -> int:
     return round(components * head_dim)
 
 
+def uniform_components(total: int, pairs: int) -> list[int]:
+    """Return as many of `total` complex components for every rotary pair; what is left over goes to the fastest."""
+    return [total // pairs + (pair < total % pairs) for pair in range(pairs)]
+
+
 def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
     """The two channels of every pair of a head: RoPE rotates (p, p + rotary_dim/2); what it leaves is paired alike."""
     half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
