@@ -18,6 +18,7 @@ class AttentionHeads:
         key_norm: (d,) or None.
         head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
         rotary_dim: Channels of a head that RoPE rotates.
+        norm_eps: Epsilon of the norms.
     """
 
     query: Array
@@ -27,6 +28,7 @@ class AttentionHeads:
     key_norm: Array | None
     head_norm: Array | None
     rotary_dim: int
+    norm_eps: float
 
     @property
     def group(self) -> int:

@@ -89,6 +89,7 @@ def read_heads(source: Checkpoint, layer: int, with_queries: bool = True) -> Att
         key_norm=norm("k_norm"),
         head_norm=norm("head_norm"),
         rotary_dim=source.rotary_dim,
+        norm_eps=source.config.rms_norm_eps,
     )
 
 
