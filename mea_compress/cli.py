@@ -32,7 +32,8 @@ from mea_compress.recipe import (
     load_recipe,
     value_type,
 )
-from mea_compress.report import tables as report
+from mea_compress.report.showing import Shown
+from mea_compress.report.tables import table
 
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -207,7 +208,12 @@ def _batch_option(function: Function) -> Function:
     )(function)
 
 
-def _print(text: str, data: object = None, json_file: Path | None = None) -> None:
+def _show(result: Shown, json_file: Path | None = None) -> None:
+    """Print what a verb of the package returned; see `_print`."""
+    _print(result.report(), result.to_json(), json_file)
+
+
+def _print(text: str, data: object, json_file: Path | None) -> None:
     """Print a result as text, or with `-` as JSON, or as text with the JSON in a file."""
     if json_file is not None and str(json_file) == "-":
         click.echo(to_json(data), nl=False)
@@ -249,8 +255,7 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
     """Replace the code that a compressed checkpoint carries by this version's; weights stay untouched."""
     from mea_compress.emit.code import refresh as refresh_checkpoint
 
-    result = refresh_checkpoint(checkpoint, check=check).to_json()
-    _print(report.key_value_table(result), result, json_file)
+    _show(refresh_checkpoint(checkpoint, check=check), json_file)
 
 
 @cli.command()
@@ -283,7 +288,7 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
     """  # noqa: D301 - \b is Click's mark of lines that stay as they are
     from mea_compress.compression import compress as compress_checkpoint
 
-    _print(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume).report())
+    _show(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume))
 
 
 @cli.command()
@@ -296,8 +301,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
     from mea_compress.healing import heal as heal_checkpoint
 
     settings = from_flags(HealRecipe, flags)
-    result = heal_checkpoint(checkpoint, teacher=teacher, out=out, **given_settings(settings))
-    _print(report.key_value_table(result.to_json()))
+    _show(heal_checkpoint(checkpoint, teacher=teacher, out=out, **given_settings(settings)))
 
 
 @cli.command()
@@ -312,8 +316,7 @@ def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, *
     from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
 
     settings = given_settings(from_flags(EvaluateRecipe, flags))
-    measured = evaluate_checkpoint(checkpoint, reference=reference, **settings).to_json()
-    _print(report.evaluation_report(measured), measured, json_file)
+    _show(evaluate_checkpoint(checkpoint, reference=reference, **settings), json_file)
 
 
 @cli.command()
@@ -333,10 +336,7 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    result = export_checkpoint(checkpoint, out, format=form, resume=resume)
-    data = result.to_json()
-    text = [report.key_value_table(data["verification"]), report.stock_outlook(data), f"Written to {result.out}"]
-    _print("\n\n".join(text), data, json_file)
+    _show(export_checkpoint(checkpoint, out, format=form, resume=resume), json_file)
 
 
 @cli.command()
@@ -349,8 +349,7 @@ def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_f
     """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
     from mea_compress.pipeline import run as run_recipe
 
-    result = run_recipe(recipe, source=source, out=out, resume=resume)
-    _print(result.report(), result.to_json(), json_file)
+    _show(run_recipe(recipe, source=source, out=out, resume=resume), json_file)
 
 
 @cli.group(invoke_without_command=True)
@@ -367,14 +366,14 @@ def list_recipes() -> None:
     rows = []
     for name in builtin_recipes():
         rows.append([name, load_recipe(name).description])
-    _print(report.table(rows, ["recipe", "what for"]))
+    click.echo(table(rows, ["recipe", "what for"]))
 
 
 @recipes.command("show")
 @click.argument("name")
 def show_recipe(name: str) -> None:
     """Print a built-in recipe."""
-    _print(_builtin(name).read_text(encoding="utf-8").rstrip("\n"))
+    click.echo(_builtin(name).read_text(encoding="utf-8").rstrip("\n"))
 
 
 @recipes.command("copy")
@@ -390,7 +389,7 @@ def copy_recipe(name: str, file: Path | None) -> None:
         raise RequestError(f"{target} exists already: name another file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(origin, target)
-    _print(f"Copied to {target}")
+    click.echo(f"Copied to {target}")
 
 
 def _builtin(name: str) -> Path:
@@ -415,7 +414,7 @@ def demo(out: Path, steps: int | None, device: str, seed: int) -> None:
     """Train a small model on text every machine has, compress it to half its cache, heal it, and compare the three."""
     from mea_compress.demo.run import run_demo
 
-    _print(run_demo(out, steps=steps, device=device, seed=seed))
+    click.echo(run_demo(out, steps=steps, device=device, seed=seed))
 
 
 main = cli

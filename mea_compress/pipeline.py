@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, given_settings, make_recipe
 from mea_compress.report.showing import Shown
-from mea_compress.report.tables import evaluation_report, key_value_table
 
 if TYPE_CHECKING:
     from mea_compress.compression import CompressionResult
@@ -44,9 +43,9 @@ class PipelineResult(Shown):
         """Return what people read."""
         parts = [self.compression.report()]
         if self.healing is not None:
-            parts.append(key_value_table(self.healing.to_json()))
+            parts.append(self.healing.report())
         if self.evaluation is not None:
-            parts.append(evaluation_report(self.evaluation.to_json()))
+            parts.append(self.evaluation.report())
         return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from mea_compress.cli import cli
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
+from mea_compress.report.tables import evaluation_report, key_value_table
 
 PLAN = {
     "stock_export": {"reason": "this is only a test"},
@@ -68,8 +69,8 @@ def calls(monkeypatch):
     )
     calls.stand_in(monkeypatch, "planning.plans", "make_plan", plan)
     calls.stand_in(monkeypatch, "compression", "compress", compressed)
-    calls.stand_in(monkeypatch, "measure.evaluation", "evaluate", result(EVALUATION))
-    calls.stand_in(monkeypatch, "healing", "heal", result({"steps": 3}))
+    calls.stand_in(monkeypatch, "measure.evaluation", "evaluate", result(EVALUATION, evaluation_report(EVALUATION)))
+    calls.stand_in(monkeypatch, "healing", "heal", result({"steps": 3}, key_value_table({"steps": 3})))
     calls.stand_in(monkeypatch, "demo.run", "run_demo", "the table")
     return calls
 

@@ -76,7 +76,8 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
     scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
-    memory = 8 * 4 * 2 * config.num_key_value_heads * source.head_dim * config.hidden_size
+    pairs = 2 * config.num_key_value_heads * source.head_dim * config.hidden_size  # keys and values
+    memory = 8 * 4 * pairs
     if decisions.needs_calibration:  # one decoder layer in float32, its statistics, and the hidden states of the text
         prefix = source.family.layer.format(layer=0)
         decoder = sum(prod(info.shape) for info in infos if info.name.startswith(prefix))
@@ -87,7 +88,7 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         # The layer as it is composed, and what a step of it keeps for its gradients.
         memory += 4 * decoder + step_bytes(source, decisions.refinement_steps > 0)
         if decisions.refinement_steps:  # gradients, Adam's two moments, and where the weights began and were best
-            memory += 5 * 4 * 2 * attention
+            memory += 5 * 4 * (attention + pairs)
         if recipe.text is None:  # text is sampled from the whole model, before the fit
             memory = max(memory, sum(info.nbytes for info in infos))
     largest = max((prod(info.shape) for info in infos), default=0)

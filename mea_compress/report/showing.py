@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 from itertools import groupby
+from typing import Any
 
 
 class Shown:
@@ -11,6 +12,10 @@ class Shown:
 
     def report(self) -> str:
         """Return what people read: paragraphs and Markdown tables."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
         raise NotImplementedError
 
     def __str__(self) -> str:
