@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mea_compress.demo.documents import library_documents, split_documents
-from mea_compress.demo.training import Size, build_model, train, train_tokenizer, training_sequences
+from mea_compress.demo.training import Size, build_model, model_settings, train, train_tokenizer, training_sequences
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
@@ -22,21 +22,7 @@ def build(kind: str, tokenizer, size: Size):
     if kind == "mea":
         return build_model(tokenizer, size)
     config_class, model_class = KINDS[kind]
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=size.heads * size.head_dim,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=2 * size.heads,
-        num_key_value_heads=size.heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=size.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model_class(config)
+    return model_class(config_class(**model_settings(tokenizer, size), num_attention_heads=2 * size.heads))
 
 
 @click.command(help=__doc__)

@@ -178,22 +178,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> PreTrainedMod
     from mea_compress.modeling.configuration_mea import MeaLlamaConfig
     from mea_compress.modeling.modeling_mea import MeaLlamaForCausalLM
 
-    config = MeaLlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.heads * size.head_dim,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=size.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        mea={"head_norm": True},
-    )
+    config = MeaLlamaConfig(**model_settings(tokenizer, size), num_attention_heads=size.heads, mea={"head_norm": True})
     return MeaLlamaForCausalLM(config)
+
+
+def model_settings(tokenizer: PreTrainedTokenizerFast, size: Size) -> dict[str, Any]:
+    """Return what the configuration of a model of this size says, whatever its family; not its query heads."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.heads * size.head_dim,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": size.context,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def train(model: PreTrainedModel, ids: torch.Tensor, size: Size, seed: int, progress: bool) -> None:
