@@ -15,10 +15,16 @@ _SAMPLED_QUERIES = 64
 
 
 class StatisticsAccumulator:
-    """Accumulate the sums of `LayerStatistics` over batches."""
+    """Accumulate the sums of `LayerStatistics` over batches.
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
+    Args:
+        attention: The attention whose inputs come.
+        products: What it computes in. Below float32 the sums within a batch are taken in float32; sums over batches
+            are float64 always.
+    """
+
+    def __init__(self, attention: Any, products: torch.dtype = torch.float32) -> None:
+        self.attention, self.products = attention, products
         self.tokens = 0
         self.queries = 0
         size = attention.q_proj.in_features + 1
@@ -27,10 +33,11 @@ class StatisticsAccumulator:
         self.attention_weighted_moment = torch.zeros(size, size, dtype=torch.float64)
         self.key_covariance = torch.zeros(pairs, attention.heads, attention.heads, dtype=torch.complex128)
         self.sensitivity = torch.zeros(attention.heads, pairs, dtype=torch.float64)
-        output = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
+        output = attention.o_proj.weight.float().unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
         if attention.has_head_norm:
             output = output * attention.head_norm.weight
-        self.metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
+        metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
+        self.metric = metric.unflatten(0, (attention.heads, -1))  # (H, G, d, d)
 
     @torch.no_grad()
     def add(self, captured: CapturedAttention) -> None:
@@ -39,34 +46,39 @@ class StatisticsAccumulator:
         cos, sin = captured.position_embeddings
         x = captured.inputs  # (B, T, D)
         ones = x.new_ones(*x.shape[:-1], 1)
-        wide = torch.cat((x, ones), dim=-1)  # (B, T, D + 1)
-        self.moment += _second_moment(wide.flatten(0, 1))
+        wide = torch.cat((x, ones), dim=-1).float()  # (B, T, D + 1)
+        self.moment += self._second_moment(wide.flatten(0, 1))
         self.tokens += wide.shape[0] * wide.shape[1]
 
-        queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))  # (B, T, Hq, d)
-        if attention.qk_norm:
-            queries = attention.q_norm(queries)
         length = x.shape[1]
         at = torch.linspace(0, length - 1, min(length, _SAMPLED_QUERIES), device=x.device).round().long()
-        queries = rotate_heads(queries, cos, sin)[:, at].transpose(1, 2)  # (B, Hq, S, d)
         positions = torch.arange(length, device=x.device)[None]
-        keys, values = attention.expand(*attention.project(x, cos, sin), positions, None, attention.rotary)
-        keys, values = (side.repeat_interleave(queries.shape[1] // side.shape[1], dim=1) for side in (keys, values))
-        logits = queries @ keys.transpose(-1, -2) * attention.scaling
+        with torch.autocast(x.device.type, self.products, enabled=self.products != x.dtype):
+            queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))[:, at]  # (B, S, Hq, d)
+            if attention.qk_norm:
+                queries = attention.q_norm(queries)
+            queries = rotate_heads(queries, cos[:, at], sin[:, at]).transpose(1, 2)
+            keys, values = attention.expand(*attention.project(x, cos, sin), positions, None, attention.rotary)
+        repeated = attention.heads // keys.shape[1]  # pooled heads stand for several
+        keys, values = (side.float().repeat_interleave(repeated, dim=1) for side in (keys, values))  # (B, H, T, d)
+        queries = queries.float().unflatten(1, (attention.heads, -1))  # (B, H, G, S, d)
         visible = torch.arange(length, device=x.device) <= at[:, None]
         if attention.sliding_window:
             visible &= torch.arange(length, device=x.device) > at[:, None] - attention.sliding_window
-        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)  # (B, Hq, S, T)
-        for head in range(weights.shape[1]):
-            self.attention_weighted_moment += _second_moment((weights[:, head] @ wide).flatten(0, 1)) / weights.shape[1]
+        hidden = torch.zeros(visible.shape, device=x.device).masked_fill(~visible, float("-inf"))
+        # One sequence at a time, since each is several A in size.
+        for stream, query, key, value in zip(wide, queries, keys, values, strict=True):
+            logits = query.flatten(1, 2) @ key.mT * attention.scaling  # (H, G S, T)
+            weights = (logits.unflatten(1, query.shape[1:3]) + hidden).softmax(-1)  # (H, G, S, T)
+            averaged = weights.flatten(0, 2) @ stream  # (Hq S, D + 1)
+            self.attention_weighted_moment += self._second_moment(averaged) / attention.query_heads
+            self.accumulate_key_sensitivity(weights, query, key, value)
         self.queries += len(at) * len(x)
-        for sequence in zip(weights, queries, keys, values, strict=True):  # one at a time: each is several A in size
-            self.accumulate_key_sensitivity(*(part[None] for part in sequence))
 
     def accumulate_key_sensitivity(
         self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Accumulate the first-order sensitivity of the attention output to key errors, through the softmax.
+        """Accumulate the first-order sensitivity of one sequence's attention output to key errors, through the softmax.
 
         To first order, errors e[t] of the logits of one query move the output of its head by sum over t of
         A[t] W_O (v[t] - o) e[t]. What all of them have in common changes nothing; the variance of e under A counts,
@@ -76,44 +88,43 @@ class StatisticsAccumulator:
         products of heads, which need one attention for both, take the average that is most important.
 
         Args:
-            weights: A, (B, Hq, S, T).
-            queries: (B, Hq, S, d), rotated.
-            keys: Each query head's, (B, Hq, T, d), rotated.
-            values: Each query head's, (B, Hq, T, d).
+            weights: A, (H, G, S, T), of the G query heads of every key/value head.
+            queries: (H, G, S, d), rotated.
+            keys: (H, T, d), rotated.
+            values: (H, T, d).
         """
-        heads, group = self.attention.heads, keys.shape[1] // self.attention.heads
         # Variances do not see it, and in float32 they would be lost beside the square of a large mean.
-        keys = keys - keys.mean(2, keepdim=True)
-        importance = self._leverage(weights, values)[..., None] * self._energy(queries)  # (B, Hq, S, P)
-        variance = weights @ self._energy(keys) - self._energy(weights @ keys)
-        cost = (importance * variance.clamp(min=0)).cpu().double().sum((0, 2))  # (Hq, P)
-        self.sensitivity += cost.unflatten(0, (heads, group)).sum(1)
+        keys = keys - keys.mean(1, keepdim=True)
+        importance = self._leverage(weights, values)[..., None] * self._energy(queries)  # (H, G, S, P)
+        rows = weights.flatten(1, 2)  # (H, G S, T)
+        variance = rows @ self._energy(keys) - self._energy(rows @ keys)  # (H, G S, P)
+        self.sensitivity += (importance.flatten(1, 2) * variance.clamp(min=0)).sum(1).cpu().double()
 
-        importance = importance.sum(-1)  # (B, Hq, S)
-        common = torch.einsum("bis,bist->bst", importance, weights)  # the average attention times its weight
-        keys = keys[:, ::group]  # (B, H, T, d)
-        weight = importance.sum(1)  # (B, S)
-        centre = common[:, None] @ keys / weight.clamp(min=1e-30)[:, None, :, None]  # (B, H, S, d)
-        self.key_covariance += self._inner(keys, common.sum(1)) - self._inner(centre, weight)
+        importance = importance.sum(-1)  # (H, G, S)
+        common = torch.einsum("hgs,hgst->st", importance, weights)  # the average attention times its weight
+        weight = importance.sum((0, 1))  # (S,)
+        centre = common @ keys / weight.clamp(min=1e-30)[:, None]  # (H, S, d)
+        self.key_covariance += self._inner(keys, common.sum(0)) - self._inner(centre, weight)
 
     def _leverage(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return the output sensitivity of each query to its logits, r in `accumulate_key_sensitivity`: (B, Hq, S).
+        """Return the output sensitivity of each query to its logits, r in `accumulate_key_sensitivity`: (H, G, S).
 
-        Weights are (B, Hq, S, T), values (B, Hq, T, d).
+        Weights are (H, G, S, T), values (H, T, d).
 
         A head norm divides by the size of o and does not see what lies along it: v - o loses that part.
         """
-        centre = weights @ values  # o, (B, Hq, S, d)
+        values = values[:, None]  # (H, 1, T, d)
+        centre = weights @ values  # o, (H, G, S, d)
         along: Any = 1.0
         scale: Any = 1.0
         if self.attention.has_head_norm:
-            scale = self.attention.head_norm.scale(centre)[..., 0]  # (B, Hq, S)
+            scale = self.attention.head_norm.scale(centre)[..., 0]  # (H, G, S)
             centre = centre / centre.square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
-            along = centre @ values.transpose(-1, -2)  # (B, Hq, S, T)
-        seen = centre @ self.metric  # (B, Hq, S, d)
-        own = ((values @ self.metric) * values).sum(-1)[:, :, None]  # (B, Hq, 1, T)
-        inner = seen @ values.transpose(-1, -2)  # (B, Hq, S, T)
-        size = (seen * centre).sum(-1, keepdim=True)  # (B, Hq, S, 1)
+            along = centre @ values.mT  # (H, G, S, T)
+        seen = centre @ self.metric  # (H, G, S, d)
+        own = ((values @ self.metric) * values).sum(-1)[:, :, None]  # (H, G, 1, T)
+        inner = seen @ values.mT  # (H, G, S, T)
+        size = (seen * centre).sum(-1, keepdim=True)  # (H, G, S, 1)
         change = (own - 2 * along * inner + along**2 * size).clamp(min=0)  # ‖W_O (v - o)‖²
         squares = weights.square()
         return (squares * change).sum(-1) * scale**2 / (1 - squares.sum(-1)).clamp(min=1e-3)
@@ -124,11 +135,17 @@ class StatisticsAccumulator:
         return heads[..., first].square() + heads[..., second].square()
 
     def _inner(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the sum over rows of weight (B, N) times z[g] conj(z[h]) of heads (B, H, N, d): (P, H, H)."""
+        """Return the sum over rows of weight (N,) times z[g] conj(z[h]) of heads (H, N, d): (P, H, H)."""
         first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
-        wide = (heads * weight.sqrt()[:, None, :, None]).cpu().double().permute(3, 1, 0, 2).flatten(2)  # (d, H, B N)
-        pairs = torch.complex(wide[first], wide[second])  # (P, H, B N)
-        return pairs @ pairs.mH
+        wide = (heads * weight.sqrt()[:, None]).double().permute(2, 0, 1)  # (d, H, N)
+        pairs = torch.complex(wide[first], wide[second])  # (P, H, N)
+        return (pairs @ pairs.mH).cpu()
+
+    def _second_moment(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum over rows of x xᵀ, float64, on the CPU."""
+        if self.products == torch.float32 and x.device.type != "mps":
+            x = x.double()
+        return (x.mT @ x).cpu().double()
 
     def finish(self) -> LayerStatistics:
         """Return the means.
@@ -167,9 +184,3 @@ def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:
             f"the calibration text gives {sequences.numel()} tokens and this model needs at least {needed}; "
             "give a longer --text or raise --sequences"
         )
-
-
-def _second_moment(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum over rows of x xᵀ, float64, on the CPU."""
-    x = x.double() if x.device.type != "mps" else x.cpu().double()
-    return (x.T @ x).cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
-from mea_compress.checkpoint import CheckpointReader, NewTensor, dtype_name, write_checkpoint
+from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.weights import layer_directory
@@ -20,20 +20,22 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.refinement import Refiner, Settings
+from mea_compress.fit.regression import OutputRegression
+from mea_compress.fit.split import kv_split_candidates
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
-from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
+from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP
-from mea_compress.planning.types import LayerPlan, LayerSpec, Plan
+from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.text import read_documents, sample_sequences, token_sequences
 
-_HELD_OUT = 64
-# Shares of a layer's components that keys get where the split is searched, besides the even one. Refined values repay
-# width more than refined keys do, most of all in late layers.
-_KEY_SHARES = (0.4, 0.3)
+# Tokens that the ways to divide a layer's budget are tried on.
+_TRIAL_TOKENS = 1 << 13
+# Sequences, and tokens, that are held out to choose by.
+_HELD_OUT, _HELD_OUT_TOKENS = 64, 1 << 14
 
 
 @contextmanager
@@ -104,11 +106,15 @@ class CalibratedFit:
     def __init__(self, plan: Plan, tokens: torch.Tensor, progress: bool) -> None:
         self.plan, self.progress = plan, progress
         self.device = resolve_device(plan.recipe.device)
+        self.products = fast_products(plan.source.dtype, self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
         self.original = embed(plan.source, tokens)
         self.compressed = self.original
+        # Behind the present layer, once it was run; `original` then holds what its attention left behind.
         self.following: Activations | None = None
+        # What o_proj reads in the finished layer, where it was computed.
+        self.mixed: Activations | None = None
         # Sequences at the front are for choosing; no statistic and no step looks at them.
         self.steps = plan.decisions.refinement_steps
         if self.steps and len(tokens) < 2:
@@ -116,7 +122,8 @@ class CalibratedFit:
                 "refinement holds a calibration sequence out and there is only one; give --sequences 2 or more, a "
                 "longer --text, a smaller --sequence-length, or --refine 0"
             )
-        self.held_out = max(1, min(_HELD_OUT, len(tokens) // 4)) if self.steps else 0
+        held_out = min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4)
+        self.held_out = max(1, held_out) if self.steps else 0
         self.runner = self._runner(0)
 
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
@@ -125,91 +132,134 @@ class CalibratedFit:
         Returns:
             The layer, and what is reported of it.
         """
-        statistics = self._statistics(layer.layer)
+        if self.compressed is self.original:
+            self.compressed = self.original.copy()
+        statistics = self._pass_original(layer.layer, with_statistics=self.plan.recipe.fit != "weights")
         candidates = [layer]
-        if self.plan.decisions.searches_kv_split:
+        if self.plan.decisions.searches_kv_split and statistics is not None:
             candidates += kv_split_candidates(layer, self.plan)
         fits = [compose(self.plan, candidate, statistics) for candidate in candidates]
         for composed, _ in fits:
             _check_finite(composed, layer.layer)
+        if len(fits) > 1:
+            sample = list(self._parts())[-max(1, _TRIAL_TOKENS // (self.batch * self.original.shape[1])) :]
+            fits.sort(key=lambda fit: self._regress(layer.layer, fit[0], sample)[1])
+        composed, report = fits[0]
+        if self.plan.recipe.fit == "aligned":
+            composed, error = self._regress(layer.layer, composed)
+            report = {**report, "attention_relative_error": error}
         if not self.steps:
-            return fits[0]
+            return composed, report
         settings = Settings(self.steps, self.batch, self.held_out)
-        trials = len(settings.rates) + (len(fits) if len(fits) > 1 else 0)
-        with self._bar(f"layer {layer.layer}: refining", settings.steps + trials * settings.trial_steps) as bar:
+        with self._bar(f"layer {layer.layer}: refining", settings.all_steps) as bar:
             seed = self.plan.recipe.seed + layer.layer
             refiner = Refiner(self.compressed, self._targets(), settings, seed, bar.update)
-            best = 0
-            if len(fits) > 1:
-                errors = [refiner.try_out(self._composed_runner(layer.layer, composed)) for composed, _ in fits]
-                best = min(range(len(fits)), key=lambda index: errors[index])
-            composed, report = fits[best]
             refined = refiner.refine(composed, self._composed_runner(layer.layer, composed))
+        self.mixed = None
         fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
         return refined.layer, {**report, "refinement": fidelity}
 
     def advance(self, layer: int, stored: StoredLayer | None) -> None:
         """Send the calibration text through a finished layer, as the original has it and as it was stored."""
-        following = self._targets()
-        if stored is not None and self.compressed is self.original:
+        unchanged = self.compressed is self.original and stored is None
+        if self.compressed is self.original and stored is not None:
             self.compressed = self.original.copy()
-        if self.compressed is self.original:
+        following = self._targets()
+        if unchanged:
             self.compressed = following
         else:
             runner = self.runner if stored is None else self._runner(layer, stored)
             with self._bar(f"layer {layer}: passing on", self.compressed.shape[0]) as bar:
                 for part in batches(self.compressed.shape[0], self.batch):
-                    self.compressed[part] = runner.run(self.compressed[part])[0].cpu()
+                    self.compressed[part] = self._passed(runner, part)
                     bar.update(part.stop - part.start)
-        self.original, self.following = following, None
+        self.original, self.following, self.mixed = following, None, None
         if layer + 1 < len(self.plan.layers):
             self.runner = self._runner(layer + 1)
+
+    def _passed(self, runner: LayerRunner, part: slice) -> torch.Tensor:
+        """Return what a finished layer makes of a part of the compressed stream."""
+        if self.mixed is None:
+            return runner.run(self.compressed[part])[0]
+        return runner.finish(self.compressed[part], runner.output_of(self.mixed[part]))
 
     def _targets(self) -> Activations:
         """Return what the original has behind the present layer, computed once."""
         if self.following is None:
-            self.following = Activations(self.original.shape, torch.float32)
-            for part in batches(self.original.shape[0], self.batch):
-                self.following[part] = self.runner.run(self.original[part])[0].cpu()
+            self._pass_original(0, with_statistics=False)
+        assert self.following is not None
         return self.following
+
+    def _pass_original(self, layer: int, with_statistics: bool) -> LayerStatistics | None:
+        """Run the original layer once over the text, and keep everything that is wanted of it.
+
+        Afterwards `following` is the stream behind the layer, and `original` that behind its attention.
+
+        Returns:
+            The layer's statistics, where they are asked for.
+        """
+        sequential = self.plan.recipe.statistics == "sequential"
+        accumulator = StatisticsAccumulator(self.runner.attention, self.products) if with_statistics else None
+        self.following = Activations(self.original.shape, torch.float32)
+        count = self.original.shape[0]
+        with self._bar(f"layer {layer}: statistics" if accumulator else "passing on", count) as bar:
+            for part in self._parts():
+                hidden = self.original[part]
+                behind, captured = self.runner.run(hidden)
+                if accumulator and part.start >= self.held_out:
+                    accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
+                self.following[part] = behind
+                self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
+                bar.update(part.stop - part.start)
+        return accumulator.finish() if accumulator else None
+
+    def _regress(
+        self, layer: int, composed: ComposedLayer, sample: Sequence[slice] | None = None
+    ) -> tuple[ComposedLayer, float]:
+        """Fit o_proj again to what the composed layer's attention really sends.
+
+        Args:
+            layer: Its number.
+            composed: The layer.
+            sample: Batches to look at; without them all of the text, and what o_proj reads is kept in `mixed`.
+
+        Returns:
+            The layer, and the squared error that is left of its attention's output; see `OutputRegression.solve`.
+        """
+        source = self.plan.source
+        runner = self._runner(layer, store_layer(composed, source.config.mea["bias"], self.plan.decisions.stored_dtype))
+        weight, bias = runner.attention.o_proj.weight, runner.attention.o_proj.bias
+        regression = OutputRegression(weight.shape[1], weight.shape[0])
+        if sample is None:
+            self.mixed = Activations((*self.original.shape[:2], weight.shape[1]), self.products)
+        with self._bar(f"layer {layer}: regression", self.original.shape[0]) as bar:
+            for part in self._parts() if sample is None else sample:
+                mixed = runner.attend(self.compressed[part]).mixed
+                if sample is None:
+                    assert self.mixed is not None
+                    self.mixed[part] = mixed
+                if part.start >= self.held_out:
+                    stream = self.original[part].to(mixed.device)
+                    missing = stream - self.compressed[part].to(mixed.device)
+                    regression.add(mixed, missing if bias is None else missing - bias, stream)
+                bar.update(part.stop - part.start)
+        output, error = regression.solve(as_array(weight).astype(np.float64))
+        heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
+        return replace(composed, output=heads), error
+
+    def _parts(self) -> Iterator[slice]:
+        """Yield batches of the text; what is held out comes in batches of its own, which no statistic looks at."""
+        yield from batches(self.held_out, self.batch)
+        yield from batches(self.original.shape[0], self.batch, self.held_out)
 
     def _composed_runner(self, layer: int, composed: ComposedLayer) -> LayerRunner:
         return self._runner(layer, store_layer(composed, self.plan.source.config.mea["bias"], "F32"))
 
     def _runner(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
-        return LayerRunner(self.plan.source, layer, stored, device=self.device)
+        return LayerRunner(self.plan.source, layer, stored, device=self.device, products=self.products)
 
     def _bar(self, description: str, total: int) -> tqdm:
         return tqdm(total=total, desc=description, leave=False, disable=not self.progress)
-
-    def _statistics(self, layer: int) -> LayerStatistics | None:
-        if self.plan.recipe.fit == "weights":
-            return None
-        inputs = self.compressed if self.plan.recipe.statistics == "sequential" else self.original
-        accumulator = StatisticsAccumulator(self.runner.attention)
-        with self._bar(f"layer {layer}: statistics", inputs.shape[0] - self.held_out) as bar:
-            for part in batches(inputs.shape[0] - self.held_out, self.batch):
-                shifted = slice(part.start + self.held_out, part.stop + self.held_out)
-                accumulator.add(self.runner.run(inputs[shifted])[1])
-                bar.update(part.stop - part.start)
-        return accumulator.finish()
-
-
-def kv_split_candidates(layer: LayerPlan, plan: Plan) -> list[LayerPlan]:
-    """Return other ways to divide the layer's components between keys and values; the even split is the layer's own."""
-    key, value = layer.spec.key, layer.spec.value
-    total = key.components + value.components
-    fractional = key.form.fractional
-    step = 2 / plan.source.head_dim if fractional else 1
-    tried, candidates = {key.components}, []
-    for share in _KEY_SHARES:
-        count = max(1, round(total * share / step)) * step
-        keys = count if fractional else int(count)
-        if keys not in tried and total - keys <= plan.source.config.num_key_value_heads:
-            tried.add(keys)
-            spec = LayerSpec(replace(key, components=keys), replace(value, components=total - keys))
-            candidates.append(replace(layer, spec=spec))
-    return candidates
 
 
 def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:

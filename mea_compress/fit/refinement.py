@@ -20,26 +20,37 @@ from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import MeaAttention
 
+_WARM_UP = 5
+
 
 @dataclass(frozen=True)
 class Settings:
     """How a layer is refined.
 
     Attributes:
-        steps: Optimiser steps of the full run.
+        steps: Optimiser steps at most, one trial's among them.
         batch: Sequences in a step.
         held_out: Sequences at the front that are only looked at to choose.
         rates: Step sizes to try, as a share of a tensor's root mean square.
-        trial_steps: Length of each trial.
-        checks: How often the full run looks at the held-out sequences.
+        trial_steps: Length of each trial; the best one is continued.
+        between_looks: Steps from one look at the held-out sequences to the next.
+        decay: Share of all steps in which the step size falls to zero, at the end.
+        least_gain: Share of the held-out error that steps between two looks must gain; below, the end begins.
     """
 
     steps: int
     batch: int
     held_out: int
-    rates: tuple[float, ...] = (0.03, 0.12)
-    trial_steps: int = 30
-    checks: int = 5
+    rates: tuple[float, ...] = (0.02, 0.06)
+    trial_steps: int = 20
+    between_looks: int = 20
+    decay: float = 0.4
+    least_gain: float = 0.01
+
+    @property
+    def all_steps(self) -> int:
+        """Optimiser steps that are taken at most, those of trials that are not continued among them."""
+        return self.steps + (len(self.rates) - 1) * min(self.trial_steps, self.steps)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Refined:
 
 
 class Refiner:
-    """Refine one layer, or tries out several forms of it.
+    """Refine one layer.
 
     Args:
         inputs: What the compressed model sends into the layer, (N, T, D).
@@ -81,13 +92,11 @@ class Refiner:
         self.inputs, self.targets, self.settings = inputs, targets, settings
         self.seed, self.tick = seed, tick
 
-    def try_out(self, runner: LayerRunner) -> float:
-        """Return the held-out error after a short refinement at the largest step size, inf if it diverges."""
-        run = _Run(self, runner)
-        return min(run.descend(self.settings.trial_steps, self.settings.rates[-1], 1), run.best.value)
-
     def refine(self, composed: ComposedLayer, runner: LayerRunner) -> Refined:
         """Refine a composed layer.
+
+        Every step size is tried for a few steps, and the best is continued for as long as the held-out error gains;
+        then the step size falls to zero.
 
         Args:
             composed: The layer's closed form.
@@ -98,14 +107,33 @@ class Refiner:
         """
         run = _Run(self, runner)
         before, settings = run.best.value, self.settings
-        trials = {rate: run.descend(min(settings.trial_steps, settings.steps), rate, 1) for rate in settings.rates}
-        chosen = min(settings.rates, key=lambda rate: trials[rate])
-        if math.isfinite(trials[chosen]):
-            run.descend(settings.steps, chosen, settings.checks)
+        trial = min(settings.trial_steps, settings.steps)
+        trials = {}
+        for rate in settings.rates:
+            descent = _Descent(run, rate)
+            trials[rate] = (descent.advance(trial), descent)
+        chosen = min(settings.rates, key=lambda rate: trials[rate][0])
+        value, descent = trials[chosen]
+        if math.isfinite(value):
+            descent.resume()
+            self._continue(descent, value)
         _set(run.parameters, run.best.weights)
         improved = run.best.value < before
         layer = _read_back(composed, runner.attention) if improved else composed
         return Refined(layer, before, run.best.value, chosen if improved else 0.0)
+
+    def _continue(self, descent: "_Descent", value: float) -> None:
+        """Go on at the full step size while that gains, then let it fall."""
+        settings = self.settings
+        ending = max(1, round(settings.decay * settings.steps))
+        while descent.steps + ending + settings.between_looks <= settings.steps:
+            now = descent.advance(settings.between_looks)
+            if not now < value * (1 - settings.least_gain):
+                break
+            value = now
+        remaining = min(ending, settings.steps - descent.steps)
+        if remaining > 0 and math.isfinite(value):
+            descent.advance(remaining, falling=True)
 
 
 @dataclass
@@ -147,38 +175,52 @@ class _Run:
             total += float(self.error(part)) * (part.stop - part.start)
         return total / self.settings.held_out
 
-    def descend(self, steps: int, rate: float, checks: int) -> float:
-        """Run Adam from the start, with a short warm-up and a cosine to zero; every look at the held-out error counts.
+
+class _Descent:
+    """Adam from a run's start at one step size, in pieces; every look at the held-out error counts."""
+
+    def __init__(self, run: _Run, rate: float) -> None:
+        self.run, self.rate, self.steps = run, rate, 0
+        _set(run.parameters, run.start)
+        groups = []
+        for name, parameter in run.parameters.items():
+            size = float(run.start[name].square().mean().sqrt()) or _fallback_size(run.start)
+            groups.append({"params": [parameter], "lr": 0.0, "size": size})
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        settings = run.settings
+        self.order = _order(run.inputs.shape[0] - settings.held_out, settings.batch, run.refiner.seed)
+        self.reached: dict[str, torch.Tensor] = {}
+
+    def resume(self) -> None:
+        """Go back to where `advance` ended, for another descent has moved the weights since."""
+        _set(self.run.parameters, self.reached)
+
+    def advance(self, steps: int, falling: bool = False) -> float:
+        """Take some steps, the first of all with a warm-up; `falling`: with a cosine to zero.
 
         Returns:
-            The last held-out error, inf if it diverged.
+            The held-out error behind them, inf if they diverged.
         """
-        _set(self.parameters, self.start)
-        groups = []
-        for name, parameter in self.parameters.items():
-            size = float(self.start[name].square().mean().sqrt()) or _fallback_size(self.start)
-            groups.append({"params": [parameter], "lr": 0.0, "size": size})
-        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        order = _order(self.inputs.shape[0] - self.settings.held_out, self.settings.batch, self.refiner.seed)
-        warm_up = max(1, min(10, steps // 5))
-        looks = {round(steps * (i + 1) / checks) - 1 for i in range(checks)}
-        value = math.inf
+        run = self.run
         for step in range(steps):
-            factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimiser.param_groups:
-                group["lr"] = rate * factor * group["size"]
-            loss = self.error(next(order) + self.settings.held_out)
+            factor = min(1.0, (self.steps + 1) / _WARM_UP)
+            if falling:
+                factor *= 0.5 * (1 + math.cos(math.pi * (step + 1) / (steps + 1)))
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate * factor * group["size"]
+            loss = run.error(next(self.order) + run.settings.held_out)
             if not torch.isfinite(loss):
                 return math.inf
-            optimiser.zero_grad(set_to_none=True)
+            self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
-            self.refiner.tick(1)
-            if step in looks:
-                value = self.held_out()
-                if not math.isfinite(value):
-                    return math.inf
-                self.best.offer(value, self.parameters)
+            self.optimiser.step()
+            self.steps += 1
+            run.refiner.tick(1)
+        value = run.held_out()
+        if not math.isfinite(value):
+            return math.inf
+        run.best.offer(value, run.parameters)
+        self.reached = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
         return value
 
 

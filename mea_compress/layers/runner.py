@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +50,30 @@ class CapturedAttention:
 
     Attributes:
         inputs: (B, T, D), the normed input of the attention block.
+        mixed: (B, T, Hq * d), what o_proj reads.
         outputs: (B, T, D), what the block adds to the residual stream.
         position_embeddings: cos and sin, each (B or 1, T, rotary_dim).
     """
 
     inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    mixed: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     position_embeddings: tuple[torch.Tensor, torch.Tensor] = field(default_factory=tuple)  # type: ignore[assignment]
+
+
+class _AttentionDone(Exception):
+    """What comes behind the attention is not wanted."""
+
+
+class _Given(nn.Module):
+    """Stands in an attention block's place and sends what is known already."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return self.output, None
 
 
 class LayerRunner:
@@ -65,8 +83,9 @@ class LayerRunner:
         source: The checkpoint.
         layer: Number of the layer.
         stored: What to put in the place of its keys and values (and queries and output where they changed).
-        dtype: To compute in.
+        dtype: Of the weights, and of what is computed.
         device: To compute on.
+        products: What matrix products are computed in; the stream between layers keeps `dtype`.
 
     Attributes:
         model: The base model with this layer alone and no final norm.
@@ -80,6 +99,7 @@ class LayerRunner:
         stored: StoredLayer | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        products: torch.dtype = torch.float32,
     ) -> None:
         from mea_compress.modeling import modeling_mea
 
@@ -108,35 +128,90 @@ class LayerRunner:
         self.model.norm = nn.Identity()
         self.model.requires_grad_(False)
         self.attention: Any = self.model.layers[0].self_attn
-        self.device = torch.device(device)
+        self.device, self.products = torch.device(device), products
+        if products != dtype:  # autocast would convert what is never trained at every call
+            for name, module in self.model.layers[0].named_modules():
+                if isinstance(module, nn.Linear) and not name.startswith("self_attn."):
+                    module.to(products)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for (B, T, D), with gradients where they are enabled."""
         embeds = hidden.to(self.device, self.model.dtype)
-        return self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        with torch.autocast(self.device.type, self.products, enabled=self.products != self.model.dtype):
+            return self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, CapturedAttention]:
         """Run the layer on (B, T, D); return the next hidden states and what its attention got and sent."""
         captured = CapturedAttention()
+        with self._capturing(captured):
+            following = self.forward(hidden)
+        return following, captured
 
+    @torch.no_grad()
+    def attend(self, hidden: torch.Tensor) -> CapturedAttention:
+        """Run the layer on (B, T, D) as far as its attention."""
+        captured = CapturedAttention()
+        with self._capturing(captured, stop=True), suppress(_AttentionDone):
+            self.forward(hidden)
+        return captured
+
+    @torch.no_grad()
+    def finish(self, hidden: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """Run the layer on (B, T, D) with an attention output that is known; return the next hidden states."""
+        layer = self.model.layers[0]
+        layer.self_attn = _Given(attention_output.to(self.device))
+        try:
+            return self.forward(hidden)
+        finally:
+            layer.self_attn = self.attention
+
+    @torch.no_grad()
+    def output_of(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Return what the attention block sends where its o_proj reads (B, T, Hq * d)."""
+        with torch.autocast(self.device.type, self.products, enabled=self.products != self.model.dtype):
+            return self.attention.o_proj(mixed.to(self.device))
+
+    @contextmanager
+    def _capturing(self, captured: CapturedAttention, stop: bool = False) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             captured.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             captured.position_embeddings = kwargs["position_embeddings"]
 
+        def mixed(_: nn.Module, args: tuple[Any, ...]) -> None:
+            captured.mixed = args[0]
+
         def after(_: nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
             captured.outputs = output[0]
+            if stop:
+                raise _AttentionDone
 
         hooks = [
             self.attention.register_forward_pre_hook(before, with_kwargs=True),
+            self.attention.o_proj.register_forward_pre_hook(mixed),
             self.attention.register_forward_hook(after),
         ]
         try:
-            following = self.forward(hidden)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        return following, captured
+
+
+def fast_products(dtype: str, device: torch.device) -> torch.dtype:
+    """Return what matrix products are computed in: bfloat16 if the model is stored so and the hardware is made for it.
+
+    Args:
+        dtype: Of the checkpoint, as safetensors calls it.
+        device: To compute on.
+    """
+    if dtype != "BF16":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.13
+    fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") if device.type == "cpu" else False
+    return torch.bfloat16 if fast else torch.float32
 
 
 def embed(source: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
@@ -150,9 +225,9 @@ def embed(source: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype = torch.f
     return hidden
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Yield slices of at most `size` out of `count`."""
-    for start in range(0, count, size):
+def batches(count: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover `first` to `count`."""
+    for start in range(first, count, size):
         yield slice(start, min(start + size, count))
 
 
@@ -171,4 +246,4 @@ def _layer_state(source: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-__all__ = ["Activations", "LayerRunner", "CapturedAttention", "batches", "embed"]
+__all__ = ["Activations", "LayerRunner", "CapturedAttention", "batches", "embed", "fast_products"]

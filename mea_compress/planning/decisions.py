@@ -24,7 +24,7 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     steps = refinement_steps(source, recipe)
     sequences, length = calibration_shape(source, recipe)
     calibrated = recipe.fit != "weights" or steps > 0
-    searched = steps > 0 and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    searched = recipe.fit == "aligned" and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
     if searched:
         choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
     return Decisions(

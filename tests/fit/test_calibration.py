@@ -69,11 +69,20 @@ def attention_of(case, tmp_path):
     return attention, accumulator, weights, queries, keys, values
 
 
+def leverage_of(accumulator, weights, values):
+    """The leverage of every query, (B, Hq, S), for weights (B, Hq, S, T) and each query head's values (B, Hq, T, d)."""
+    grouped = [
+        accumulator._leverage(sequence.float().unflatten(0, (4, 2)), rows.float()[::2])
+        for sequence, rows in zip(weights, values, strict=True)
+    ]
+    return torch.stack(grouped).flatten(1, 2).double()
+
+
 @pytest.mark.parametrize("case", ["llama", "qwen3", "head norm"])
 def test_leverage_is_the_derivative_of_the_output_by_the_logits(case, tmp_path):
     """Behind head norm and o_proj, by automatic differentiation of one query head at a time."""
     attention, accumulator, weights, _, _, values = attention_of(case, tmp_path)
-    found = accumulator._leverage(weights.float(), values.float())
+    found = leverage_of(accumulator, weights, values)
     output = attention.o_proj.weight.double().unflatten(1, (8, -1))  # (D, Hq, d)
     for head, query in ((0, 3), (2, 6), (7, 5)):
 
@@ -94,7 +103,7 @@ def test_leverage_is_the_derivative_of_the_output_by_the_logits(case, tmp_path):
 def test_key_statistics_are_sums_over_queries_and_tokens(case, tmp_path):
     attention, accumulator, weights, queries, keys, values = attention_of(case, tmp_path)
     statistics = accumulator.finish()
-    leverage = accumulator._leverage(weights.float(), values.float()).double()
+    leverage = leverage_of(accumulator, weights, values)
     first, second = rotary_pairs(attention.head_dim, attention.rotary_dim)
     q, k = (torch.complex(x[..., first], x[..., second]) for x in (queries, keys))
     pairs = len(first)
@@ -123,9 +132,9 @@ def test_key_statistics_are_sums_over_queries_and_tokens(case, tmp_path):
 def test_what_all_keys_have_in_common_costs_nothing_however_large(tmp_path):
     attention, *_ = attention_of("llama", tmp_path)
     generator = torch.Generator().manual_seed(0)
-    queries, keys, values = torch.randn(3, 1, 8, 64, attention.head_dim, generator=generator)
-    weights = torch.rand(1, 8, 64, 64, generator=generator).softmax(-1)
-    keys = keys.view(1, 4, 2, 64, -1)[:, :, :1].repeat(1, 1, 2, 1, 1).flatten(1, 2)  # the same for both queries
+    queries = torch.randn(4, 2, 64, attention.head_dim, generator=generator)
+    keys, values = torch.randn(2, 4, 64, attention.head_dim, generator=generator)
+    weights = torch.rand(4, 2, 64, 64, generator=generator).softmax(-1)
     first, second = rotary_pairs(attention.head_dim, attention.rotary_dim)
     keys[..., [first[0], second[0]]] = 0.0
     found = []
