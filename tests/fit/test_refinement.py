@@ -9,7 +9,7 @@ from tiny import stock_checkpoint
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.fit.closed_form import compose
-from mea_compress.fit.refinement import Refiner, Settings, _order
+from mea_compress.fit.refinement import Refiner, Settings, _Descent, _order, _Run
 from mea_compress.layers.runner import LayerRunner, embed
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.plans import plan_source
@@ -54,7 +54,7 @@ def test_what_is_reported_is_the_error_of_the_layer_that_comes_back(kinds, task)
     source, inputs, targets = task
     plan = planned(source, key_composition=kinds[0], value_composition=kinds[1])
     composed, _ = compose(plan, plan.layers[0], None)
-    settings = Settings(40, 4, HELD_OUT, trial_steps=10)
+    settings = Settings(40, 4, HELD_OUT, trial_steps=10, between_looks=5)
     refined = Refiner(inputs, targets, settings, seed=0).refine(composed, runner_of(plan, composed))
     before = held_out_error(runner_of(plan, composed), inputs, targets, 4)
     after = held_out_error(runner_of(plan, refined.layer), inputs, targets, 4)
@@ -71,7 +71,33 @@ def test_steps_that_only_diverge_leave_the_closed_form(task):
     refiner = Refiner(inputs, targets, settings, seed=0)
     refined = refiner.refine(composed, runner_of(plan, composed))
     assert refined.layer is composed and refined.rate == 0 and refined.after == refined.before
-    assert refiner.try_out(runner_of(plan, composed)) == refined.before
+
+
+def test_the_best_trial_is_continued_and_no_more_steps_are_taken_than_were_said(task):
+    source, inputs, targets = task
+    plan = planned(source)
+    composed, _ = compose(plan, plan.layers[0], None)
+    taken, settings = [], Settings(25, 4, HELD_OUT, trial_steps=5, between_looks=5, least_gain=-1.0)
+    Refiner(inputs, targets, settings, 0, taken.append).refine(composed, runner_of(plan, composed))
+    assert sum(taken) == settings.all_steps == 30
+    taken.clear()
+    settings = Settings(25, 4, HELD_OUT, trial_steps=5, between_looks=5, least_gain=1.0)  # nothing gains as much
+    Refiner(inputs, targets, settings, 0, taken.append).refine(composed, runner_of(plan, composed))
+    assert sum(taken) == 2 * 5 + 5 + 10  # trials, one look, and the end in which the step size falls
+
+
+def test_a_descent_goes_on_where_it_was_after_another(task):
+    """Weights and moments: two pieces with another descent between them are one piece of both lengths."""
+    source, inputs, targets = task
+    plan = planned(source)
+    composed, _ = compose(plan, plan.layers[0], None)
+    run = _Run(Refiner(inputs, targets, Settings(20, 4, HELD_OUT), seed=0), runner_of(plan, composed))
+    whole = _Descent(run, 0.02).advance(8)
+    pieces = _Descent(run, 0.02)
+    pieces.advance(5)
+    _Descent(run, 0.1).advance(3)
+    pieces.resume()
+    assert pieces.advance(3) == whole
 
 
 def test_what_lies_between_groups_stays_zero(task):
