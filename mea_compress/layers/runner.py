@@ -156,6 +156,13 @@ class LayerRunner:
             self.forward(hidden)
         return captured
 
+    def send(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the attention block sends for (B, T, D), with gradients where they are enabled."""
+        captured = CapturedAttention()
+        with self._capturing(captured, stop=True), suppress(_AttentionDone):
+            self.forward(hidden)
+        return captured.outputs
+
     @torch.no_grad()
     def finish(self, hidden: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Run the layer on (B, T, D) with an attention output that is known; return the next hidden states."""
