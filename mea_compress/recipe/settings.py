@@ -81,9 +81,10 @@ def _one_or_several(value: tuple[str, ...]) -> str | list[str]:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), PlainSerializer(_one_or_several)]
 """Names of texts; see `mea_compress.text.reading`. A single one is written as it is given."""
-_TEXT_HELP = ".txt, .jsonl, .parquet, directory, - or dataset:NAME; again for more"
+_TEXT_HELP = "a text file, .jsonl, .parquet, directory, - or dataset:NAME; may be given again"
 _BOS_HELP = (
-    "What stands in front of every sequence: what the tokenizer writes there itself, at least its bos_token, or nothing"
+    "What stands in front of every sequence: what the tokenizer puts there itself (auto), or its bos_token where that "
+    "is nothing (always), or nothing (never)"
 )
 
 
