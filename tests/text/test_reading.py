@@ -182,6 +182,8 @@ def test_streams_are_what_their_first_line_is(tmp_path, monkeypatch, given, expe
         assert contents("-")[0] == expected
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_standard_input_is_read_no_further_than_is_asked_for():
     script = (
         "from letters import character_tokenizer; from mea_compress.text.reading import read_documents\n"
