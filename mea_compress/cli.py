@@ -152,6 +152,11 @@ def _clause(message: str) -> str:
     return message[:1].lower() + message[1:].rstrip(".")
 
 
+def _none_for_nothing(_: click.Context, __: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return the values of a flag that may be given several times, None where it was not given."""
+    return values or None
+
+
 def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
     """Return a decorator that adds an option for every field with a group; unset flags are None: the recipe's apply."""
 
@@ -164,7 +169,10 @@ def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
             help_text = field.description or ""
             if not field.is_required() and field.default is not None:
                 help_text += f" [default: {field.default}]"
-            if get_origin(kind) is Literal:
+            several = get_origin(kind) is tuple
+            if several:
+                kind = get_args(kind)[0]
+            elif get_origin(kind) is Literal:
                 kind = click.Choice(get_args(kind))
             function = click.option(
                 "--" + name.replace("_", "-"),
@@ -174,6 +182,8 @@ def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
                 type=_PATH if kind is Path else kind,
                 metavar=extra.get("metavar"),
                 required=field.is_required(),
+                multiple=several,
+                callback=_none_for_nothing if several else None,
                 help=help_text,
             )(function)
         return function

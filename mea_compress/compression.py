@@ -19,6 +19,7 @@ from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.report.cards import model_card
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import before_after, fidelity_report
+from mea_compress.text.reading import text_state
 
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
@@ -122,11 +123,10 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
 def _fingerprint(plan: Plan) -> dict[str, Any]:
     """Return what must be the same for an interrupted run to be taken up again, by what to call it."""
     text = plan.recipe.text
-    calibration = [str(text), text.stat().st_size, text.stat().st_mtime_ns] if text and text.is_file() else None
     return {
         "the source": fingerprint(plan.source.reader, plan.source.raw_config),
         "the recipe": to_yaml(plan.recipe),
-        "the calibration text": calibration,
+        "the calibration text": text_state(text) if text else None,
         "a library version": versions(),
     }
 

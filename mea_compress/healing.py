@@ -52,7 +52,10 @@ from mea_compress.loading import (
 from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
-from mea_compress.text import read_documents, sample_sequences, token_sequences
+from mea_compress.text.documents import Documents
+from mea_compress.text.reading import TextChoice, read_documents
+from mea_compress.text.sampling import sample_sequences
+from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +77,7 @@ class HealingResult(Shown):
         tokens: Tokens trained on.
         learning_rate: Peak.
         train: ``attention`` or ``all``.
-        text: Name of the text file, or that text was sampled.
+        text: Names of the texts, or that text was sampled.
         seed: Of sampling and of the order of sequences.
         trained_parameters: Numbers that were free to change.
         held_out_tokens: Predictions that losses are averaged over.
@@ -84,6 +87,7 @@ class HealingResult(Shown):
         cross_entropy_after: The same of the weights kept.
         kept: ``unhealed`` where training did not lower the KL.
         seconds: Time it all took.
+        prefix_ids: Ids in front of every sequence.
     """
 
     out: Path
@@ -101,6 +105,7 @@ class HealingResult(Shown):
     cross_entropy_after: float
     kept: Literal["healed", "unhealed"]
     seconds: float
+    prefix_ids: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, as in ``healing.json``."""
@@ -223,36 +228,38 @@ def _check_places(student: Path, teacher: Path, out: Path) -> None:
 
 
 def _sequences(
-    text: Path | None,
+    documents: Documents | None,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     trained: int,
     seed: int,
+    bos: Bos,
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sequences to train on and sequences held out, ids (N, length) of each, N at least one.
 
     Args:
-        text: Where they come from; None samples them from the teacher.
+        documents: Where they come from; None samples them from the teacher.
         teacher: The original.
         tokenizer: Makes ids of the text.
         length: Tokens of a sequence.
-        trained: Sequences in all steps together; as many are sampled, within bounds.
-        seed: Of sampling.
+        trained: Sequences in all steps together; as many are taken, sampled within bounds.
+        seed: Of sampling, and of the places that are read in large files.
+        bos: See `sequence_prefix`.
         progress: Show a bar on stderr.
     """
-    if text is not None:
-        ids = token_sequences(read_documents(text), tokenizer, length)
+    if documents is not None:
+        ids = token_sequences(documents, tokenizer, length, limit=trained + _MAX_HELD_OUT, seed=seed, bos=bos)
         if len(ids) < 2:
             raise RequestError(
-                f"{text} fills one sequence of {length} tokens, and healing holds one out: "
+                f"{documents.name} fills one sequence of {length} tokens, and healing holds one out: "
                 "give more text, or a smaller `sequence_length`"
             )
     else:
         count = min(trained, _MAX_SAMPLED)
         count += max(2, min(_MAX_HELD_OUT, count // 8))
-        ids = sample_sequences(teacher, tokenizer.bos_token_id, count, length, seed, progress=progress)
+        ids = sample_sequences(teacher, tokenizer, count, length, seed, bos=bos, progress=progress)
     held_out = max(1, min(_MAX_HELD_OUT, len(ids) // 9))
     return ids[:-held_out], ids[-held_out:]
 
@@ -274,13 +281,14 @@ def heal(
     checkpoint: Path | str,
     *,
     teacher: Path | str,
-    text: Path | str | None = None,
+    text: TextChoice | None = None,
     steps: int = 200,
     out: Path | str | None = None,
     learning_rate: float | None = None,
     batch_size: int = 16,
     sequence_length: int | None = None,
     seed: int = 0,
+    bos: Bos = "auto",
     device: str = "auto",
     progress: bool = True,
     train: Literal["attention", "all"] = "attention",
@@ -294,14 +302,15 @@ def heal(
     Args:
         checkpoint: Directory of the compressed checkpoint, the student.
         teacher: Directory of the original; never written to.
-        text: ``.txt`` or ``.jsonl``; None samples the text from the teacher.
+        text: One text or several, as `read_documents` takes them; None samples the text from the teacher.
         steps: Optimiser steps.
         out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
             Either way it appears complete or not at all.
         learning_rate: Peak; None suits it to the width (`default_learning_rate`).
         batch_size: Sequences in a step.
         sequence_length: Tokens of a sequence; None takes the model's context, at most 1024.
-        seed: Of sampling and of the order of sequences.
+        seed: Of sampling, of the places that are read in large files, and of the order of sequences.
+        bos: What stands in front of every sequence; see `sequence_prefix`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         progress: Show bars on stderr.
         train: ``attention`` trains the attention blocks only, ``all`` every weight.
@@ -329,6 +338,7 @@ def heal(
         raise RequestError(f"`train` {train} is unknown: use attention or all")
     _check_places(student, teacher, out)
     target = resolve_device(device)
+    documents = None if text is None else read_documents(text)
 
     teacher_model = load_model(teacher, None, target)
     model = load_model(student, None, target)
@@ -345,9 +355,10 @@ def heal(
         raise RequestError(
             f"{student} stores {missing} under another name, so it cannot be trained: use attention for `train`"
         )
-    source = None if text is None else Path(text)
+    tokenizer = load_tokenizer(student)
+    prefix = sequence_prefix(tokenizer, bos)
     training, held_out = _sequences(
-        source, teacher_model, load_tokenizer(student), length, steps * batch_size, seed, progress
+        documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress
     )
 
     before = _measure(model, teacher_model, held_out)
@@ -366,7 +377,7 @@ def heal(
         tokens=steps * batch_size * length,
         learning_rate=peak,
         train=train,
-        text="sampled from the teacher" if source is None else source.name,
+        text="sampled from the teacher" if documents is None else documents.title,
         seed=seed,
         trained_parameters=sum(parameter.numel() for parameter in parameters.values()),
         held_out_tokens=before.tokens,
@@ -376,6 +387,7 @@ def heal(
         cross_entropy_after=(after if better else before).cross_entropy / before.tokens,
         kept="healed" if better else "unhealed",
         seconds=round(time.monotonic() - began, 1),
+        prefix_ids=prefix,
     )
     if not better:
         print(

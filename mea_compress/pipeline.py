@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, given_settings, make_recipe
 from mea_compress.report.showing import Shown
+from mea_compress.text.reading import STDIN, read_documents
 
 if TYPE_CHECKING:
     from mea_compress.compression import CompressionResult
@@ -83,15 +84,12 @@ def run(
         raise RequestError(
             f"{name} does not say where from and where to: add source and out, or give --source and --out"
         )
-    for text in (wanted.text, wanted.heal and wanted.heal.text, wanted.evaluate and wanted.evaluate.text):
-        if text and not text.is_file():
-            raise RequestError(f"{name} names the text {text}, which is not there: correct the path")
-
+    _check_texts(wanted, name)
     from mea_compress.compression import compress
 
     compression = compress(wanted.source, wanted.out, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
-    shared: dict[str, Any] = {"device": wanted.device, "progress": progress}
+    shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
     if wanted.heal and not (resume and (wanted.out / "healing.json").is_file()):
         from mea_compress.healing import heal
 
@@ -103,3 +101,16 @@ def run(
         options = shared | given_settings(wanted.evaluate)
         evaluation = evaluate(wanted.out, reference=wanted.source, **options)
     return PipelineResult(compression, healing, evaluation)
+
+
+def _check_texts(recipe: Recipe, name: str) -> None:
+    """Raise `RequestError` for texts that are not there, before hours of work that come before they are read."""
+    sections = (recipe, recipe.heal, recipe.evaluate)
+    texts = [section.text for section in sections if section is not None and section.text]
+    if sum(STDIN in text for text in texts) > 1:
+        raise RequestError(f"{name} reads standard input (-) more than once: give it to one text only")
+    for text in texts:
+        try:
+            read_documents(text)
+        except RequestError as error:
+            raise RequestError(f"in {name}, {error}") from error

@@ -120,11 +120,13 @@ class TestCommands:
 
     def test_evaluate(self, calls):
         assert "0.5000" in done("evaluate", "CKPT", "--reference", "SRC", "--text", "t.txt", "--batch-size", 4)
-        expected = {"text": Path("t.txt"), "reference": Path("SRC"), "batch_size": 4}
+        expected = {"text": ("t.txt",), "reference": Path("SRC"), "batch_size": 4}
         assert calls == [("evaluate", (Path("CKPT"),), expected)]
         assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
         done("evaluate", "CKPT", "--text", "t.txt", "--contexts", "1024,8192", "--batches", 4)
-        assert calls[-1][2] == {"text": Path("t.txt"), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
+        assert calls[-1][2] == {"text": ("t.txt",), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
+        done("evaluate", "CKPT", "--text", "t.txt", "--text", "-", "--bos", "never")
+        assert calls[-1][2] == {"text": ("t.txt", "-"), "reference": None, "bos": "never"}
 
     def test_demo(self, calls):
         assert done("demo", "--steps", 5) == "the table\n"
@@ -135,16 +137,17 @@ class TestCommands:
         text.write_text("hello")
         recipe = tmp_path / "r.yaml"
         recipe.write_text(
-            f"source: SRC\nout: A\nkv_ratio: 0.5\nseed: 4\ndevice: cpu\nheal: {{steps: 3, text: {text}}}\n"
+            f"source: SRC\nout: A\nkv_ratio: 0.5\nseed: 4\nbos: always\ndevice: cpu\nheal: {{steps: 3, text: {text}}}\n"
             f"evaluate: {{text: {text}, limit: 2}}\n"
         )
         printed = done("run", recipe, "--out", "B", "--json", tmp_path / "all.json")
         assert "KL" in printed
         assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
         assert calls[0][1][:2] == (Path("SRC"), Path("B"))
-        healing = {"seed": 4, "device": "cpu", "steps": 3, "text": text, "teacher": Path("SRC"), "progress": True}
+        shared = {"bos": "always", "device": "cpu", "text": (str(text),), "progress": True}
+        healing = {"seed": 4, "steps": 3, "teacher": Path("SRC")} | shared
         assert calls[1][1:] == ((Path("B"),), healing)
-        measuring = {"text": text, "reference": Path("SRC"), "device": "cpu", "limit": 2, "progress": True}
+        measuring = {"reference": Path("SRC"), "limit": 2} | shared
         assert calls[2][1:] == ((Path("B"),), measuring)
         assert set(json.loads((tmp_path / "all.json").read_text())) == {"plan", "fidelity", "healing", "evaluation"}
 

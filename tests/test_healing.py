@@ -123,6 +123,16 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
     assert "lm_head.weight" in changed and "model.layers.0.mlp.up_proj.weight" in changed
 
 
+def test_several_texts_and_what_stands_in_front(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    (tmp_path / "b.jsonl").write_text('"lorem ipsum dolor sit amet"\n' * 40)
+    texts = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    result = heal(student, teacher=teacher, text=texts, bos="never", sequence_length=16, **SETTINGS)
+    assert result.text == "a.txt, b.jsonl" and result.prefix_ids == () and result.kl_after < result.kl_before
+    assert json.loads((student / "healing.json").read_text())["prefix_ids"] == []
+
+
 def test_it_never_ends_worse(tmp_path, teacher, capsys):
     student = make_student(tmp_path / "student")
     before = files(student)

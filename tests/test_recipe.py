@@ -115,8 +115,25 @@ class TestFiles:
         assert recipe.source == Path("models/a") and recipe.out == Path("b")
         assert recipe.layers == "0,2"
         assert recipe.heal.learning_rate == 1e-4 and recipe.heal.steps == 5
-        assert recipe.evaluate.text == Path("held-out.txt")
+        assert recipe.evaluate.text == ("held-out.txt",)
         assert load_recipe(write(tmp_path, "kv_ratio: 0.5\nlayers: 3\n")).layers == "3"
+
+    @pytest.mark.parametrize(
+        ("written", "names"),
+        [("a.txt", ("a.txt",)), ("[a.txt, 'dataset:b/c:test']", ("a.txt", "dataset:b/c:test")), ("'-'", ("-",))],
+    )
+    def test_texts_are_one_or_several(self, tmp_path, written, names):
+        lines = f"kv_ratio: 0.5\ntext: {written}\nheal: {{text: {written}}}\n"
+        recipe = load_recipe(write(tmp_path, lines))
+        assert recipe.text == recipe.heal.text == names
+        (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+        assert load_recipe(tmp_path / "again.yaml") == recipe
+        assert f"text: {names[0]}" in to_yaml(recipe) or len(names) > 1 or names == ("-",)
+        assert Recipe(kv_ratio=0.5, text=[Path(name) for name in names]).text == names
+
+    @pytest.mark.parametrize("written", ["3", "[]", "[a.txt, 3]", "{a: b}"])
+    def test_what_names_no_text(self, tmp_path, written):
+        assert "text" in refusal(tmp_path, f"kv_ratio: 0.5\ntext: {written}\n")
 
     def test_an_empty_file_leaves_all_to_the_flags(self, tmp_path):
         assert load_recipe(write(tmp_path, "# nothing\n"), {"kv_ratio": 0.5}) == Recipe(kv_ratio=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,9 @@ from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import LayerPlan, Plan
-from mea_compress.text import read_documents, sample_sequences, token_sequences
+from mea_compress.text.reading import read_documents
+from mea_compress.text.sampling import sample_sequences
+from mea_compress.text.sequences import token_sequences
 
 # Tokens that the ways to divide a layer's budget are tried on.
 _TRIAL_TOKENS = 1 << 13
@@ -271,14 +273,15 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
     directory, recipe = plan.source.reader.directory, plan.recipe
     count, length = plan.decisions.sequences, plan.decisions.sequence_length
     if recipe.text is not None:
-        tokenizer = load_tokenizer(directory)
-        return token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)
+        documents = read_documents(recipe.text)
+        return token_sequences(
+            documents, load_tokenizer(directory), length, limit=count, seed=recipe.seed, bos=recipe.bos
+        )
     model = load_model(directory, device=recipe.device)
-    try:  # as in all text: a family may begin none, whatever its configuration names
-        bos = load_tokenizer(directory).bos_token_id
-    except RequestError:
-        bos = model.config.bos_token_id
-    return sample_sequences(model, bos, count, length, recipe.seed, progress=progress).cpu()
+    tokenizer = None
+    with suppress(RequestError):
+        tokenizer = load_tokenizer(directory)
+    return sample_sequences(model, tokenizer, count, length, recipe.seed, bos=recipe.bos, progress=progress)
 
 
 def _stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:

@@ -19,7 +19,8 @@ from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabul
 from mea_compress.measure.speed import WARM_UP_TOKENS, Timing, check_contexts, measure_decode_speed, measure_speed
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import evaluation_report
-from mea_compress.text import padded_sequences, read_documents
+from mea_compress.text.reading import TextChoice, read_documents
+from mea_compress.text.sequences import Bos, padded_sequences, sequence_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,7 @@ class Evaluation(Shown):
         kv_bytes_per_token: Bytes of one sequence's cache per token, from the tensors it holds.
         reference: The same of the reference.
         decode_tokens_per_second: Greedy, one sequence.
+        prefix_ids: Ids in front of every sequence.
         speed: Times, caches and memory at the contexts and batches asked for, None where none were.
     """
 
@@ -68,6 +70,7 @@ class Evaluation(Shown):
     kv_bytes_per_token: float
     reference: ReferenceEvaluation | None
     decode_tokens_per_second: float
+    prefix_ids: tuple[int, ...] = ()
     speed: tuple[Timing, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -82,11 +85,12 @@ class Evaluation(Shown):
 def evaluate(
     checkpoint: Path | str,
     *,
-    text: Path | str,
+    text: TextChoice,
     reference: Path | str | None = None,
     sequence_length: int | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str | None = None,
     contexts: Sequence[int] | None = None,
@@ -95,17 +99,18 @@ def evaluate(
 ) -> Evaluation:
     """Measure a checkpoint on text, and against its original where that is given.
 
-    Every sequence starts with BOS where the tokenizer has one. A document a line (``.jsonl``): the first
-    ``sequence_length`` tokens of each, shorter ones padded and masked. One document (``.txt``): consecutive windows.
-    The tokens are those of the checkpoint's tokenizer.
+    Every sequence starts with what the tokenizer puts in front of a text. Of many documents (``.jsonl``): the first
+    ``sequence_length`` tokens of each, shorter ones padded and masked. A text file: consecutive windows from its
+    beginning. The tokens are those of the checkpoint's tokenizer.
 
     Args:
         checkpoint: Directory of a causal language model.
-        text: ``.txt`` or ``.jsonl``.
+        text: One text or several, as `read_documents` takes them.
         reference: Directory of the original, of the same vocabulary.
-        sequence_length: Tokens of a sequence, BOS included; None takes the model's context, at most 1024.
+        sequence_length: Tokens of a sequence, the prefix included; None takes the model's context, at most 1024.
         batch_size: Sequences at once; None suits it to the vocabulary.
         limit: Measure the first so many sequences only.
+        bos: What stands in front of every sequence; see `sequence_prefix`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: Dtype both models run in; None keeps each checkpoint's.
         contexts: Numbers of cached tokens, such as ``[1024, 8192]``, at which speed and memory are measured too;
@@ -134,7 +139,7 @@ def evaluate(
         choose_sequence_length(original, length)
     models = {"checkpoint": model} | ({} if original is None else {"reference": original})
     check_contexts(models, contexts or ())
-    ids, mask = padded_sequences(documents, tokenizer, length, limit=limit)
+    ids, mask = padded_sequences(documents, tokenizer, length, limit=limit, bos=bos)
     vocabulary, largest_id = vocabulary_size(model), int(ids.max())
     if largest_id >= vocabulary:
         raise RequestError(
@@ -162,6 +167,7 @@ def evaluate(
         kv_bytes_per_token=measure_cache_bytes(model, sample),
         reference=measured_reference,
         decode_tokens_per_second=_decode_speed(model, longest),
+        prefix_ids=sequence_prefix(tokenizer, bos),
         speed=None if speed is None else tuple(speed),
     )
 

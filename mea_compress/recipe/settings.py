@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from mea_compress.compositions.base import BUILT_IN, check_choice
 from mea_compress.errors import RequestError
@@ -25,6 +34,7 @@ Fit = Literal["weights", "activations", "aligned"]
 DType = Literal["float64", "float32", "float16", "bfloat16"]
 S = TypeVar("S", bound=BaseModel)
 LaxPath = Annotated[Path, Field(strict=False)]
+Bos = Literal["auto", "always", "never"]
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
@@ -56,14 +66,37 @@ def _numbers_as_text(value: object) -> object:
     return value
 
 
+def _texts(value: object) -> object:
+    """Names of texts, of which YAML, flags and calls in Python give one or several."""
+    if isinstance(value, str | Path):
+        return (str(value),)
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str | Path) for item in value):
+        return tuple(str(item) for item in value)
+    return value
+
+
+def _one_or_several(value: tuple[str, ...]) -> str | list[str]:
+    return value[0] if len(value) == 1 else list(value)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), PlainSerializer(_one_or_several)]
+"""Names of texts; see `mea_compress.text.reading`. A single one is written as it is given."""
+_TEXT_HELP = "a text file, .jsonl, .parquet, directory, - or dataset:NAME; may be given again"
+_BOS_HELP = (
+    "What stands in front of every sequence: what the tokenizer puts there itself (auto), or its bos_token where that "
+    "is nothing (always), or nothing (never)"
+)
+
+
 class HealRecipe(_Settings):
     """How the compressed checkpoint is distilled from its original; see `mea_compress.healing`."""
 
-    text: LaxPath | None = Field(
+    text: Texts | None = Field(
         None,
-        description="Text to distil on, .txt or .jsonl; without it text is sampled from the original.",
+        description=f"Text to distil on ({_TEXT_HELP}); without it text is sampled from the original.",
         json_schema_extra=_group("Data", "FILE"),
     )
+    bos: Bos | None = Field(None, description=f"{_BOS_HELP}; auto without it.", json_schema_extra=_group("Data"))
     steps: int = Field(200, ge=1, description="Optimiser steps.", json_schema_extra=_group("Training", "N"))
     learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate; cosine to zero.", json_schema_extra=_group("Training", "X")
@@ -90,7 +123,8 @@ class HealRecipe(_Settings):
 class EvaluateRecipe(_Settings):
     """How a checkpoint is measured; see `mea_compress.measure.evaluation`."""
 
-    text: LaxPath = Field(description="Text to measure on, .txt or .jsonl.", json_schema_extra=_group("Data", "FILE"))
+    text: Texts = Field(description=f"Text to measure on ({_TEXT_HELP}).", json_schema_extra=_group("Data", "FILE"))
+    bos: Bos | None = Field(None, description=f"{_BOS_HELP}; auto without it.", json_schema_extra=_group("Data"))
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence, at most.", json_schema_extra=_group("Data", "N")
     )
@@ -204,11 +238,12 @@ class Recipe(_Settings):
         description="Steps of layer-local refinement, 0 for none; without it on with --fit aligned and off otherwise.",
         json_schema_extra=_group("How to compose", "STEPS"),
     )
-    text: LaxPath | None = Field(
+    text: Texts | None = Field(
         None,
-        description="Calibration text, .txt or .jsonl; without it text is sampled from the model.",
+        description=f"Calibration text ({_TEXT_HELP}); without it text is sampled from the model.",
         json_schema_extra=_group("Calibration", "FILE"),
     )
+    bos: Bos = Field("auto", description=f"{_BOS_HELP}.", json_schema_extra=_group("Calibration"))
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a calibration sequence.", json_schema_extra=_group("Calibration", "N")
     )

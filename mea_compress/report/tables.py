@@ -186,6 +186,7 @@ def evaluation_report(evaluation: Mapping[str, Any]) -> str:
         ("top-1 agreement", "top1_agreement", lambda value: f"{100 * value:.2f} %"),
         ("KV cache per token, measured", "kv_bytes_per_token", format_bytes),
         ("decoded tokens per second", "decode_tokens_per_second", lambda value: f"{value:.1f}"),
+        ("ids in front of every sequence", "prefix_ids", lambda value: ",".join(map(str, value)) or "–"),
     ]
     rows: list[list[object]] = []
     for title, key, form in shown:

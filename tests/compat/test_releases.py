@@ -101,6 +101,20 @@ def test_compressing_and_exporting(version, tmp_path):
             assert result["saved"] == 0
 
 
+@pytest.mark.parametrize("version", RELEASES)
+def test_texts_become_the_same_sequences(version, tmp_path):
+    told = run(version, "text_here.py", tmp_path)
+    assert told["transformers"] == version and told["prefix"] == [1]
+    fox = [tuple(3 + ord(letter) - 97 if letter != " " else 29 for letter in part) for part in ("the qui", "ck brow")]
+    assert [tuple(row) for row in told["text"][:2]] == [(1, *letters) for letters in fox]
+    plain, with_tools = told["chats"]
+    assert plain[0] == 1 and plain.count(2) == 2 and len(with_tools) > len([token for token in plain if token])
+    opening = [1, 23, 21, 7, 20, 29]  # of a user's turn
+    turns = [row[:6] == opening for row in told["sampled"]]
+    assert sum(turns) == 8 and all(row[0] == 1 and len(row) == 32 for row in told["sampled"])
+    assert not any(2 in row for row, turn in zip(told["sampled"], turns, strict=True) if not turn)
+
+
 def test_the_code_of_010_fails_under_the_newest_release_and_inspect_says_so(tmp_path):
     """The fault that `refresh` repairs: should it vanish, the table of known faults is out of date."""
     place = shutil.copytree(WRITTEN_BY_010, tmp_path / "old")

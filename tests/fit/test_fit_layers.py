@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from tiny import contents, stock_checkpoint, stock_model
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from mea_compress.fit import layers as fitting
 from mea_compress.layers.read import read_side
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
-from mea_compress.text import sample_sequences
+from mea_compress.text.sampling import sample_sequences
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
 PAIRS = [
@@ -38,7 +39,7 @@ def recipe(**changes):
 def sampled(source):
     """Text that the original itself says, as it is calibrated on, but other than that."""
     model = AutoModelForCausalLM.from_pretrained(source).eval()
-    return sample_sequences(model, model.config.bos_token_id, 32, 32, seed=5, progress=False)
+    return sample_sequences(model, None, 32, 32, seed=5, progress=False)
 
 
 def kl(source, out):
@@ -134,6 +135,48 @@ def test_sequential_statistics_and_partial_layers(tmp_path):
         json.loads((tmp_path / "out" / "compression.json").read_text())["plan"]["layers"][0]["key_composition"]
         == "none"
     )
+
+
+def test_calibration_text_begins_as_the_recipe_says(tmp_path):
+    source = tmp_path / "src"
+    tiny_llama().save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+
+    def tokens(**changes):
+        wanted = Recipe(kv_ratio=0.5, sequences=4, sequence_length=16, device="cpu", **changes)
+        return fitting.calibration_tokens(make_plan(source, wanted), progress=False)
+
+    for text in (tmp_path / "a.txt", [tmp_path / "a.txt", tmp_path], None):
+        assert (tokens(text=text)[:, 0] == 1).all() and not (tokens(text=text, bos="never") == 1).all(1).any()
+        assert not (tokens(text=text, bos="never")[:, 0] == 1).any()
+        assert torch.equal(tokens(text=text), tokens(text=text))
+        assert not torch.equal(tokens(text=text), tokens(text=text, seed=1))
+
+
+def test_a_run_is_taken_up_with_the_same_texts_alone(tmp_path, monkeypatch):
+    source = tmp_path / "src"
+    tiny_llama(max_position_embeddings=256).save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in texts:
+        path.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    wanted = Recipe(kv_ratio=0.5, text=texts, sequences=8, sequence_length=64, refine=0, device="cpu")
+    real = fitting.compose
+    monkeypatch.setattr(fitting, "compose", lambda plan, layer, _: stop() if layer.layer else real(plan, layer, _))
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", recipe=wanted, progress=False)
+    monkeypatch.setattr(fitting, "compose", real)
+    texts[1].write_text("another text")
+    with pytest.raises(RequestError, match="the calibration text"):
+        compress(source, tmp_path / "out", recipe=wanted, resume=True, progress=False)
+    texts[1].unlink()
+    with pytest.raises(RequestError, match=r"b\.txt does not exist"):
+        compress(source, tmp_path / "out", recipe=wanted, resume=True, progress=False)
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def test_text_that_is_too_short_leaves_nothing(tmp_path):

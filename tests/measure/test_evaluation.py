@@ -63,6 +63,7 @@ def test_json_has_the_promised_keys(tmp_path, text):
         "kv_bytes_per_token",
         "reference",
         "decode_tokens_per_second",
+        "prefix_ids",
     ]
     assert alone["kl"] is alone["top1_agreement"] is alone["reference"] is None
     both = evaluate(a, text=text, reference=a, sequence_length=16, device="cpu", progress=False).to_json()
@@ -79,6 +80,27 @@ def test_batches_and_limit_do_not_change_the_figures(tmp_path, text):
     ]
     assert figures[0] == pytest.approx(figures[1], abs=1e-6)
     assert evaluate(a, text=text, sequence_length=20, limit=2, device="cpu", progress=False).tokens == 19 + 5
+
+
+def test_what_stands_in_front_is_said_and_counted(tmp_path, text):
+    a = save(tmp_path / "a")
+    settings = {"text": text, "sequence_length": 24, "device": "cpu", "progress": False}
+    auto, never = evaluate(a, **settings), evaluate(a, bos="never", **settings)
+    assert (list(auto.prefix_ids), list(never.prefix_ids)) == ([1], [])
+    # Of the two documents that fill no sequence the first letter is predicted from BOS alone.
+    assert auto.tokens - never.tokens == 2
+    assert [report.splitlines()[-1].split()[-2] for report in (auto.report(), never.report())] == ["1", "–"]
+
+
+def test_several_texts_are_measured_together(tmp_path, text):
+    a = save(tmp_path / "a")
+    (tmp_path / "b.txt").write_text("lorem ipsum dolor sit amet " * 3)
+    settings = {"sequence_length": 24, "device": "cpu", "progress": False}
+    one, other = (evaluate(a, text=name, **settings) for name in (text, tmp_path / "b.txt"))
+    both = evaluate(a, text=[text, tmp_path / "b.txt"], **settings)
+    assert both.tokens == one.tokens + other.tokens
+    total = one.cross_entropy * one.tokens + other.cross_entropy * other.tokens
+    assert both.cross_entropy == pytest.approx(total / both.tokens, abs=1e-5)
 
 
 def test_speed_is_there_where_it_was_asked_for(tmp_path, text):
