@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from mea_compress.cli import cli
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
-from mea_compress.report.tables import evaluation_report, key_value_table
+from mea_compress.report.measurements import evaluation_report
+from mea_compress.report.tables import key_value_table
 
 PLAN = {
     "stock_export": {"reason": "this is only a test"},

@@ -56,7 +56,7 @@ def max_batch_size(length: int, vocabulary: int) -> int:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one model predicts in one batch: its logits as they are, and for each of N targets what comparing asks of it.
+    """What one model predicts in one batch: its logits as they are, and what comparing asks of each of N targets.
 
     Attributes:
         logits: (B·T, V), any floating dtype, not copied.

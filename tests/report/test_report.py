@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from plans import PLAN
 
 from mea_compress.report import tables as report
+from mea_compress.report.measurements import evaluation_report
 
 
 class TestTable:
@@ -78,10 +79,10 @@ def test_evaluation_report():
         "reference": {"cross_entropy": 1.2, "perplexity": 3.32, "kv_bytes_per_token": 3072.0},
         "decode_tokens_per_second": 88.123,
     }
-    text = report.evaluation_report(measured)
+    text = evaluation_report(measured)
     for part in ("12,345", "1.2346", "0.0312", "91.20 %", "1.50 KiB", "3 KiB", "88.1", "reference"):
         assert part in text
-    alone = report.evaluation_report({**measured, "reference": None, "kl": None, "top1_agreement": None})
+    alone = evaluation_report({**measured, "reference": None, "kl": None, "top1_agreement": None})
     assert "KL" not in alone and "| reference" not in alone
 
 
