@@ -60,10 +60,11 @@ def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -
         for axis, (name, scores) in zip(row, models.items(), strict=True):
             found = {(cell["length"], cell["depth"]): cell["exact_match"] for cell in scores if cell["task"] == task}
             shares = [[found[length, depth] for length in lengths] for depth in depths]
-            pictures.append(axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"))
+            pictures.append(axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto"))
             for y, line in enumerate(shares):
                 for x, share in enumerate(line):
-                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+                    colour = "black" if share > 0.5 else "white"
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
             axis.set_title(f"{task}: {name}", fontsize=9)
