@@ -344,4 +344,4 @@ def _perplexity(cross_entropy: float | None) -> float | None:
         return inf
 
 
-__all__ = ["Evaluation", "Evaluations", "ReferenceEvaluation", "evaluate"]
+__all__ = ["evaluate"]

@@ -101,7 +101,7 @@ class EvaluateRecipe(_Settings):
     limit: int | None = Field(
         None,
         ge=1,
-        description="Measure this many sequences, examples of a task and prompts of a place of retrieval only.",
+        description="Measure this many sequences, examples of each task, and prompts at each place of retrieval.",
         json_schema_extra=_group("Data", "N"),
     )
     batch_size: int | None = Field(

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mea_compress.errors import RequestError
+from mea_compress.measure.evaluation import evaluate
 from mea_compress.measure.retrieval import (
     DEPTHS,
     RetrievalScore,
@@ -108,3 +109,27 @@ def test_wrong_requests(tokenizer, model):
     with pytest.raises(RequestError, match="`retrieval` 1501 is longer than the model's context of 1500"):
         check_lengths([model], [4, 1501])
     assert needed > 64
+
+
+def test_checkpoint_and_reference_through_evaluate(tokenizer, model, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    settings = {"text": tmp_path / "text.txt", "sequence_length": 100, "device": "cpu", "progress": False}
+    measured = evaluate(tmp_path / "a", reference=tmp_path / "b", retrieval=[900], limit=1, **settings)
+    places = [(score.task, score.length, score.depth, score.prompts) for score in measured.retrieval]
+    assert places == [(task, 900, depth, 1) for task in ("passkey", "lookup") for depth in DEPTHS]
+    assert measured.reference.retrieval == measured.retrieval
+    text = measured.report()
+    assert text.count("| passkey") == text.count("| lookup") == 2 and "at 25 %" in text
+    measured.draw_retrieval(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    both = evaluate([tmp_path / "a", tmp_path / "b"], retrieval=[900], limit=1, **settings)
+    both.draw_retrieval(tmp_path / "maps.svg")
+    drawn = (tmp_path / "maps.svg").read_text()
+    assert all(f"{task}: {name} -->" in drawn for task in ("passkey", "lookup") for name in ("a", "b"))
+    with pytest.raises(RequestError, match="`plot` draws what `retrieval` finds"):
+        evaluate(tmp_path / "a", limit=1, **settings).draw_retrieval(tmp_path / "map.png")
+    with pytest.raises(RequestError, match="longer than the model's context of 1500"):
+        evaluate(tmp_path / "a", retrieval=[2000], **settings)
