@@ -238,37 +238,41 @@ def run_peer(row: Row, source: Path, options: dict[str, Any], texts: dict[str, C
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Lay out all rows that have figures, in the order of their shares."""
+    """Lay out all rows that have figures: what they cost and how close they are, then accuracies, then refusals."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("texts", {})))
     tasks = list(dict.fromkeys(name for row in rows for name in row.get("tasks", {})))
-    original = next((row for row in rows if row["row"] == ORIGINAL), {})
-    lines = []
+    whole = next((row["kv_bytes_per_token"] for row in rows if row["row"] == ORIGINAL), None)
+    closeness, accuracies = [], []
     for row in rows:
-        if "refused" in row:
+        if "perplexity" not in row or not whole:
             continue
-        costs, bytes_per_token = row.get("compression", {}), row.get("kv_bytes_per_token")
-        whole = original.get("kv_bytes_per_token")
-        line: list[object] = [
-            row["row"],
-            row["calibration"],
-            f"{100 * bytes_per_token / whole:.1f} %" if bytes_per_token and whole else None,
-            f"{'over ' if costs.get('resumed') else ''}{costs['seconds']:,.0f} s" if costs else None,
-            format_bytes(costs["peak_bytes"]) if costs.get("peak_bytes") else None,
-            f"{row['perplexity']['perplexity']:.2f}" if "perplexity" in row else None,
-        ]
+        first = [row["row"], row["calibration"], f"{100 * row['kv_bytes_per_token'] / whole:.1f} %"]
+        closeness.append([*first, *_costs(row.get("compression", {})), f"{row['perplexity']['perplexity']:.2f}"])
         for name in names:
             figures = row.get("texts", {}).get(name)
-            line += [f"{figures['kl']:.4f}", f"{100 * figures['top1_agreement']:.1f} %"] if figures else [None, None]
-        for name in tasks:
-            figures = row.get("tasks", {}).get(name, {})
-            score = figures.get("acc_norm") or figures.get("acc")
-            line.append(f"{100 * score[0]:.1f} ± {100 * (score[1] or 0):.1f}" if score else None)
-        lines.append(line)
-    headers = ["row", "fitted on", "cache", "fit", "peak memory", "perplexity"]
-    headers += [header for name in names for header in (f"KL, {name}", f"top-1, {name}")]
-    parts = [table(lines, [*headers, *(name.removeprefix("local_") for name in tasks)])]
+            cells = [f"{figures['kl']:.4f}", f"{100 * figures['top1_agreement']:.1f} %"] if figures else [None, None]
+            closeness[-1] += cells
+        scores = [row.get("tasks", {}).get(name, {}) for name in tasks]
+        accuracies.append([*first, *(_accuracy(score.get("acc_norm") or score.get("acc")) for score in scores)])
+    headers = ["row", "fitted on", "cache"]
+    of_texts = [header for name in names for header in (f"KL, {name}", f"top-1, {name}")]
+    parts = [table(closeness, [*headers, "fit", "peak memory", "perplexity", *of_texts])]
+    if tasks:
+        parts.append(table(accuracies, [*headers, *(name.removeprefix("local_") for name in tasks)]))
     refused = [f"- {row['row']} at {100 * row['ratio']:.3g} %: {row['refused']}" for row in rows if "refused" in row]
-    return "\n\n".join([*parts, *(["Not possible:\n\n" + "\n".join(refused)] if refused else [])])
+    return "\n\n".join([*parts, *(["Not possible:", "\n".join(refused)] if refused else [])])
+
+
+def _costs(costs: dict[str, Any]) -> list[str | None]:
+    """Return the time of a fit, as far as it was seen, and its peak of memory."""
+    if not costs:
+        return [None, None]
+    return [f"{'over ' if costs.get('resumed') else ''}{costs['seconds']:,.0f} s", format_bytes(costs["peak_bytes"])]
+
+
+def _accuracy(score: list[float] | None) -> str | None:
+    """Return an accuracy with its standard error in per cent, normalised by length where the task does so."""
+    return f"{100 * score[0]:.1f} ± {100 * (score[1] or 0):.1f}" if score else None
 
 
 def named_files(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
