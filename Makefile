@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), once (PyTorch is large: this takes some minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(or $(TORCH),torch)"
-	@$(PIP) -e ".[dev,plots]"
+	@$(PIP) -e ".[dev,plots,eval]"
 	@touch $@
 
 $(DOCS_READY): $(READY)

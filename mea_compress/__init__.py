@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from mea_compress.exporting.stock import ExportResult, export
     from mea_compress.healing import HealingResult, heal
     from mea_compress.loading import load
-    from mea_compress.measure.evaluation import Evaluation, evaluate
+    from mea_compress.measure.evaluation import evaluate
+    from mea_compress.measure.results import Evaluation, Evaluations
     from mea_compress.pipeline import PipelineResult, run
     from mea_compress.planning.plans import Inspection, open, plan
     from mea_compress.planning.types import Plan
@@ -41,7 +42,8 @@ __version__ = "0.2.0"
 
 _ROOMS = {
     "CompressionResult": "compression",
-    "Evaluation": "measure.evaluation",
+    "Evaluation": "measure.results",
+    "Evaluations": "measure.results",
     "ExportResult": "exporting.stock",
     "HealingResult": "healing",
     "Inspection": "planning.plans",
@@ -90,6 +92,7 @@ __all__ = [
     "register",
     "CompressionResult",
     "Evaluation",
+    "Evaluations",
     "ExportResult",
     "HealingResult",
     "Inspection",

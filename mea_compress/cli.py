@@ -174,12 +174,13 @@ def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
                 kind = get_args(kind)[0]
             elif get_origin(kind) is Literal:
                 kind = click.Choice(get_args(kind))
+            shape = {"is_flag": True, "default": None} if kind is bool else {"type": _PATH if kind is Path else kind}
             function = click.option(
                 "--" + name.replace("_", "-"),
                 name,
                 cls=_Option,
                 group=extra["group"],
-                type=_PATH if kind is Path else kind,
+                **shape,
                 metavar=extra.get("metavar"),
                 required=field.is_required(),
                 multiple=several,
@@ -315,18 +316,29 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> Non
 
 
 @cli.command()
-@click.argument("checkpoint", metavar="CKPT", type=_PATH)
+@click.argument("checkpoints", metavar="CKPT...", type=_PATH, nargs=-1, required=True)
 @click.option(
-    "--reference", metavar="SRC", type=_PATH, help="Compare with this checkpoint: KL, agreement, its own loss."
+    "--reference", metavar="SRC", type=_PATH, help="Compare with this checkpoint: KL, agreement, its own figures."
 )
 @_options(EvaluateRecipe)
+@click.option("--plot", metavar="FILE", type=_PATH, help="Draw what --retrieval finds by length and depth (.png).")
 @_json_option
-def evaluate(checkpoint: Path, reference: Path | None, json_file: Path | None, **flags: Any) -> None:
-    """Measure a checkpoint on text: loss, KL, agreement, the bytes its cache really holds, speed."""
-    from mea_compress.measure.evaluation import evaluate as evaluate_checkpoint
-
+def evaluate(
+    checkpoints: tuple[Path, ...], reference: Path | None, plot: Path | None, json_file: Path | None, **flags: Any
+) -> None:
+    """Measure checkpoints: loss, KL, agreement, the bytes a cache really holds, speed, tasks, retrieval."""
     settings = given_settings(from_flags(EvaluateRecipe, flags))
-    _show(evaluate_checkpoint(checkpoint, reference=reference, **settings), json_file)
+    if plot is not None:
+        from mea_compress.report.plots import check_plot
+
+        check_plot(plot, settings.get("retrieval"))
+    from mea_compress.measure.evaluation import evaluate as evaluate_checkpoints
+
+    measured: Any = checkpoints[0] if len(checkpoints) == 1 else checkpoints
+    result = evaluate_checkpoints(measured, reference=reference, **settings)
+    if plot is not None:
+        result.draw_retrieval(plot)
+    _show(result, json_file)
 
 
 @cli.command()

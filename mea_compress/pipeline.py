@@ -14,7 +14,7 @@ from mea_compress.text.reading import STDIN, read_documents
 if TYPE_CHECKING:
     from mea_compress.compression import CompressionResult
     from mea_compress.healing import HealingResult
-    from mea_compress.measure.evaluation import Evaluation
+    from mea_compress.measure.results import Evaluation
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from mea_compress.cli import cli
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
-from mea_compress.report.tables import evaluation_report, key_value_table
+from mea_compress.report.measurements import evaluation_report
+from mea_compress.report.tables import key_value_table
 
 PLAN = {
     "stock_export": {"reason": "this is only a test"},
@@ -123,6 +124,14 @@ class TestCommands:
         expected = {"text": ("t.txt",), "reference": Path("SRC"), "batch_size": 4}
         assert calls == [("evaluate", (Path("CKPT"),), expected)]
         assert json.loads(done("evaluate", "CKPT", "--text", "t.txt", "--json", "-")) == EVALUATION
+        done("evaluate", "A", "B", "--text", "t.txt", "--limit", 2)
+        assert calls[-1][1:] == (((Path("A"), Path("B")),), {"text": ("t.txt",), "reference": None, "limit": 2})
+        done("evaluate", "A", "--tasks", "arc_easy, piqa", "--task-dir", "D", "--few-shot", 0, "--chat-template")
+        tasks = {"tasks": ("arc_easy", "piqa"), "task_dir": Path("D"), "few_shot": 0, "chat_template": True}
+        assert calls[-1][2] == {"reference": None, **tasks}
+        done("evaluate", "A", "--text", "t.txt", "--retrieval", "512,1024", "--agreement", 8, "--seed", 3)
+        more = {"retrieval": (512, 1024), "agreement": 8, "seed": 3}
+        assert calls[-1][2] == {"text": Path("t.txt"), "reference": None, **more}
         done("evaluate", "CKPT", "--text", "t.txt", "--contexts", "1024,8192", "--batches", 4)
         assert calls[-1][2] == {"text": ("t.txt",), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
         done("evaluate", "CKPT", "--text", "t.txt", "--text", "-", "--bos", "never")
@@ -192,7 +201,11 @@ class TestFailures:
         assert "--teacher" in refused("heal", "A")
         assert "--steps" in refused("heal", "A", "--teacher", "B", "--steps", "0")
         assert "--limit" in refused("evaluate", "A", "--text", "t.txt", "--limit", "-1")
-        assert "--text" in refused("evaluate", "A")
+        assert "--text" in refused("evaluate", "A") and "--tasks" in refused("evaluate", "A")
+        assert "CKPT" in refused("evaluate", "--text", "t.txt")
+        assert "give both" in refused("evaluate", "A", "--text", "t.txt", "--plot", "a.png")
+        assert ".png" in refused("evaluate", "A", "--text", "t.txt", "--retrieval", "512", "--plot", "a.txt")
+        assert "--retrieval" in refused("evaluate", "A", "--text", "t.txt", "--retrieval", "long")
         assert calls == []
 
     @pytest.mark.parametrize(

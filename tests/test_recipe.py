@@ -12,6 +12,7 @@ from mea_compress.recipe import (
     Recipe,
     builtin_recipes,
     from_flags,
+    given_settings,
     load_recipe,
     parse_size,
     select_layers,
@@ -116,6 +117,9 @@ class TestFiles:
         assert recipe.layers == "0,2"
         assert recipe.heal.learning_rate == 1e-4 and recipe.heal.steps == 5
         assert recipe.evaluate.text == ("held-out.txt",)
+        path = write(tmp_path, "kv_ratio: 1\nevaluate: {tasks: [arc_easy, piqa], chat_template: true, retrieval: 64}\n")
+        measured = given_settings(load_recipe(path).evaluate)
+        assert measured == {"tasks": ("arc_easy", "piqa"), "chat_template": True, "retrieval": (64,)}
         assert load_recipe(write(tmp_path, "kv_ratio: 0.5\nlayers: 3\n")).layers == "3"
 
     @pytest.mark.parametrize(

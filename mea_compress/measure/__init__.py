@@ -1,1 +1,1 @@
-"""Measure checkpoints: loss, divergence, cache, speed."""
+"""Measure checkpoints: loss, divergence, cache, speed, tasks, retrieval."""

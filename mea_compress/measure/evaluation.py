@@ -1,91 +1,95 @@
-"""Measuring a checkpoint: loss, divergence from the original, the bytes its cache holds, decode speed."""
+"""Measuring checkpoints: loss, divergence from the original, the bytes a cache holds, speed, tasks, retrieval."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from math import exp, inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import choose_sequence_length, load_model, load_tokenizer, vocabulary_size
+from mea_compress.loading import choose_sequence_length, context_length, load_model, load_tokenizer, vocabulary_size
+from mea_compress.measure.agreement import choose_prompts, continue_greedily, measure_agreement
 from mea_compress.measure.cache import measure_cache_bytes
-from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
-from mea_compress.measure.speed import WARM_UP_TOKENS, Timing, check_contexts, measure_decode_speed, measure_speed
-from mea_compress.report.showing import Shown
-from mea_compress.report.tables import evaluation_report
+from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare, max_batch_size, predict
+from mea_compress.measure.results import Evaluation, Evaluations, ReferenceEvaluation
+from mea_compress.measure.retrieval import PROMPTS, check_lengths, measure_retrieval, retrieval_prompts
+from mea_compress.measure.speed import WARM_UP_TOKENS, check_contexts, measure_decode_speed, measure_speed
+from mea_compress.measure.tasks import find_tasks, measure_tasks
 from mea_compress.text.reading import TextChoice, read_documents
 from mea_compress.text.sequences import Bos, padded_sequences, sequence_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mea_compress.measure.agreement import Agreement
+    from mea_compress.measure.retrieval import RetrievalScore
+    from mea_compress.measure.speed import Timing
+    from mea_compress.measure.tasks import TaskScore
+
 _MAX_BATCH = 16
 _CACHED_TOKENS = 64
 _TIMED_TOKENS = 48
 
 
-@dataclass(frozen=True)
-class ReferenceEvaluation:
-    """The original's figures.
-
-    Attributes:
-        cross_entropy: Nats per token.
-        perplexity: Its exponential.
-        kv_bytes_per_token: Bytes of one sequence's cache per token, from the tensors it holds.
-    """
-
-    cross_entropy: float
-    perplexity: float
-    kv_bytes_per_token: float
-
-
-@dataclass(frozen=True, repr=False)
-class Evaluation(Shown):
-    """What `evaluate` measures.
-
-    Attributes:
-        tokens: Predictions compared.
-        cross_entropy: Nats per token.
-        perplexity: Its exponential.
-        kl: KL(reference ‖ checkpoint) in nats per token, None without a reference.
-        top1_agreement: Share of positions where both find the same token likeliest, None without a reference.
-        kv_bytes_per_token: Bytes of one sequence's cache per token, from the tensors it holds.
-        reference: The same of the reference.
-        decode_tokens_per_second: Greedy, one sequence.
-        prefix_ids: Ids in front of every sequence.
-        speed: Times, caches and memory at the contexts and batches asked for, None where none were.
-    """
-
-    tokens: int
-    cross_entropy: float
-    perplexity: float
-    kl: float | None
-    top1_agreement: float | None
-    kv_bytes_per_token: float
-    reference: ReferenceEvaluation | None
-    decode_tokens_per_second: float
-    prefix_ids: tuple[int, ...] = ()
-    speed: tuple[Timing, ...] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data; what was not measured is None, and ``speed`` is there where it was asked for."""
-        return {key: value for key, value in asdict(self).items() if key != "speed" or value is not None}
-
-    def report(self) -> str:
-        """Return what people read."""
-        return evaluation_report(self.to_json())
-
-
+@overload
 def evaluate(
     checkpoint: Path | str,
     *,
-    text: TextChoice,
+    text: TextChoice | None = ...,
+    reference: Path | str | None = ...,
+    sequence_length: int | None = ...,
+    batch_size: int | None = ...,
+    limit: int | None = ...,
+    bos: Bos = ...,
+    device: str = ...,
+    dtype: str | None = ...,
+    seed: int = ...,
+    contexts: Sequence[int] | None = ...,
+    batches: Sequence[int] | None = ...,
+    tasks: Sequence[str] | None = ...,
+    task_dir: Path | str | None = ...,
+    few_shot: int | None = ...,
+    chat_template: bool = ...,
+    retrieval: Sequence[int] | None = ...,
+    agreement: int | None = ...,
+    progress: bool = ...,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    checkpoint: list[Path | str] | tuple[Path | str, ...],
+    *,
+    text: TextChoice | None = ...,
+    reference: Path | str | None = ...,
+    sequence_length: int | None = ...,
+    batch_size: int | None = ...,
+    limit: int | None = ...,
+    bos: Bos = ...,
+    device: str = ...,
+    dtype: str | None = ...,
+    seed: int = ...,
+    contexts: Sequence[int] | None = ...,
+    batches: Sequence[int] | None = ...,
+    tasks: Sequence[str] | None = ...,
+    task_dir: Path | str | None = ...,
+    few_shot: int | None = ...,
+    chat_template: bool = ...,
+    retrieval: Sequence[int] | None = ...,
+    agreement: int | None = ...,
+    progress: bool = ...,
+) -> Evaluations: ...
+
+
+def evaluate(
+    checkpoint: Path | str | list[Path | str] | tuple[Path | str, ...],
+    *,
+    text: TextChoice | None = None,
     reference: Path | str | None = None,
     sequence_length: int | None = None,
     batch_size: int | None = None,
@@ -93,90 +97,170 @@ def evaluate(
     bos: Bos = "auto",
     device: str = "auto",
     dtype: str | None = None,
+    seed: int = 0,
     contexts: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_dir: Path | str | None = None,
+    few_shot: int | None = None,
+    chat_template: bool = False,
+    retrieval: Sequence[int] | None = None,
+    agreement: int | None = None,
     progress: bool = True,
-) -> Evaluation:
-    """Measure a checkpoint on text, and against its original where that is given.
+) -> Evaluation | Evaluations:
+    """Measure a checkpoint, or several side by side, on text or tasks, and against the original where that is given.
 
     Every sequence starts with what the tokenizer puts in front of a text. Of many documents (``.jsonl``): the first
     ``sequence_length`` tokens of each, shorter ones padded and masked. A text file: consecutive windows from its
-    beginning. The tokens are those of the checkpoint's tokenizer.
+    beginning. The tokens are those of the (first) checkpoint's tokenizer. All models are in memory at once, and the
+    reference runs once for all checkpoints.
 
     Args:
-        checkpoint: Directory of a causal language model.
-        text: One text or several, as `read_documents` takes them.
+        checkpoint: Directory of a causal language model, or a list of several of one vocabulary.
+        text: One text or several, as `read_documents` takes them; may be left out where there are tasks.
         reference: Directory of the original, of the same vocabulary.
         sequence_length: Tokens of a sequence, the prefix included; None takes the model's context, at most 1024.
         batch_size: Sequences at once; None suits it to the vocabulary.
-        limit: Measure the first so many sequences only.
+        limit: Measure the first so many sequences, examples of a task, and prompts of a place of retrieval only.
         bos: What stands in front of every sequence; see `sequence_prefix`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: Dtype both models run in; None keeps each checkpoint's.
+        dtype: Dtype all models run in; None keeps each checkpoint's.
+        seed: Of what retrieval hides and where.
         contexts: Numbers of cached tokens, such as ``[1024, 8192]``, at which speed and memory are measured too;
             see `measure_speed`.
         batches: Numbers of sequences for that; None is one.
-        progress: Show a bar on stderr.
+        tasks: Tasks of lm-evaluation-harness, such as ``["arc_easy", "piqa"]``; needs the extra ``eval``.
+        task_dir: Directory of task files of your own.
+        few_shot: Solved examples in front of each of a task; None as the task says.
+        chat_template: Put the tokenizer's chat template around the prompts of tasks.
+        retrieval: Lengths in tokens, such as ``[1024, 4096]``, at which numbers hidden in the text are to be found; see
+            `measure_retrieval`.
+        agreement: Decode so many tokens after beginnings of the sequences, and count those before the first that is
+            not the reference's; see `measure_agreement`.
+        progress: Show bars on stderr; the harness of tasks shows its own in any case.
+
+    Returns:
+        An `Evaluation`, or for a list `Evaluations`.
 
     Raises:
-        RequestError: A path is wrong, the text is shorter than a sequence, vocabularies differ, or a number makes
-            no sense.
+        RequestError: A path is wrong, the text is shorter than a sequence, vocabularies differ, a task is unknown, or a
+            number makes no sense.
 
     Example:
         >>> evaluation = evaluate("HALF", text="held-out.txt", reference="SRC", progress=False)
         >>> evaluation.kv_bytes_per_token / evaluation.reference.kv_bytes_per_token
         0.5
     """
-    _check_counts(batch_size, limit, contexts, batches)
-    documents = read_documents(text)
-    model = load_model(checkpoint, dtype, device)
-    tokenizer = load_tokenizer(checkpoint)
-    length = choose_sequence_length(model, sequence_length)
-    original = None
-    if reference is not None:
-        original = load_model(reference, dtype, device)
-        check_same_vocabulary(model, original, (checkpoint, reference))
-        choose_sequence_length(original, length)
-    models = {"checkpoint": model} | ({} if original is None else {"reference": original})
-    check_contexts(models, contexts or ())
-    ids, mask = padded_sequences(documents, tokenizer, length, limit=limit, bos=bos)
-    vocabulary, largest_id = vocabulary_size(model), int(ids.max())
-    if largest_id >= vocabulary:
-        raise RequestError(
-            f"the tokenizer of {checkpoint} makes id {largest_id}, and the model has {vocabulary}: "
-            "put the tokenizer that belongs to it into the directory"
-        )
+    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
+    _check_checkpoints(paths)
+    _check_counts(batch_size, limit, agreement, contexts, batches)
+    _check_needs(
+        asked=text or tasks,
+        of_text={"contexts": contexts, "retrieval": retrieval, "agreement": agreement} if text is None else {},
+        of_tasks={} if tasks else {"task_dir": task_dir, "few_shot": few_shot, "chat_template": chat_template or None},
+    )
+    if agreement is not None and reference is None:
+        raise RequestError("`agreement` is that with the original: give `reference` too")
+    manager = None if tasks is None else find_tasks(tasks, task_dir)
+    documents = None if text is None else read_documents(text)
+    models = [load_model(path, dtype, device) for path in paths]
+    tokenizer = load_tokenizer(paths[0])
+    original = None if reference is None else load_model(reference, dtype, device)
+    everyone = [*models, *([] if original is None else [original])]
+    vocabulary, length = vocabulary_size(models[0]), choose_sequence_length(models[0], sequence_length)
+    for path, model in zip([*paths, reference], everyone, strict=False):
+        check_same_vocabulary(models[0], model, (paths[0], path or ""))
+        choose_sequence_length(model, length)
+    check_contexts(everyone, contexts or ())
+    check_lengths(everyone, retrieval or ())
 
-    size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
-    total = _compare(model, original, ids, mask, size, progress)
-    speed = measure_speed(models, ids[mask.bool()], contexts, batches or (1,), progress) if contexts else None
+    losses: Sequence[Comparison | None] = [None] * len(models)
+    speeds: Sequence[tuple[Timing, ...] | None] = [None] * len(models)
+    agreements: Sequence[Agreement | None] = [None] * len(models)
+    found: Sequence[tuple[RetrievalScore, ...] | None] = [None] * len(everyone)
+    scores: Sequence[tuple[TaskScore, ...] | None] = [None] * len(everyone)
+    front = sequence_prefix(tokenizer, bos)
+    longest = torch.arange(min(length, _CACHED_TOKENS + WARM_UP_TOKENS + _TIMED_TOKENS)) % vocabulary
+    if documents is not None:
+        ids, mask = padded_sequences(documents, tokenizer, length, limit=limit, bos=bos)
+        _check_ids(ids, vocabulary, paths[0])
+        longest = ids[int(mask.sum(1).argmax())]
+        size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
+        losses = _compare(models, original, ids, mask, size, progress)
+        if contexts:
+            speeds = [_speed(model, original, ids[mask], contexts, batches or (1,), progress) for model in models]
+        if retrieval:
+            filler = ids[:, len(front) :][mask[:, len(front) :]].tolist()
+            hidden = retrieval_prompts(filler, tokenizer, front, retrieval, prompts=limit or PROMPTS, seed=seed)
+            found = [measure_retrieval(model, hidden, batch_size=batch_size, progress=progress) for model in everyone]
+        if agreement is not None and original is not None:
+            context = min(filter(None, map(context_length, everyone)), default=None)
+            prompts = choose_prompts(ids, mask, agreement, context)
+            expected = continue_greedily(original, prompts, agreement, batch_size)
+            agreements = [measure_agreement(model, prompts, expected, batch_size) for model in models]
+    if manager is not None and tasks is not None:
+        scores = [
+            measure_tasks(
+                model,
+                tokenizer,
+                tasks,
+                manager,
+                limit=limit,
+                few_shot=few_shot,
+                batch_size=batch_size,
+                chat_template=chat_template,
+            )
+            for model in everyone
+        ]
 
-    longest = ids[int(mask.sum(1).argmax())]
     sample = longest[None, :_CACHED_TOKENS]
     measured_reference = None
     if original is not None:
-        loss = total.reference_cross_entropy / total.tokens
-        measured_reference = ReferenceEvaluation(loss, _perplexity(loss), measure_cache_bytes(original, sample))
-    loss = total.cross_entropy / total.tokens
-    return Evaluation(
-        tokens=total.tokens,
-        cross_entropy=loss,
-        perplexity=_perplexity(loss),
-        kl=None if original is None else total.kl / total.tokens,
-        top1_agreement=None if original is None else total.agreements / total.tokens,
-        kv_bytes_per_token=measure_cache_bytes(model, sample),
-        reference=measured_reference,
-        decode_tokens_per_second=_decode_speed(model, longest),
-        prefix_ids=sequence_prefix(tokenizer, bos),
-        speed=None if speed is None else tuple(speed),
-    )
+        loss = _mean(losses[0], "reference_cross_entropy")
+        bytes_per_token = measure_cache_bytes(original, sample)
+        measured_reference = ReferenceEvaluation(loss, _perplexity(loss), bytes_per_token, scores[-1], found[-1])
+    evaluations = {}
+    for index, (path, model) in enumerate(zip(paths, models, strict=True)):
+        total = losses[index]
+        loss = _mean(total, "cross_entropy")
+        evaluations[str(path)] = Evaluation(
+            tokens=None if total is None else total.tokens,
+            cross_entropy=loss,
+            perplexity=_perplexity(loss),
+            kl=None if original is None else _mean(total, "kl"),
+            top1_agreement=None if original is None else _mean(total, "agreements"),
+            kv_bytes_per_token=measure_cache_bytes(model, sample),
+            reference=measured_reference,
+            decode_tokens_per_second=_decode_speed(model, longest),
+            prefix_ids=None if documents is None else front,
+            speed=speeds[index],
+            tasks=scores[index],
+            retrieval=found[index],
+            agreement=agreements[index],
+        )
+    return evaluations[str(checkpoint)] if isinstance(checkpoint, str | Path) else Evaluations(evaluations)
+
+
+def _check_checkpoints(paths: Sequence[Path | str]) -> None:
+    """Raise `RequestError` for no checkpoint, or the same one twice."""
+    if not paths:
+        raise RequestError("no checkpoint is given: give one or more directories")
+    names = [str(path) for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(f"{name} is given twice: give every checkpoint once")
 
 
 def _check_counts(
-    batch_size: int | None, limit: int | None, contexts: Sequence[int] | None, batches: Sequence[int] | None
+    batch_size: int | None,
+    limit: int | None,
+    agreement: int | None,
+    contexts: Sequence[int] | None,
+    batches: Sequence[int] | None,
 ) -> None:
     """Raise `RequestError` for counts that leave nothing to measure."""
-    for name, value in (("batch_size", batch_size), ("limit", limit), *(("batches", batch) for batch in batches or ())):
+    counts = [("batch_size", batch_size), ("limit", limit), ("agreement", agreement)]
+    for name, value in [*counts, *(("batches", batch) for batch in batches or ())]:
         if value is not None and value < 1:
             raise RequestError(f"`{name}` {value} measures nothing: give 1 or more")
     if batches and not contexts:
@@ -184,22 +268,65 @@ def _check_counts(
         raise RequestError(f"`batches` {numbers} measures nothing without `contexts`: give both")
 
 
+def _check_needs(asked: object, of_text: Mapping[str, object], of_tasks: Mapping[str, object]) -> None:
+    """Raise `RequestError` where nothing is asked for, or what is given needs a text or tasks that are not.
+
+    Args:
+        asked: What is to be measured on.
+        of_text: What needs a text, by name, where there is none.
+        of_tasks: What needs tasks, by name, where there are none.
+    """
+    if not asked:
+        raise RequestError("nothing says what to measure on: give `text`, or `tasks`")
+    for needed, given in (("text", of_text), ("tasks", of_tasks)):
+        for name, value in given.items():
+            if value is not None:
+                raise RequestError(f"`{name}` measures nothing without `{needed}`: give both")
+
+
+def _check_ids(ids: torch.Tensor, vocabulary: int, checkpoint: Path | str) -> None:
+    """Raise `RequestError` where ids are beyond a model's vocabulary."""
+    largest_id = int(ids.max())
+    if largest_id >= vocabulary:
+        raise RequestError(
+            f"the tokenizer of {checkpoint} makes id {largest_id}, and the model has {vocabulary}: "
+            "put the tokenizer that belongs to it into the directory"
+        )
+
+
 def _compare(
-    model: PreTrainedModel,
+    models: Sequence[PreTrainedModel],
     original: PreTrainedModel | None,
     ids: torch.Tensor,
     mask: torch.Tensor,
     batch_size: int,
     progress: bool,
-) -> Comparison:
-    """Sum the comparisons of all sequences, each batch cut to its longest."""
-    total = NOTHING
+) -> list[Comparison]:
+    """Sum the comparisons of all sequences for each model, each batch cut to its longest and once by the original."""
+    totals = [NOTHING] * len(models)
     with tqdm(total=len(ids), desc="evaluating", unit="seq", disable=not progress, file=sys.stderr) as bar:
         for rows, present in zip(ids.split(batch_size), mask.split(batch_size), strict=True):
             width = int(present.sum(1).max())
-            total += compare_models(model, original, rows[:, :width], present[:, :width])
+            batch = rows[:, :width], present[:, :width]
+            expected = None if original is None else predict(original, *batch)
+            totals = [
+                total + compare(predict(model, *batch), expected) for total, model in zip(totals, models, strict=True)
+            ]
             bar.update(len(rows))
-    return total
+    return totals
+
+
+def _speed(
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    ids: torch.Tensor,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    progress: bool,
+) -> tuple[Timing, ...]:
+    """Time a checkpoint, and its original in turns with it."""
+    models = {"checkpoint": model} | ({} if original is None else {"reference": original})
+    return tuple(measure_speed(models, ids, contexts, batches, progress))
 
 
 def _decode_speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
@@ -209,11 +336,18 @@ def _decode_speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return measure_decode_speed(model, ids[None, :prompt], tokens)
 
 
-def _perplexity(cross_entropy: float) -> float:
+def _mean(total: Comparison | None, name: str) -> float | None:
+    """Return a sum of a comparison per token, None where nothing was compared."""
+    return None if total is None else getattr(total, name) / total.tokens
+
+
+def _perplexity(cross_entropy: float | None) -> float | None:
+    if cross_entropy is None:
+        return None
     try:
         return exp(cross_entropy)
     except OverflowError:
         return inf
 
 
-__all__ = ["Evaluation", "ReferenceEvaluation", "evaluate"]
+__all__ = ["evaluate"]

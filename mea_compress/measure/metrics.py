@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MAX_LOGITS = 2**26
-_MAX_COMPARED_LOGITS = 2**23
+_SLICE, _SLICE_ON_CPU = 2**23, 2**19
 
 
 @dataclass(frozen=True)
@@ -54,52 +54,149 @@ def max_batch_size(length: int, vocabulary: int) -> int:
     return max(1, _MAX_LOGITS // (length * vocabulary))
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What one model predicts in one batch: its logits as they are, and what comparing asks of each of N targets.
+
+    Attributes:
+        logits: (B·T, V), any floating dtype, not copied.
+        positions: (N,), int64, the rows of `logits` whose next token is not padding.
+        maxima: (N, 1), the largest logit of each; float32, or float64 where the logits are.
+        log_sums: (N,), float64 on the CPU, log Σ exp(logit − maximum) over the vocabulary.
+        losses: (N,), float64 on the CPU, nats.
+        likeliest: (N,), int64, the first of the likeliest tokens.
+    """
+
+    logits: torch.Tensor
+    positions: torch.Tensor
+    maxima: torch.Tensor
+    log_sums: torch.Tensor
+    losses: torch.Tensor
+    likeliest: torch.Tensor
+
+
 @torch.no_grad()
+def predictions(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Predictions:
+    """Return what logits predict, a slice of positions at a time: softmax in float32, sums of tokens in float64.
+
+    Logits in float64 stay in it.
+
+    Args:
+        logits: (B, T, V), any floating dtype.
+        ids: (B, T), int64; the prediction at t is judged by ids[t + 1].
+        mask: (B, T), bool, False where ids are padding.
+    """
+    batch, length, vocabulary = logits.shape
+    positions = mask[:, 1:].flatten().nonzero().squeeze(1)
+    targets = ids[:, 1:].flatten()[positions, None]
+    positions = positions // (length - 1) * length + positions % (length - 1)
+    flat = logits.reshape(batch * length, vocabulary)
+    computed = torch.promote_types(flat.dtype, torch.float32)
+    found: list[tuple[torch.Tensor, ...]] = [(flat.new_empty(0, dtype=computed),) * 3 + (positions[:0],)]
+    for rows, target in zip(_slices(positions, flat), _slices(targets, flat), strict=True):
+        chunk = flat[rows].to(computed)
+        maximum, likeliest = chunk.amax(-1, keepdim=True), chunk.argmax(-1)
+        chunk -= maximum
+        of_target = chunk.gather(1, target).squeeze(1)
+        found.append((maximum.squeeze(1), chunk.exp_().sum(-1), of_target, likeliest))
+    maxima, sums, of_targets, likeliest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    log_sums = sums.cpu().double().log()
+    return Predictions(flat, positions, maxima[:, None], log_sums, log_sums - of_targets.cpu().double(), likeliest)
+
+
+def _slices(rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split rows (N, …) so that the logits of a part stay in the cache of a processor."""
+    largest = _SLICE_ON_CPU if logits.device.type == "cpu" else _SLICE
+    return rows.split(max(1, largest // logits.shape[1]))
+
+
+@torch.no_grad()
+def compare(model: Predictions, reference: Predictions | None) -> Comparison:
+    """Sum cross-entropy, KL(reference ‖ model) and top-1 agreement.
+
+    With logits shifted by their maximum, a of the reference and b of the model, and Z their sums of exponentials,
+    KL = Σ exp(a)(a − b) / Z_a − log Z_a + log Z_b: only the first term is taken from float32, where nothing cancels.
+
+    Args:
+        model: Of `predictions`.
+        reference: The same targets predicted by the reference, or None.
+
+    Returns:
+        Sums over the targets; what needs a reference is 0 without one.
+    """
+    tokens, loss = len(model.positions), model.losses.sum().item()
+    if reference is None:
+        return Comparison(tokens, loss, 0.0, 0.0, 0)
+    divergence = model.log_sums - reference.log_sums + _mean_difference(model, reference)
+    likeliest = reference.likeliest.to(model.likeliest.device)
+    return Comparison(
+        tokens=tokens,
+        cross_entropy=loss,
+        kl=divergence.sum().item(),
+        reference_cross_entropy=reference.losses.sum().item(),
+        agreements=int((likeliest == model.likeliest).sum()),
+    )
+
+
+def _mean_difference(model: Predictions, reference: Predictions) -> torch.Tensor:
+    """Return Σ exp(a)(a − b) / Z_a of every target, (N,), float64 on the CPU."""
+    computed = torch.promote_types(model.maxima.dtype, reference.maxima.dtype)
+    found = [model.maxima.new_empty(0, dtype=computed)]
+    parts = (
+        (model.positions, model),
+        (model.maxima, model),
+        (reference.positions, reference),
+        (reference.maxima, reference),
+    )
+    for rows, maxima, reference_rows, reference_maxima in zip(
+        *(_slices(part, whole.logits) for part, whole in parts), strict=True
+    ):
+        a = reference.logits[reference_rows].to(computed).sub_(reference_maxima)
+        b = model.logits[rows].to(computed).sub_(maxima).to(a.device)
+        difference, weight = a - b, a.exp_()
+        total = torch.linalg.vecdot(weight, difference)
+        if bool(total.isnan().any()):
+            # 0 · (−∞ − x) is 0: a token the reference rules out adds nothing.
+            total = torch.where(weight == 0, 0.0, weight * difference).sum(-1)
+        found.append(total.to(maxima.device))
+    return torch.cat(found).cpu().double() / reference.log_sums.exp()
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> Predictions:
+    """Return what a model predicts in one batch: a forward pass, padding masked, nothing cached.
+
+    Args:
+        model: Causal language model.
+        ids: (B, T), int64.
+        mask: (B, T), bool, False where ids are padding.
+    """
+    device = next(model.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
+    attention_mask = None if bool(mask.all()) else mask.long()
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    return predictions(logits, ids.to(logits.device), mask.to(logits.device))
+
+
 def compare_logits(
     logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor
 ) -> Comparison:
-    """Sum cross-entropy, KL(reference ‖ model) and top-1 agreement over logits, some positions at a time.
-
-    Computed in float64 where the device has it.
+    """Compare logits (B, T, V), as `compare` does, with those of a reference, or with text alone where it is None.
 
     Args:
         logits: (B, T, V), any floating dtype.
         reference: (B, T, V) or None.
         ids: (B, T), int64; the prediction at t is judged by ids[t + 1].
         mask: (B, T), bool, False where ids are padding.
-
-    Returns:
-        Sums over the predictions whose target is not padding; what needs a reference is 0 without one.
     """
-    is_target = mask[:, 1:].flatten()
-    positions = is_target.nonzero().squeeze(1)
-    targets = ids[:, 1:].flatten()[positions]
-    batch, length, vocabulary = logits.shape
-    positions = positions // (length - 1) * length + positions % (length - 1)
-    flat = logits.reshape(batch * length, vocabulary)
-    flat_reference = None if reference is None else reference.reshape(batch * length, vocabulary).to(flat.device)
-    step = max(1, _MAX_COMPARED_LOGITS // vocabulary)
-    total = NOTHING
-    exact = torch.float32 if flat.device.type == "mps" else torch.float64
-    for start in range(0, len(positions), step):
-        chunk, target = positions[start : start + step], targets[start : start + step, None]
-        log_p = flat[chunk].to(exact).log_softmax(-1)
-        loss, kl, reference_loss, agreements = -log_p.gather(1, target).sum().item(), 0.0, 0.0, 0
-        if flat_reference is not None:
-            log_r = flat_reference[chunk].to(exact).log_softmax(-1)
-            reference_loss = -log_r.gather(1, target).sum().item()
-            # 0 · (−∞ − x) is 0: a token the reference rules out adds nothing.
-            kl = torch.where(log_r == -torch.inf, 0.0, log_r.exp() * (log_r - log_p)).sum().item()
-            agreements = int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
-        total += Comparison(len(chunk), loss, kl, reference_loss, agreements)
-    return total
+    expected = None if reference is None else predictions(reference, ids, mask)
+    return compare(predictions(logits, ids, mask), expected)
 
 
-@torch.no_grad()
 def compare_models(
     model: PreTrainedModel, reference: PreTrainedModel | None, ids: torch.Tensor, mask: torch.Tensor
 ) -> Comparison:
-    """Compare one batch with `compare_logits`: a forward pass of each model, padding masked, nothing cached.
+    """Compare one batch as `compare` does: a forward pass of each model.
 
     Args:
         model: Causal language model.
@@ -107,15 +204,8 @@ def compare_models(
         ids: (B, T), int64.
         mask: (B, T), bool, False where ids are padding.
     """
-    logits = _logits(model, ids, mask)
-    reference_logits = None if reference is None else _logits(reference, ids, mask)
-    return compare_logits(logits, reference_logits, ids.to(logits.device), mask.to(logits.device))
-
-
-def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    device = next(model.parameters()).device
-    attention_mask = None if bool(mask.all()) else mask.long().to(device)
-    return model(input_ids=ids.to(device), attention_mask=attention_mask, use_cache=False).logits
+    expected = None if reference is None else predict(reference, ids, mask)
+    return compare(predict(model, ids, mask), expected)
 
 
 def check_same_vocabulary(
@@ -139,4 +229,15 @@ def check_same_vocabulary(
         )
 
 
-__all__ = ["NOTHING", "Comparison", "check_same_vocabulary", "compare_logits", "compare_models", "max_batch_size"]
+__all__ = [
+    "NOTHING",
+    "Comparison",
+    "Predictions",
+    "check_same_vocabulary",
+    "compare",
+    "compare_logits",
+    "compare_models",
+    "max_batch_size",
+    "predict",
+    "predictions",
+]

@@ -9,7 +9,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -66,14 +66,14 @@ class _Run:
     peak_bytes: int | None
 
 
-def check_contexts(models: Mapping[str, PreTrainedModel], contexts: Sequence[int]) -> None:
+def check_contexts(models: Iterable[PreTrainedModel], contexts: Sequence[int]) -> None:
     """Check, before any work, that every context can be measured.
 
     Raises:
         RequestError: A context is too short to decode in, or longer than a model's.
     """
     for context in contexts:
-        longest = min((limit for limit in map(context_length, models.values()) if limit), default=context)
+        longest = min((limit for limit in map(context_length, models) if limit), default=context)
         if not 2 <= context <= longest:
             raise RequestError(
                 f"`contexts` {context} cannot be measured: give contexts between 2 and the model's {longest}"
@@ -101,7 +101,7 @@ def measure_speed(
     Raises:
         RequestError: As `check_contexts`.
     """
-    check_contexts(models, contexts)
+    check_contexts(models.values(), contexts)
     variants: list[tuple[str, PreTrainedModel, Literal["expand"] | None]] = [
         (name, model, None) for name, model in models.items()
     ]

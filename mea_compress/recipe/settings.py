@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from mea_compress.compositions.base import BUILT_IN, check_choice
@@ -123,13 +124,20 @@ class HealRecipe(_Settings):
 class EvaluateRecipe(_Settings):
     """How a checkpoint is measured; see `mea_compress.measure.evaluation`."""
 
-    text: Texts = Field(description=f"Text to measure on ({_TEXT_HELP}).", json_schema_extra=_group("Data", "FILE"))
+    text: Texts | None = Field(
+        None,
+        description=f"Text to measure on ({_TEXT_HELP}); with --tasks it may be left out.",
+        json_schema_extra=_group("Data", "FILE"),
+    )
     bos: Bos | None = Field(None, description=f"{_BOS_HELP}; auto without it.", json_schema_extra=_group("Data"))
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence, at most.", json_schema_extra=_group("Data", "N")
     )
     limit: int | None = Field(
-        None, ge=1, description="Measure this many sequences only.", json_schema_extra=_group("Data", "N")
+        None,
+        ge=1,
+        description="Measure this many sequences, examples of each task, and prompts at each place of retrieval.",
+        json_schema_extra=_group("Data", "N"),
     )
     batch_size: int | None = Field(
         None, ge=1, description="Sequences in a batch.", json_schema_extra=_group("Run", "N")
@@ -153,10 +161,60 @@ class EvaluateRecipe(_Settings):
         json_schema_extra=_group("Speed", "N,N"),
     )
 
-    @field_validator("contexts", "batches", mode="before")
+    tasks: str | None = Field(
+        None,
+        description="Tasks of lm-evaluation-harness: arc_easy,piqa,… (needs the extra eval).",
+        json_schema_extra=_group("Tasks", "NAME,NAME"),
+    )
+    task_dir: LaxPath | None = Field(
+        None, description="Directory of task files of your own, for --tasks.", json_schema_extra=_group("Tasks", "DIR")
+    )
+    few_shot: int | None = Field(
+        None,
+        ge=0,
+        description="Solved examples in front of each; as the task says without it.",
+        json_schema_extra=_group("Tasks", "N"),
+    )
+    chat_template: bool | None = Field(
+        None,
+        description="Put the tokenizer's chat template around prompts of tasks.",
+        json_schema_extra=_group("Tasks"),
+    )
+    retrieval: str | None = Field(
+        None,
+        pattern=_COUNTS,
+        description="Hide numbers in the text at these lengths in tokens, and count how many are found: 1024,4096.",
+        json_schema_extra=_group("Retrieval and decoding", "N,N"),
+    )
+    agreement: int | None = Field(
+        None,
+        ge=1,
+        description="Decode this many tokens, and count those before the first that is not the reference's.",
+        json_schema_extra=_group("Retrieval and decoding", "N"),
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed of what --retrieval hides and where; 0 without it.",
+        json_schema_extra=_group("Run", "N"),
+    )
+
+    @field_validator("contexts", "batches", "retrieval", mode="before")
     @classmethod
     def _counts_as_text(cls, value: object) -> object:
         return _numbers_as_text(value)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names_as_text(cls, value: object) -> object:
+        return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> EvaluateRecipe:
+        if self.text is None and not self.tasks:
+            raise ValueError("says nothing to measure on: give `text`, or `tasks`")
+        return self
 
 
 class Recipe(_Settings):
@@ -345,6 +403,11 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list such as `arc_easy,piqa`."""
+    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
 def _parse_layers(spec: str) -> list[tuple[int, int | None]]:
     """Closed ranges of a layer list; None stands for the last layer."""
     ranges: list[tuple[int, int | None]] = []
@@ -462,7 +525,8 @@ def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any])
 def given_settings(settings: BaseModel) -> dict[str, Any]:
     """Return the settings that are set, by name; the defaults of the others stay where the work is done."""
     values = {name: value for name, value in settings if value is not None}
-    return values | {name: parse_counts(values[name]) for name in ("contexts", "batches") if name in values}
+    values |= {name: parse_counts(values[name]) for name in ("contexts", "batches", "retrieval") if name in values}
+    return values | ({"tasks": parse_names(values["tasks"])} if "tasks" in values else {})
 
 
 def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:
@@ -549,7 +613,7 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
         prefix = "".join(f"{key}." for key in keys[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
         return f"{where} has an unknown key {name}: {hint}"
-    label = f"`{keys[0]}`" if keys and keys[0] in flags else f"{name} in {where}"
+    label = f"`{keys[0]}`" if keys and keys[0] in flags else f"{name} in {where}" if keys else where
     if first["type"] == "missing":
         return f"{label} is missing: add it."
     if first["type"] == "string_pattern_mismatch":

@@ -175,47 +175,6 @@ def _largest_error(report: Mapping[str, Any]) -> float:
     return max(report.get(f"{side}_relative_error") or 0.0 for side in ("key", "value"))
 
 
-def evaluation_report(evaluation: Mapping[str, Any]) -> str:
-    """Report a measurement (the JSON of `evaluate`), and the reference's next to it where there is one."""
-    reference = evaluation.get("reference") or {}
-    shown = [
-        ("tokens", "tokens", lambda value: f"{value:,}"),
-        ("cross-entropy (nats/token)", "cross_entropy", lambda value: f"{value:.4f}"),
-        ("perplexity", "perplexity", lambda value: f"{value:.3f}"),
-        ("KL from the reference (nats/token)", "kl", lambda value: f"{value:.4f}"),
-        ("top-1 agreement", "top1_agreement", lambda value: f"{100 * value:.2f} %"),
-        ("KV cache per token, measured", "kv_bytes_per_token", format_bytes),
-        ("decoded tokens per second", "decode_tokens_per_second", lambda value: f"{value:.1f}"),
-        ("ids in front of every sequence", "prefix_ids", lambda value: ",".join(map(str, value)) or "–"),
-    ]
-    rows: list[list[object]] = []
-    for title, key, form in shown:
-        values = [evaluation.get(key), reference.get(key)]
-        if values == [None, None]:
-            continue
-        cells = [None if value is None else form(value) for value in values]
-        rows.append([title, *cells] if reference else [title, cells[0]])
-    figures = table(rows, ["", "checkpoint", "reference"] if reference else ["", "checkpoint"])
-    return "\n\n".join([figures, *([_speed_report(evaluation["speed"])] if evaluation.get("speed") else [])])
-
-
-def _speed_report(timings: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out timings, a row for each context, batch and model."""
-    rows = [
-        [
-            f"{timing['context']:,}",
-            timing["batch"],
-            timing["model"],
-            f"{timing['prefill_seconds']:.3f} s",
-            f"{timing['decode_milliseconds']:.2f} ms",
-            format_bytes(timing["cache_bytes"]),
-            None if timing["peak_bytes"] is None else format_bytes(timing["peak_bytes"]),
-        ]
-        for timing in timings
-    ]
-    return table(rows, ["context", "batch", "model", "prefill", "decoding a token", "cache", "peak above the model"])
-
-
 def stock_outlook(outlook: Mapping[str, Any]) -> str:
     """Say in a sentence what a stock export costs and saves, or why there can be none."""
     if "reason" in outlook:

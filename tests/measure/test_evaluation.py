@@ -7,6 +7,7 @@ import torch
 from letters import character_tokenizer, tiny_llama
 
 from mea_compress.errors import RequestError
+from mea_compress.measure import evaluation
 from mea_compress.measure.evaluation import evaluate
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -112,6 +113,41 @@ def test_speed_is_there_where_it_was_asked_for(tmp_path, text):
     assert places == [(m, c, n) for c in (8, 16) for n in (1, 2) for m in ("checkpoint", "reference")]
 
 
+def test_several_checkpoints_are_measured_as_each_alone_and_the_reference_runs_once(tmp_path, text, monkeypatch):
+    paths = [save(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1), ("source", 2))]
+    settings = {"text": text, "reference": paths[2], "sequence_length": 20, "batch_size": 2, "device": "cpu"}
+    alone = [evaluate(path, **settings, progress=False).to_json() for path in paths[:2]]
+    passes = []
+    predict = evaluation.predict
+    monkeypatch.setattr(evaluation, "predict", lambda model, *rows: passes.append(model) or predict(model, *rows))
+    both = evaluate(paths[:2], **settings, progress=False)
+    assert [passes.count(model) for model in dict.fromkeys(passes)] == [2, 2, 2]  # two batches of each model
+    assert list(both.checkpoints) == [str(path) for path in paths[:2]]
+    for name, expected in zip(both.checkpoints, alone, strict=True):
+        measured = both.to_json()["checkpoints"][name]
+        measured.pop("decode_tokens_per_second"), expected.pop("decode_tokens_per_second")
+        assert measured == expected
+    assert [cell.strip() for cell in both.report().splitlines()[0].split("|")[2:-1]] == ["a", "b", "reference"]
+    again = evaluate((paths[2],), **settings, progress=False)
+    assert again.checkpoints[str(paths[2])].kl == 0
+    with pytest.raises(RequestError, match="is given twice"):
+        evaluate([paths[0], paths[0]], text=text, device="cpu")
+    with pytest.raises(RequestError, match="no checkpoint"):
+        evaluate([], text=text, device="cpu")
+
+
+def test_agreement_of_checkpoint_and_reference(tmp_path, text):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
+    settings = {"text": text, "sequence_length": 16, "device": "cpu", "progress": False}
+    same = evaluate(a, reference=a, agreement=5, **settings)
+    assert same.agreement.never_differs == 1 and same.agreement.mean == 5
+    assert (same.agreement.prompts, same.agreement.prompt_tokens) == (2, 8)  # two documents have eight tokens
+    other = evaluate(a, reference=b, agreement=5, **settings)
+    assert other.agreement.mean < 5
+    assert "never differs" in other.report() and list(other.to_json())[-1] == "agreement"
+    json.dumps(other.to_json())
+
+
 def test_results_stay_off_stdout(tmp_path, text, capsys):
     evaluate(save(tmp_path / "a"), text=text, device="cpu", sequence_length=8)
     captured = capsys.readouterr()
@@ -132,6 +168,20 @@ def test_wrong_requests(tmp_path, text):
         evaluate(a, text=text, sequence_length=8, contexts=(4,), batches=(0,), device="cpu", progress=False)
     with pytest.raises(RequestError, match="`batch_size` 0 measures nothing"):
         evaluate(a, text=text, batch_size=0, device="cpu", progress=False)
+    for name, value in (("retrieval", [64]), ("agreement", 3), ("contexts", [4])):
+        with pytest.raises(RequestError, match=f"`{name}` measures nothing without `text`"):
+            evaluate(a, reference=a, tasks=["piqa"], **{name: value}, device="cpu", progress=False)
+    for name, value in (("task_dir", tmp_path), ("few_shot", 0), ("chat_template", True)):
+        with pytest.raises(RequestError, match=f"`{name}` measures nothing without `tasks`"):
+            evaluate(a, text=text, **{name: value}, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="give `text`, or `tasks`"):
+        evaluate(a, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="give `reference` too"):
+        evaluate(a, text=text, agreement=4, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="`agreement` 32 leaves no room"):
+        evaluate(a, text=text, reference=a, agreement=32, sequence_length=8, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="cannot write"):  # letters know no digits
+        evaluate(a, text=text, sequence_length=8, retrieval=[30], device="cpu", progress=False)
     with pytest.raises(RequestError, match="`limit` 0 measures nothing"):
         evaluate(a, text=text, limit=0, device="cpu", progress=False)
     (tmp_path / "short.txt").write_text("abc")

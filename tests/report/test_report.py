@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from plans import PLAN
 
 from mea_compress.report import tables as report
+from mea_compress.report.measurements import evaluation_report, evaluations_report
 
 
 class TestTable:
@@ -78,11 +79,51 @@ def test_evaluation_report():
         "reference": {"cross_entropy": 1.2, "perplexity": 3.32, "kv_bytes_per_token": 3072.0},
         "decode_tokens_per_second": 88.123,
     }
-    text = report.evaluation_report(measured)
+    text = evaluation_report(measured)
     for part in ("12,345", "1.2346", "0.0312", "91.20 %", "1.50 KiB", "3 KiB", "88.1", "reference"):
         assert part in text
-    alone = report.evaluation_report({**measured, "reference": None, "kl": None, "top1_agreement": None})
+    alone = evaluation_report({**measured, "reference": None, "kl": None, "top1_agreement": None})
     assert "KL" not in alone and "| reference" not in alone
+
+
+def test_several_evaluations_stand_side_by_side():
+    def score(value, error):
+        return {
+            "task": "piqa",
+            "metric": "acc",
+            "value": value,
+            "standard_error": error,
+            "examples": 1838,
+            "few_shot": 5,
+        }
+
+    def cells(*shares):
+        return [
+            {"task": "passkey", "length": 1024, "depth": depth, "prompts": 4, "exact_match": share}
+            for depth, share in zip((0.0, 1.0), shares, strict=True)
+        ]
+
+    agreement = {"tokens": 64, "prompts": 32, "prompt_tokens": 64, "mean": 12.25, "median": 7.5, "never_differs": 0.125}
+    reference = {
+        "cross_entropy": 1.0,
+        "perplexity": 2.718,
+        "kv_bytes_per_token": 1024.0,
+        "tasks": [score(0.75, None)],
+        "retrieval": cells(1, 1),
+    }
+    first = {"tokens": 10, "kl": 0.25, "kv_bytes_per_token": 512.0, "reference": reference, "agreement": agreement}
+    second = first | {"kl": 0.5, "tasks": [score(0.25, 0.01)], "retrieval": cells(0.5, 1)}
+    first |= {"tasks": [score(0.5, 0.02)], "retrieval": cells(0, 0.25)}
+    text = evaluations_report({"out/half": first, "out/quarter": second})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line]
+    assert rows[0] == ["", "half", "quarter", "reference"]
+    assert ["KL from the reference (nats/token)", "0.2500", "0.5000", "–"] in rows
+    assert ["piqa, 5 shots", "acc", "1,838", "0.5000 ± 0.0200", "0.2500 ± 0.0100", "0.7500"] in rows
+    assert ["passkey", "1,024", "half", "0 %", "25 %", "12 %", "8"] in rows
+    assert ["passkey", "1,024", "quarter", "50 %", "100 %", "75 %", "8"] in rows
+    assert ["half", "12.2", "7.5", "12 %", "64", "32"] in rows
+    alike = evaluations_report({"a/half": first, "b/half": second})
+    assert "a/half" in alike and "b/half" in alike
 
 
 def errors(key, value, **more):

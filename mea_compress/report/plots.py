@@ -1,0 +1,77 @@
+"""Pictures of measurements, drawn with matplotlib. Plain data in, a file out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mea_compress.errors import RequestError
+
+
+def check_plot(file: Path | str, retrieval: object) -> None:
+    """Check, before any work, that a picture of retrieval can be drawn.
+
+    Args:
+        file: Where it goes.
+        retrieval: What is asked for; None and nothing are no retrieval.
+
+    Raises:
+        RequestError: There is no retrieval, matplotlib is not installed or cannot write this kind of file, or there is
+            no such directory.
+    """
+    file = Path(file)
+    if not retrieval:
+        raise RequestError("`plot` draws what `retrieval` finds: give both")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RequestError(
+            f"`plot` needs matplotlib, which cannot be imported ({error}): install it with "
+            "pip install 'mea-compress[plots]'"
+        ) from error
+    if file.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
+        raise RequestError(f"`plot` {file} is no kind of picture: name a file that ends in .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise RequestError(f"`plot` {file} lies in no directory that exists: make {file.parent} first")
+
+
+def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -> None:
+    """Draw heat maps of exact matches over length and depth, a row of them for each task and a column for each model.
+
+    Args:
+        columns: Evaluations (the JSON of `evaluate`) by the name of the model; those without retrieval are left out.
+        file: Where the picture goes; its ending says the format.
+
+    Raises:
+        RequestError: As `check_plot`.
+    """
+    models = {name: column["retrieval"] for name, column in columns.items() if column.get("retrieval")}
+    check_plot(file, models)
+    from matplotlib.figure import Figure
+
+    cells = next(iter(models.values()))
+    tasks, lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("task", "length", "depth"))
+    size = (1.2 + len(models) * (1.3 + 0.7 * len(lengths)), 0.6 + 2.4 * len(tasks))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(tasks), len(models), squeeze=False)
+    pictures = []
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, (name, scores) in zip(row, models.items(), strict=True):
+            found = {(cell["length"], cell["depth"]): cell["exact_match"] for cell in scores if cell["task"] == task}
+            shares = [[found[length, depth] for length in lengths] for depth in depths]
+            pictures.append(axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto"))
+            for y, line in enumerate(shares):
+                for x, share in enumerate(line):
+                    colour = "black" if share > 0.5 else "white"
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+            axis.set_title(f"{task}: {name}", fontsize=9)
+            axis.set_xlabel("tokens")
+            axis.set_ylabel("depth")
+    figure.colorbar(pictures[-1], ax=axes, label="exact match")
+    figure.savefig(file, dpi=150)
+
+
+__all__ = ["check_plot", "draw_retrieval"]
