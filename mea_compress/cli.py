@@ -33,7 +33,7 @@ from mea_compress.recipe import (
     value_type,
 )
 from mea_compress.report.showing import Shown
-from mea_compress.report.tables import table
+from mea_compress.report.tables import format_seconds, table
 
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -273,14 +273,21 @@ def refresh(checkpoint: Path, check: bool, json_file: Path | None) -> None:
 @click.argument("source", metavar="SRC", type=_PATH)
 @_recipe_option
 @_options(Recipe)
+@click.option("--time", is_flag=True, help="Also run one layer, and say how long the fit takes on this machine.")
 @_batch_option
 @_json_option
-def plan(source: Path, recipe: str | None, batch: int, json_file: Path | None, **flags: Any) -> None:
+def plan(source: Path, recipe: str | None, time: bool, batch: int, json_file: Path | None, **flags: Any) -> None:
     """Say what compress would do to every layer, in heads and bytes. Reads headers only, writes nothing."""
     from mea_compress.planning.plans import make_plan
 
     planned = make_plan(source, load_recipe(recipe, flags))
-    _print(planned.report(batch), planned.to_json(batch), json_file)
+    text, data = planned.report(batch), planned.to_json(batch)
+    if time:
+        from mea_compress.fit.progress import estimate_seconds
+
+        data["seconds"] = estimate_seconds(planned)
+        text += f"\n\nTime of the fit on this machine: about {format_seconds(data['seconds'])}"
+    _print(text, data, json_file)
 
 
 @cli.command()

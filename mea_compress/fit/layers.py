@@ -19,6 +19,7 @@ from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
+from mea_compress.fit.progress import ATTENTION, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.split import kv_split_candidates
@@ -34,8 +35,6 @@ from mea_compress.text.reading import read_documents
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import token_sequences
 
-# Tokens that the ways to divide a layer's budget are tried on.
-_TRIAL_TOKENS = 1 << 13
 # Sequences, and tokens, that are held out to choose by.
 _HELD_OUT, _HELD_OUT_TOKENS = 64, 1 << 14
 
@@ -70,8 +69,9 @@ def fit_layers(
         if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and plan.decisions.needs_calibration:
-        calibrated = CalibratedFit(plan, _stored_tokens(plan, workspace, progress), progress)
-    for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=not progress):
+        calibrated = CalibratedFit(plan, _stored_tokens(plan, workspace, progress), len(unfinished), progress)
+    own_bar = calibrated is not None or not progress
+    for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=own_bar):
         if layer.layer > max(unfinished, default=-1):
             continue
         stored_layer, directory = None, layer_directory(workspace, layer.layer)
@@ -91,6 +91,8 @@ def fit_layers(
             stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if calibrated and layer.layer < unfinished[-1]:
             calibrated.advance(layer.layer, stored_layer)
+    if calibrated:
+        calibrated.work.close()
 
 
 class CalibratedFit:
@@ -99,14 +101,15 @@ class CalibratedFit:
     Args:
         plan: What to do.
         tokens: Calibration sequences, (N, T), int64.
-        progress: Show bars on stderr.
+        unfinished: Layers that are still to be fitted.
+        progress: Show a bar on stderr.
 
     Raises:
         RequestError: There are too few tokens for the statistics, or too few sequences to hold one out.
     """
 
-    def __init__(self, plan: Plan, tokens: torch.Tensor, progress: bool) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Plan, tokens: torch.Tensor, unfinished: int, progress: bool) -> None:
+        self.plan = plan
         self.device = resolve_device(plan.recipe.device)
         self.products = fast_products(plan.source.dtype, self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
@@ -127,6 +130,10 @@ class CalibratedFit:
         held_out = min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4)
         self.held_out = max(1, held_out) if self.steps else 0
         self.runner = self._runner(0)
+        self.sample = list(self._parts())[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :]
+        settings = Settings(self.steps, self.batch, self.held_out)
+        batches_of_all, sampled = len(list(self._parts())), len(self.sample)
+        self.work = FitProgress(plan, batches_of_all, sampled, settings.all_steps, unfinished, progress)
 
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
         """Take the next layer's statistics, fit its closed form and refine it; `advance` comes after it.
@@ -134,6 +141,7 @@ class CalibratedFit:
         Returns:
             The layer, and what is reported of it.
         """
+        self.work.begin_fit()
         if self.compressed is self.original:
             self.compressed = self.original.copy()
         statistics = self._pass_original(layer.layer, with_statistics=self.plan.recipe.fit != "weights")
@@ -144,19 +152,25 @@ class CalibratedFit:
         for composed, _ in fits:
             _check_finite(composed, layer.layer)
         if len(fits) > 1:
-            sample = list(self._parts())[-max(1, _TRIAL_TOKENS // (self.batch * self.original.shape[1])) :]
-            fits.sort(key=lambda fit: self._regress(layer.layer, fit[0], sample)[1])
+            fits.sort(key=lambda fit: self._regress(layer.layer, fit[0], self.sample)[1])
         composed, report = fits[0]
         if self.plan.recipe.fit == "aligned":
             composed, error = self._regress(layer.layer, composed)
             report = {**report, "attention_relative_error": error}
-        if not self.steps:
-            return composed, report
         settings = Settings(self.steps, self.batch, self.held_out)
-        with self._bar(f"layer {layer.layer}: refining", settings.all_steps) as bar:
-            seed = self.plan.recipe.seed + layer.layer
-            refiner = Refiner(self.compressed, self._targets(), settings, seed, bar.update)
-            refined = refiner.refine(composed, self._composed_runner(layer.layer, composed))
+        steps = self.work.steps_allowed(self.steps, settings.all_steps - settings.steps)
+        if not steps:
+            return composed, report
+        self.work.say(layer.layer, "refining")
+        seed = self.plan.recipe.seed + layer.layer
+        refiner = Refiner(
+            self.compressed,
+            self.original,
+            replace(settings, steps=steps),
+            seed,
+            lambda done: self.work.add(STEP * done),
+        )
+        refined = refiner.refine(composed, self._composed_runner(layer.layer, composed))
         self.mixed = None
         fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
         return refined.layer, {**report, "refinement": fidelity}
@@ -171,11 +185,12 @@ class CalibratedFit:
             self.compressed = following
         else:
             runner = self.runner if stored is None else self._runner(layer, stored)
-            with self._bar(f"layer {layer}: passing on", self.compressed.shape[0]) as bar:
-                for part in batches(self.compressed.shape[0], self.batch):
-                    self.compressed[part] = self._passed(runner, part)
-                    bar.update(part.stop - part.start)
+            self.work.say(layer, "passing on")
+            for part in self._parts():
+                self.compressed[part] = self._passed(runner, part)
+                self.work.add(MLP if self.mixed is not None else MLP + ATTENTION)
         self.original, self.following, self.mixed = following, None, None
+        self.work.finish_layer()
         if layer + 1 < len(self.plan.layers):
             self.runner = self._runner(layer + 1)
 
@@ -188,11 +203,11 @@ class CalibratedFit:
     def _targets(self) -> Activations:
         """Return what the original has behind the present layer, computed once."""
         if self.following is None:
-            self._pass_original(0, with_statistics=False)
+            self._pass_original(None, with_statistics=False)
         assert self.following is not None
         return self.following
 
-    def _pass_original(self, layer: int, with_statistics: bool) -> LayerStatistics | None:
+    def _pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | None:
         """Run the original layer once over the text, and keep everything that is wanted of it.
 
         Afterwards `following` is the stream behind the layer, and `original` that behind its attention.
@@ -203,16 +218,16 @@ class CalibratedFit:
         sequential = self.plan.recipe.statistics == "sequential"
         accumulator = StatisticsAccumulator(self.runner.attention, self.products) if with_statistics else None
         self.following = Activations(self.original.shape, torch.float32)
-        count = self.original.shape[0]
-        with self._bar(f"layer {layer}: statistics" if accumulator else "passing on", count) as bar:
-            for part in self._parts():
-                hidden = self.original[part]
-                behind, captured = self.runner.run(hidden)
-                if accumulator and part.start >= self.held_out:
-                    accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
-                self.following[part] = behind
-                self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
-                bar.update(part.stop - part.start)
+        if layer is not None:
+            self.work.say(layer, "statistics" if accumulator else "targets")
+        for part in self._parts():
+            hidden = self.original[part]
+            behind, captured = self.runner.run(hidden)
+            if accumulator and part.start >= self.held_out:
+                accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
+            self.following[part] = behind
+            self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
+            self.work.add(1.0 + (STATISTICS if accumulator else 0.0))
         return accumulator.finish() if accumulator else None
 
     def _regress(
@@ -234,17 +249,17 @@ class CalibratedFit:
         regression = OutputRegression(weight.shape[1], weight.shape[0])
         if sample is None:
             self.mixed = Activations((*self.original.shape[:2], weight.shape[1]), self.products)
-        with self._bar(f"layer {layer}: regression", self.original.shape[0]) as bar:
-            for part in self._parts() if sample is None else sample:
-                mixed = runner.attend(self.compressed[part]).mixed
-                if sample is None:
-                    assert self.mixed is not None
-                    self.mixed[part] = mixed
-                if part.start >= self.held_out:
-                    stream = self.original[part].to(mixed.device)
-                    missing = stream - self.compressed[part].to(mixed.device)
-                    regression.add(mixed, missing if bias is None else missing - bias, stream)
-                bar.update(part.stop - part.start)
+        self.work.say(layer, "regression" if sample is None else "dividing the budget")
+        for part in self._parts() if sample is None else sample:
+            mixed = runner.attend(self.compressed[part]).mixed
+            if sample is None:
+                assert self.mixed is not None
+                self.mixed[part] = mixed
+            if part.start >= self.held_out:
+                stream = self.original[part].to(mixed.device)
+                missing = stream - self.compressed[part].to(mixed.device)
+                regression.add(mixed, missing if bias is None else missing - bias, stream)
+            self.work.add(ATTENTION)
         output, error = regression.solve(as_array(weight).astype(np.float64))
         heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
@@ -259,9 +274,6 @@ class CalibratedFit:
 
     def _runner(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
         return LayerRunner(self.plan.source, layer, stored, device=self.device, products=self.products)
-
-    def _bar(self, description: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=description, leave=False, disable=not self.progress)
 
 
 def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Layer-local refinement: a composed layer is fitted, by gradient, to what the original layer sends.
+"""Layer-local refinement: a composed layer's attention is fitted, by gradient, to what the original's sends.
 
 The layer gets what the already compressed layers really send it; the target is the residual stream that the original
-has behind the layer, so that earlier errors are corrected as well. Each token's error counts relative to the size of
-its stream, for the next norm divides by it. The result is the best on held-out calibration sequences and never worse
-than the start.
+has behind its attention, so that earlier errors are corrected as well. The MLP behind it is left out: a step then costs
+a third. Each token's error counts relative to the size of its stream, for the next norm divides by it. The result is
+the best on held-out calibration sequences and never worse than the start.
 """
 
 import math
@@ -75,7 +75,7 @@ class Refiner:
 
     Args:
         inputs: What the compressed model sends into the layer, (N, T, D).
-        targets: What the original model has behind it, (N, T, D).
+        targets: What the original model has behind its attention, (N, T, D).
         settings: Steps, batches, step sizes.
         seed: Seed of the order of sequences.
         tick: Called with the number of optimiser steps done since its last call.
@@ -162,10 +162,10 @@ class _Run:
         self.best = _Best(self.held_out(), self.start)
 
     def error(self, index: slice | torch.Tensor) -> torch.Tensor:
-        """Return the squared error of the residual stream, relative to each token's size, over that of no layer."""
-        hidden = self.runner.forward(self.inputs[index])
-        target = self.targets[index].to(hidden.device)
-        return ((hidden - target).square() / _size(target)).mean() / self.scale
+        """Return the squared error of the residual stream, relative to each token's size, over that of no attention."""
+        inputs = self.inputs[index].to(self.runner.device)
+        target = self.targets[index].to(inputs.device)
+        return ((inputs + self.runner.send(inputs) - target).square() / _size(target)).mean() / self.scale
 
     @torch.no_grad()
     def held_out(self) -> float:

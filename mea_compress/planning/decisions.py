@@ -56,13 +56,14 @@ def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:
 
 
 def refinement_steps(source: Checkpoint, recipe: Recipe) -> int:
-    """Return the optimiser steps of a layer: as asked for, or by the model's width where the fit refines by itself."""
+    """Return the optimiser steps of a layer at most: as asked for, or by effort and the model's width."""
     if recipe.refine is not None:
         return recipe.refine
-    if recipe.fit != "aligned":
+    if recipe.fit != "aligned" or recipe.effort == "fast":
         return 0
     # Wide layers cost more a step and are moved further by each.
-    return max(100, min(300, 300 * 512 // source.config.hidden_size))
+    steps = max(100, min(300, 300 * 512 // source.config.hidden_size))
+    return 3 * steps if recipe.effort == "best" else steps
 
 
 def stored_dtype(source: Checkpoint, recipe: Recipe) -> str:

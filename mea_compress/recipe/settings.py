@@ -293,8 +293,20 @@ class Recipe(_Settings):
     refine: int | None = Field(
         None,
         ge=0,
-        description="Steps of layer-local refinement, 0 for none; without it on with --fit aligned and off otherwise.",
+        description="Steps of a layer's refinement, 0 for none; by default as --effort says with --fit aligned.",
         json_schema_extra=_group("How to compose", "STEPS"),
+    )
+    effort: Literal["fast", "balanced", "best"] = Field(
+        "balanced",
+        description="How long to fit: the closed form alone, refined for as long as it pays, or three times as long.",
+        json_schema_extra=_group("How to compose"),
+    )
+    time_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes for the fit: refinement is shortened so that it ends in them; results then depend on the "
+        "machine.",
+        json_schema_extra=_group("How to compose", "MINUTES"),
     )
     text: Texts | None = Field(
         None,

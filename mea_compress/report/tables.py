@@ -54,6 +54,13 @@ def format_bytes(size: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a time as people say it: `40 seconds`, `12 minutes`, `3.5 hours`."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def format_count(number: float) -> str:
     """Return a count in thousands, millions or billions to three digits: `512`, `105 M`, `1.24 B`."""
     value = float(number)

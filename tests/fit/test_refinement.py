@@ -20,12 +20,12 @@ SEQUENCES, LENGTH, HELD_OUT = 12, 16, 4
 
 @pytest.fixture
 def task(tmp_path):
-    """A plan, and what the original has before and behind layer 0, for random tokens."""
+    """A plan, and what the original has before layer 0 and behind its attention, for random tokens."""
     source = open_checkpoint(stock_checkpoint(tmp_path / "source", "llama", head_dim=8))
     tokens = torch.randint(3, 64, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(3))
     inputs = embed(source, tokens)
     targets = copy.copy(inputs)
-    targets._data = LayerRunner(source, 0).run(inputs[:])[0]
+    targets._data = inputs[:] + LayerRunner(source, 0).attend(inputs[:]).outputs
     return source, inputs, targets
 
 
@@ -39,13 +39,13 @@ def runner_of(plan, composed):
 
 
 def held_out_error(runner, inputs, targets, batch):
-    """Relative squared error of the stream behind the layer over that of leaving the layer out, float64."""
+    """Relative squared error of the stream behind the attention over that of leaving it out, float64."""
     inputs, targets = inputs[:].double(), targets[:].double()
     size = targets.square().mean(-1, keepdim=True)
     reach = slice(HELD_OUT, HELD_OUT + batch)
     scale = ((targets - inputs)[reach].square() / size[reach]).mean()
     with torch.no_grad():
-        outputs = runner.forward(inputs[:HELD_OUT].float()).double()
+        outputs = inputs[:HELD_OUT] + runner.run(inputs[:HELD_OUT].float())[1].outputs.double()
     return float(((outputs - targets[:HELD_OUT]).square() / size[:HELD_OUT]).mean() / scale)
 
 

@@ -1,0 +1,140 @@
+"""How much work a fit is, how far it has come, and how much of it fits into a time.
+
+One unit of work is one batch of the calibration text that is run through one decoder layer. What other things cost is
+said in that unit; a bar over units shows the time left however the work is divided, and a limit of time is turned
+into steps of refinement by the seconds that a unit has taken so far.
+"""
+
+import sys
+import time
+from math import ceil
+
+import torch
+from tqdm.auto import tqdm
+
+from mea_compress.layers.runner import LayerRunner, fast_products
+from mea_compress.loading import resolve_device
+from mea_compress.planning.sizes import TOKENS_PER_STEP
+from mea_compress.planning.types import Plan
+
+# In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
+STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
+TRIAL_TOKENS = 1 << 13
+"""Tokens that the ways to divide a layer's budget are tried on."""
+_TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
+
+
+class FitProgress:
+    """One bar over all layers of a fit.
+
+    Args:
+        plan: What is done.
+        batches: Batches of the calibration text.
+        trial_batches: Batches that ways to divide a layer's budget are tried on.
+        steps: Optimiser steps of a layer at most, trials of step sizes among them.
+        unfinished: Layers to be fitted; an earlier run may have finished others.
+        progress: Show the bar on stderr.
+    """
+
+    def __init__(
+        self, plan: Plan, batches: int, trial_batches: int, steps: int, unfinished: int, progress: bool = False
+    ) -> None:
+        self.deadline = None if plan.recipe.time_limit is None else time.monotonic() + 60 * plan.recipe.time_limit
+        self.began = time.monotonic()
+        self.left = unfinished
+        self.without_steps = _closed_units(plan, batches, trial_batches)
+        self.layer_units = self.without_steps + STEP * steps
+        self.passing = batches * 2.0  # a layer that is only passed through, as it was and as it is
+        self.total = self.left * self.layer_units + (len(plan.layers) - self.left) * self.passing
+        self.bar = tqdm(
+            total=self.total,
+            desc="fitting",
+            disable=not progress,
+            file=sys.stderr,
+            bar_format="{l_bar}{bar}| {elapsed}, {remaining} left",
+        )
+        self.done = 0.0
+        self.expected = 0.0  # of the present layer
+        self.before = 0.0  # done when it began
+
+    def begin_fit(self) -> None:
+        """Say that the present layer is fitted, and not only passed through."""
+        self.left -= 1
+        self.expected = self.layer_units
+
+    def say(self, layer: int, what: str) -> None:
+        """Say what is going on."""
+        self.bar.set_description(f"layer {layer}: {what}")
+
+    def add(self, units: float) -> None:
+        """Count work."""
+        self.done += units
+        self.bar.update(units)
+
+    def finish_layer(self) -> None:
+        """Take off what the layer did not need: steps that would have gained nothing, for instance."""
+        expected = self.expected or self.passing
+        self.total = max(self.total - (expected - (self.done - self.before)), self.done)
+        self.bar.total = self.total
+        self.before, self.expected = self.done, 0.0
+        self.bar.refresh()
+
+    def steps_allowed(self, steps: int, trials: int) -> int:
+        """Return how many of the steps of the layer that is being fitted fit into the time limit, 0 for none.
+
+        Args:
+            steps: As many as are wanted.
+            trials: Steps beside them, of step sizes that are not kept.
+        """
+        if self.deadline is None or not self.done:
+            return steps
+        now = time.monotonic()
+        units = (self.deadline - now) / ((now - self.began) / self.done)
+        share = (units - self.left * self.without_steps) / (self.left + 1)
+        allowed = int(share / STEP) - trials
+        return min(steps, allowed) if allowed > trials else 0
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
+    """Return the work on one layer without its refinement."""
+    recipe = plan.recipe
+    units = batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0) + MLP + ATTENTION)
+    if recipe.fit == "aligned":
+        units += batches * ATTENTION
+    if plan.decisions.searches_kv_split:
+        units += _TRIALS * trial_batches * ATTENTION
+    return units
+
+
+def estimate_seconds(plan: Plan) -> float:
+    """Return how long the fit of a plan takes on this machine, without sampling text and writing files.
+
+    One batch is run through the first layer to see; early ends of refinement are not foreseen.
+
+    Example:
+        >>> from mea_compress import plan
+        >>> 0 < estimate_seconds(plan("SRC", kv_ratio=0.5, refine=0)) < 600
+        True
+    """
+    decisions, recipe = plan.decisions, plan.recipe
+    if not decisions.needs_calibration:
+        return 0.0
+    device = resolve_device(recipe.device)
+    runner = LayerRunner(plan.source, 0, device=device, products=fast_products(plan.source.dtype, device))
+    length = decisions.sequence_length
+    size = max(1, TOKENS_PER_STEP // length)
+    hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    runner.run(hidden)  # the first takes longer
+    began = time.monotonic()
+    runner.run(hidden)[0].sum().item()  # waits for a GPU
+    unit = time.monotonic() - began
+    batches = ceil(decisions.sequences / size)
+    compressed = sum(layer.compressed for layer in plan.layers)
+    layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
+    units = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
+    seconds = unit * units
+    return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

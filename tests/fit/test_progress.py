@@ -1,0 +1,84 @@
+"""The bar of a fit ends where its work ends, a time limit shortens refinement, and an estimate needs one layer."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+from tiny import stock_checkpoint
+
+from mea_compress.compression import compress
+from mea_compress.fit import progress
+from mea_compress.fit.progress import STEP, FitProgress, estimate_seconds
+from mea_compress.planning.plans import make_plan
+from mea_compress.recipe import Recipe
+
+QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
+
+
+@pytest.mark.parametrize("refine", [0, 6])
+@pytest.mark.parametrize("layers", ["all", "1"])
+def test_the_bar_ends_full(refine, layers, tmp_path, monkeypatch):
+    source, kept = stock_checkpoint(tmp_path / "src", num_hidden_layers=3), []
+    close = FitProgress.close
+    monkeypatch.setattr(FitProgress, "close", lambda self: (kept.append(self), close(self)))
+    settings = Recipe(**QUICK, refine=refine, layers=layers)
+    compress(source, tmp_path / "out", recipe=settings, progress=False)
+    (work,) = kept
+    last = 1 if layers == "1" else 2  # nothing goes through the last layer that is fitted, or beyond
+    assert work.done > 0 and work.left == 0
+    rest = work.total - work.done
+    assert rest <= work.layer_units + (2 - last) * work.passing
+    assert work.expected > 0 or rest == 0
+
+
+def test_a_time_limit_shortens_refinement(tmp_path, monkeypatch):
+    """A unit takes a second of a clock that work alone moves."""
+    plan = make_plan(stock_checkpoint(tmp_path / "src"), Recipe(**QUICK, refine=100, time_limit=1.0))
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    work = FitProgress(plan, batches=2, trial_batches=1, steps=110, unfinished=2)
+
+    def pass_time(units):
+        clock[0] += units
+        work.add(units)
+
+    work.begin_fit()
+    pass_time(10)
+    left = (60 - 10 - work.without_steps) / 2  # for each of two layers
+    assert work.steps_allowed(100, trials=5) == int(left / STEP) - 5
+    assert work.steps_allowed(4, trials=1) == 4
+    pass_time(45)
+    assert work.steps_allowed(100, trials=5) == 0
+    unlimited = FitProgress(SimpleNamespace(**{**vars(plan), "recipe": Recipe(**QUICK)}), 2, 1, 110, 2)
+    assert unlimited.steps_allowed(100, trials=5) == 100
+
+
+@pytest.mark.slow
+def test_a_fit_ends_within_its_time_limit(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    began = time.monotonic()
+    limited = Recipe(**QUICK, refine=100_000, time_limit=0.1)
+    result = compress(source, tmp_path / "out", recipe=limited, progress=False)
+    assert time.monotonic() - began < 60  # 100,000 steps take an hour
+    assert all("refinement" in layer for layer in result.fidelity["layers"].values())
+
+
+def test_effort_says_how_long(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    steps = {e: make_plan(source, Recipe(**QUICK, effort=e)).decisions.refinement_steps for e in ("fast", "balanced")}
+    assert steps["fast"] == 0 < steps["balanced"]
+    assert make_plan(source, Recipe(**QUICK, effort="best")).decisions.refinement_steps == 3 * steps["balanced"]
+    assert make_plan(source, Recipe(**QUICK, effort="fast", refine=7)).decisions.refinement_steps == 7
+
+
+def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "src")
+    monkeypatch.setattr(progress.time, "monotonic", iter(range(100)).__next__)  # a unit takes a second
+
+    def seconds(**changes):
+        return estimate_seconds(make_plan(source, Recipe(**{**QUICK, "refine": 0, **changes})))
+
+    assert seconds(fit="weights") == 0
+    assert seconds(refine=100) - seconds() == pytest.approx(2 * 100 * STEP)
+    assert seconds(sequences=24 * 64) > 5 * seconds()
+    assert seconds(refine=10_000, time_limit=2.0) == 120
