@@ -131,7 +131,7 @@ class TestCommands:
         assert calls[-1][2] == {"reference": None, **tasks}
         done("evaluate", "A", "--text", "t.txt", "--retrieval", "512,1024", "--agreement", 8, "--seed", 3)
         more = {"retrieval": (512, 1024), "agreement": 8, "seed": 3}
-        assert calls[-1][2] == {"text": Path("t.txt"), "reference": None, **more}
+        assert calls[-1][2] == {"text": ("t.txt",), "reference": None, **more}
         done("evaluate", "CKPT", "--text", "t.txt", "--contexts", "1024,8192", "--batches", 4)
         assert calls[-1][2] == {"text": ("t.txt",), "reference": None, "contexts": (1024, 8192), "batches": (4,)}
         done("evaluate", "CKPT", "--text", "t.txt", "--text", "-", "--bos", "never")
