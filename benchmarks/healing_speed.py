@@ -19,14 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 import torch
 from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
-from mea_compress.healing import _Bar, _train, _trainable
+from mea_compress.distillation import DistillationSettings, _run
+from mea_compress.healing import _trainable
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
@@ -124,8 +124,10 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
                 _trainable(student, "attention")
 
             def heal(clock: Clock, name: str, students=students, teacher=teacher) -> None:
-                with patch.object(_Bar, "on_step_end", lambda bar, *arguments, **options: clock.tick()):
-                    _train(students[name], teacher, ids, all_steps, 1e-5, batch_size, 0, False)
+                trained = [weight for weight in students[name].parameters() if weight.requires_grad]
+                settings = DistillationSettings(all_steps, batch_size, 1e-5)
+                groups = [{"params": trained, "lr": 1e-5}]
+                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
 
             def tune(clock: Clock, teacher: Any, students=students) -> None:
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)

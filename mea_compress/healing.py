@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,9 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mea_compress.checkpoint import (
     CheckpointReader,
@@ -36,20 +33,20 @@ from mea_compress.checkpoint import (
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
 from mea_compress.checkpoint.layout import lay_out
 from mea_compress.decoding import check_decoding
+from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.code import carried_code, write_code
 from mea_compress.emit.directory import versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import mask_cross_group_gradients
+from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
     choose_sequence_length,
     load_model,
     load_tokenizer,
     resolve_device,
-    seeded,
-    vocabulary_size,
 )
-from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
+from mea_compress.measure.metrics import check_same_vocabulary
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
 from mea_compress.text.documents import Documents
@@ -74,8 +71,9 @@ class HealingResult(Shown):
     Attributes:
         out: The healed checkpoint.
         steps: Optimiser steps.
-        tokens: Tokens trained on.
-        learning_rate: Peak.
+        tokens: Tokens trained on, those of trials among them.
+        learning_rate: Peak, where one was given.
+        relative_rate: Peak as a share of each weight's root mean square, where it was found by trials.
         train: ``attention`` or ``all``.
         text: Names of the texts, or that text was sampled.
         seed: Of sampling and of the order of sequences.
@@ -85,6 +83,7 @@ class HealingResult(Shown):
         kl_after: The same of the weights kept.
         cross_entropy_before: Cross-entropy before healing.
         cross_entropy_after: The same of the weights kept.
+        curve: KL on some of the held-out text by optimiser step.
         kept: ``unhealed`` where training did not lower the KL.
         seconds: Time it all took.
         prefix_ids: Ids in front of every sequence.
@@ -93,7 +92,8 @@ class HealingResult(Shown):
     out: Path
     steps: int
     tokens: int
-    learning_rate: float
+    learning_rate: float | None
+    relative_rate: float | None
     train: str
     text: str
     seed: int
@@ -103,6 +103,7 @@ class HealingResult(Shown):
     kl_after: float
     cross_entropy_before: float
     cross_entropy_after: float
+    curve: tuple[tuple[int, float], ...]
     kept: Literal["healed", "unhealed"]
     seconds: float
     prefix_ids: tuple[int, ...] = ()
@@ -113,59 +114,8 @@ class HealingResult(Shown):
 
     def report(self) -> str:
         """Return what people read."""
-        return key_value_table(self.to_json())
-
-
-class _Rows(Dataset[dict[str, torch.Tensor]]):
-    """Training sequences, ids (N, T), one an item."""
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index]}
-
-
-class _Distiller(Trainer):
-    """Trainer whose loss is KL(teacher ‖ student) per token."""
-
-    def __init__(self, teacher: PreTrainedModel, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.teacher = teacher
-        self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
-        self.last_loss = math.nan
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        ids = inputs["input_ids"]
-        with torch.no_grad():
-            log_r = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        output = model(input_ids=ids, use_cache=False)
-        loss = torch.nn.functional.kl_div(
-            output.logits.float().log_softmax(-1), log_r, log_target=True, reduction="sum"
-        ) / (ids.shape[0] * ids.shape[1])
-        self.last_loss = loss.item()
-        return (loss, output) if return_outputs else loss
-
-
-class _Bar(TrainerCallback):
-    """Progress on stderr, with the loss and the time left."""
-
-    def __init__(self, steps: int, progress: bool) -> None:
-        self.bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress, file=sys.stderr)
-        self.distiller: _Distiller | None = None
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.bar.update(1)
-        if self.distiller is not None:
-            self.bar.set_postfix(kl=f"{self.distiller.last_loss:.4f}", refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
+        shown = {name: value for name, value in self.to_json().items() if value is not None and name != "curve"}
+        return key_value_table(shown)
 
 
 def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Parameter]:
@@ -264,19 +214,6 @@ def _sequences(
     return ids[:-held_out], ids[-held_out:]
 
 
-def _measure(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> Comparison:
-    """Sum the comparisons of ids (N, T), which have no padding."""
-    total = NOTHING
-    for rows in ids.split(max_batch_size(ids.shape[1], vocabulary_size(teacher))):
-        total += compare_models(model, teacher, rows, torch.ones_like(rows, dtype=torch.bool))
-    return total
-
-
-def default_learning_rate(hidden_size: int) -> float:
-    """Return the peak learning rate for a width: 2e-3 at 128 and below, then falling as 1 / width (1.2e-4 at 2048)."""
-    return min(2e-3, 0.256 / hidden_size)
-
-
 def heal(
     checkpoint: Path | str,
     *,
@@ -296,8 +233,9 @@ def heal(
     """Distil a compressed checkpoint from its original, and keep the better of before and after.
 
     AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to
-    zero. A tenth of the sequences (64 at most) is held out; the healed weights, rounded to the dtype they are stored
-    in, are kept only where they lower the KL there.
+    zero; products are bfloat16 where the student is stored so and the hardware is made for it. A tenth of the sequences
+    (64 at most) is held out: the step size and the weights are those that do best there, and the healed weights,
+    rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
 
     Args:
         checkpoint: Directory of the compressed checkpoint, the student.
@@ -306,7 +244,7 @@ def heal(
         steps: Optimiser steps.
         out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
             Either way it appears complete or not at all.
-        learning_rate: Peak; None suits it to the width (`default_learning_rate`).
+        learning_rate: Peak, the same for all weights; None tries some in short runs, relative to each weight's size.
         batch_size: Sequences in a step.
         sequence_length: Tokens of a sequence; None takes the model's context, at most 1024.
         seed: Of sampling, of the places that are read in large files, and of the order of sequences.
@@ -342,11 +280,11 @@ def heal(
 
     teacher_model = load_model(teacher, None, target)
     model = load_model(student, None, target)
+    products = fast_products(model.dtype, target)
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))
     length = choose_sequence_length(teacher_model, sequence_length)
-    peak = learning_rate or default_learning_rate(model.config.get_text_config().hidden_size)
     parameters = _trainable(model, train)
     stored = _stored_dtypes(student)
     changed_names = [name for name in parameters if name in stored]
@@ -361,21 +299,31 @@ def heal(
         documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress
     )
 
-    before = _measure(model, teacher_model, held_out)
-    _train(model, teacher_model, training, steps, peak, batch_size, seed, progress)
+    settings = DistillationSettings(steps, batch_size, learning_rate, products=products, seed=seed)
+    before = measure(model, teacher_model, held_out, products)
+    with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
+
+        def tick(loss: float) -> None:
+            bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
+            bar.update(1)
+
+        distillation = distil(model, teacher_model, training, held_out, settings, tick)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(parameter.to(stored[name]))
-    after = _measure(model, teacher_model, held_out)
+    after = measure(model, teacher_model, held_out, products)
     better = after.kl < before.kl
+    if model.dtype != torch.float64:
+        model = model.float()
     prompt = held_out[:2, : min(_PROMPT_TOKENS, length - 1)].to(model.device)
     check_decoding(model, prompt, min(_DECODED_TOKENS, length - prompt.shape[1]), DECODING_TOLERANCE)
 
     result = HealingResult(
         out=out,
         steps=steps,
-        tokens=steps * batch_size * length,
-        learning_rate=peak,
+        tokens=settings.all_steps * batch_size * length,
+        learning_rate=learning_rate,
+        relative_rate=distillation.rate,
         train=train,
         text="sampled from the teacher" if documents is None else documents.title,
         seed=seed,
@@ -385,6 +333,7 @@ def heal(
         kl_after=(after if better else before).kl / before.tokens,
         cross_entropy_before=before.cross_entropy / before.tokens,
         cross_entropy_after=(after if better else before).cross_entropy / before.tokens,
+        curve=distillation.curve,
         kept="healed" if better else "unhealed",
         seconds=round(time.monotonic() - began, 1),
         prefix_ids=prefix,
@@ -400,56 +349,6 @@ def heal(
     changed = {name: weights[name] for name in (stored if train == "all" else changed_names) if name in weights}
     _publish(student, out, changed if better else {}, result)
     return result
-
-
-def _train(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    ids: torch.Tensor,
-    steps: int,
-    peak: float,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-) -> None:
-    """Train a model in place on ids (N, T); `heal` says how."""
-    micro = min(batch_size, max_batch_size(ids.shape[1], vocabulary_size(teacher)))
-    while batch_size % micro:
-        micro -= 1
-    device = next(model.parameters()).device
-    bar = _Bar(steps, progress)
-    with tempfile.TemporaryDirectory() as scratch, seeded(seed, device):
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=batch_size // micro,
-            learning_rate=peak,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(50, steps // 20),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            optim="adamw_torch",
-            seed=seed,
-            data_seed=seed,
-            use_cpu=device.type == "cpu",
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # several devices take several processes
-        distiller = _Distiller(teacher, model=model, args=arguments, train_dataset=_Rows(ids), callbacks=[bar])
-        bar.distiller = distiller
-        distiller.remove_callback(PrinterCallback)
-        try:
-            distiller.train()
-        finally:
-            bar.close()
-    model.eval()
 
 
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:

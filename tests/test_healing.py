@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.errors import DiskFullError, RequestError
-from mea_compress.healing import HealingResult, default_learning_rate, heal
+from mea_compress.healing import HealingResult, heal
 from mea_compress.healing import _publish as publish
 from mea_compress.measure.evaluation import evaluate
 
@@ -170,7 +170,9 @@ def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
 def test_a_full_disk_is_one_sentence_and_leaves_the_student(call, in_place, tmp_path, teacher, monkeypatch):
     student = make_student(tmp_path / "student")
     before = files(student)
-    result = HealingResult(student, 1, 1, 1.0, "attention", "text", 0, 1, 1, 1.0, 1.0, 1.0, 1.0, "healed", 1.0)
+    result = HealingResult(
+        student, 1, 1, 1.0, None, "attention", "text", 0, 1, 1, 1.0, 1.0, 1.0, 1.0, (), "healed", 1.0
+    )
     name = "model.layers.0.self_attn.k_proj.weight"
     changed = {name: weights(student)[name] + 1}
 
@@ -209,7 +211,7 @@ def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
         (student / name).write_text(name)
     before = files(student)
     reader = CheckpointReader(student)
-    result = HealingResult(out, 1, 1, 1.0, "all", "text", 0, 1, 1, math.inf, 1.0, 1.0, 1.0, "healed", 1.0)
+    result = HealingResult(out, 1, 1, 1.0, None, "all", "text", 0, 1, 1, math.inf, 1.0, 1.0, 1.0, (), "healed", 1.0)
     publish(student, out, {"a": torch.arange(7.0).requires_grad_()}, result)
     assert files(student) == before
     after = files(out)
@@ -243,8 +245,3 @@ def test_wrong_requests(tmp_path, teacher):
     tiny_llama(vocab_size=40).save_pretrained(tmp_path / "other")
     with pytest.raises(RequestError, match="vocabulary"):
         heal(student, teacher=tmp_path / "other", **SETTINGS)
-
-
-def test_the_learning_rate_falls_with_the_width():
-    assert default_learning_rate(64) == default_learning_rate(128) == 2e-3
-    assert default_learning_rate(2048) == pytest.approx(1.25e-4)

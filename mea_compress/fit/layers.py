@@ -12,7 +12,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
-from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, write_checkpoint
+from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.weights import layer_directory
@@ -111,7 +111,7 @@ class CalibratedFit:
     def __init__(self, plan: Plan, tokens: torch.Tensor, unfinished: int, progress: bool) -> None:
         self.plan = plan
         self.device = resolve_device(plan.recipe.device)
-        self.products = fast_products(plan.source.dtype, self.device)
+        self.products = fast_products(torch_dtype(plan.source.dtype), self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
         self.original = embed(plan.source, tokens)

@@ -12,6 +12,7 @@ from math import ceil
 import torch
 from tqdm.auto import tqdm
 
+from mea_compress.checkpoint import torch_dtype
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP
@@ -124,7 +125,7 @@ def estimate_seconds(plan: Plan) -> float:
     if not decisions.needs_calibration:
         return 0.0
     device = resolve_device(recipe.device)
-    runner = LayerRunner(plan.source, 0, device=device, products=fast_products(plan.source.dtype, device))
+    runner = LayerRunner(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
     length = decisions.sequence_length
     size = max(1, TOKENS_PER_STEP // length)
     hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))

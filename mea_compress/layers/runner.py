@@ -205,14 +205,14 @@ class LayerRunner:
                 hook.remove()
 
 
-def fast_products(dtype: str, device: torch.device) -> torch.dtype:
+def fast_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what matrix products are computed in: bfloat16 if the model is stored so and the hardware is made for it.
 
     Args:
-        dtype: Of the checkpoint, as safetensors calls it.
+        dtype: Of the checkpoint.
         device: To compute on.
     """
-    if dtype != "BF16":
+    if dtype != torch.bfloat16:
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
