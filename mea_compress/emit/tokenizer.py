@@ -61,8 +61,8 @@ def keep_tokenizer(source: Path, target: Path, config: Any = None) -> None:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(
-            f"warning: the tokenizer of {source} does not load without code of its own ({reason}), and is copied without "
-            "being compared: compare the ids of a text with both before relying on it",
+            f"warning: the tokenizer of {source} does not load without code of its own ({reason}), and is copied "
+            "without being compared: compare the ids of a text with both before relying on it",
             file=sys.stderr,
         )
         return

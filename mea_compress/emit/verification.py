@@ -91,14 +91,9 @@ def _check_layer(emitted: Checkpoint, layer: int) -> tuple[float, int]:
     hidden = torch.randn(1, _TOKENS, emitted.config.hidden_size, generator=generator)
     angles = torch.rand(1, _TOKENS, attention.rotary_dim // 2, generator=generator) * 6
     cos, sin = angles.repeat(1, 1, 2).cos(), angles.repeat(1, 1, 2).sin()
-
-    def rotary(_: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cos[:, positions[0]], sin[:, positions[0]]
-
     with torch.no_grad():
-        cached_keys, cached_values = attention.project(hidden, cos, sin)
-        positions = torch.arange(_TOKENS)[None]
-        keys, values = attention.expand(cached_keys, cached_values, positions, None, rotary)
+        cached_keys, cached_values = attention.project(hidden, cos, sin, torch.arange(_TOKENS)[None])
+        keys, values = attention.expand(cached_keys, cached_values, (cos, sin))
         expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _explicit_heads(emitted, layer, "value", hidden)
     difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))

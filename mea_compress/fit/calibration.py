@@ -49,8 +49,7 @@ class StatisticsAccumulator:
         length = x.shape[1]
         at = torch.linspace(0, length - 1, min(length, _SAMPLED_QUERIES), device=x.device).round().long()
         queries = rotate_heads(queries, cos, sin)[:, at].transpose(1, 2)  # (B, Hq, S, d)
-        positions = torch.arange(length, device=x.device)[None]
-        keys, values = attention.expand(*attention.project(x, cos, sin), positions, None, attention.rotary)
+        keys, values = attention.expand(*attention.project(x, cos, sin), (cos, sin))
         keys, values = (side.repeat_interleave(queries.shape[1] // side.shape[1], dim=1) for side in (keys, values))
         logits = queries @ keys.transpose(-1, -2) * attention.scaling
         visible = torch.arange(length, device=x.device) <= at[:, None]
