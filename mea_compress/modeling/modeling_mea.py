@@ -65,6 +65,17 @@ class MeaForCausalLMMixin(MeaMixin):
         self.model = self.decoder(config)
         self.post_init()  # type: ignore[operator]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse at once what `generate_batch` would begin; its pages are made for the heads that the queries see.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch, transformers serve --continuous-batching) keeps heads in pages, and "
+            "this model caches components: use generate, or export the checkpoint and serve that"
+        )
+
 
 def _add_family(config: type) -> None:
     """Make the two classes of a family, the stock ones over MEA's attention, from its configuration."""

@@ -66,6 +66,7 @@ def check(found):
         assert result["padded"] < 1e-4, (name, result)
         assert result["dynamic"] == result["static"] == result["uncached"], name
         assert "no cache holds what came before" in result["withheld"], name
+        assert "continuous batching" in result["batched"], name
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,14 @@ def test_beams_take_their_cache_with_them():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("keys", "values"), [*PAIRS, ("joint", "joint")])
+def test_continuous_batching_is_refused_at_once(keys, values, family):
+    model = build(family, keys, values, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"continuous batching .* use generate, or export"):
+        model.generate_batch(inputs=tokens(2, 6).tolist(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_loads_as_it_was(family, tmp_path):
     model = build(family, "frequency", "latent", head_norm=True, dtype=torch.float32)
     ids = tokens(1, 9)
