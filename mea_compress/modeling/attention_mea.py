@@ -90,8 +90,15 @@ class HeadRMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises x (..., d)."""
+    def forward(self, x: torch.Tensor, operation: str = "norm") -> torch.Tensor:
+        """Return x (..., d) normalised, or its `scale`, or multiplied by the weight (`weigh`) or divided (`unweigh`).
+
+        All are asked for here, as in `Composition`.
+        """
+        if operation == "scale":
+            return self.scale(x)
+        if operation != "norm":
+            return x * self.weight if operation == "weigh" else x / self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (wide * self.scale(x)).to(x.dtype)
 
@@ -132,7 +139,15 @@ class Composition(nn.Module):
         """Set the weight at which training from scratch begins, and refill what no checkpoint stores."""
         raise NotImplementedError
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, operation: str = "rebuild", *arguments: Any) -> torch.Tensor:
+        """Do one of the operations below.
+
+        All are asked for here, because what wraps a module (an adapter of peft's, accelerate's offloading) knows of no
+        other way in.
+        """
+        return getattr(self, operation)(x, *arguments)
+
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """Rebuild the heads: (B, T, width) -> (B, T, H, d)."""
         raise NotImplementedError
 
@@ -166,7 +181,7 @@ class HeadComposition(Composition):
         start[torch.arange(heads) % components, torch.arange(heads)] = 1.0
         init.copy_(self.weight, start)
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, C * d) -> (B, T, H, d)."""
         return self.weight.mT @ components.unflatten(-1, (self.weight.shape[0], -1))
 
@@ -245,7 +260,7 @@ class FrequencyComposition(Composition):
         real, imaginary = components.chunk(2, dim=-1)
         return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, 2N) -> (B, T, H, d)."""
         pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
         shape = components.shape[:-1]
@@ -287,7 +302,7 @@ class LatentComposition(Composition):
         start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
         init.copy_(self.weight, start[: self.weight.shape[0]])
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, m) -> (B, T, H, d)."""
         return nn.functional.linear(components, self.weight).unflatten(-1, (self.sizes.heads, -1))
 
@@ -486,11 +501,12 @@ class MeaAttention(nn.Module):
             return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
         if not form.commutes_with_rope:
             return components[:, None]
-        norm = self.k_norm.weight if self.caches_norm_scalars else None
-        rotated = composition.rotate(components, cos, sin, None if form.weighted_keys else norm)
-        if norm is not None:
+        weighs = self.caches_norm_scalars and not form.weighted_keys
+        norm = self.k_norm(components.new_ones(self.head_dim), "weigh") if weighs else None
+        rotated = composition(components, "rotate", cos, sin, norm)
+        if self.caches_norm_scalars:
             heads = composition(components)
-            scale = self.k_norm.scale(heads / norm if form.weighted_keys else heads)  # (B, T, H, 1)
+            scale = self.k_norm(self.k_norm(heads, "unweigh") if form.weighted_keys else heads, "scale")  # (B, T, H, 1)
             rotated = torch.cat((rotated, scale[..., 0].to(rotated.dtype)), dim=-1)
         return rotated[:, None]
 
@@ -611,7 +627,7 @@ class MeaAttention(nn.Module):
     def _absorbed(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries (B, Hq, Q, d) as queries of components that are cached flat: (B, 1, Hq * Q, key width)."""
         rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)
-        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]
+        return self.key_composition(rows, "absorb").flatten(1, 2)[:, None]
 
     def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
         """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
@@ -619,11 +635,14 @@ class MeaAttention(nn.Module):
         if composition is None or not self.key_form.commutes_with_rope or self.value_composition is None:
             return None
         cpu_kernel = self.config.mea.get("cpu_kernel", True)
-        if not may_fuse(keys, values, queries, composition.weight, cpu_kernel=cpu_kernel):
+        if not may_fuse(keys, values, queries, cpu_kernel=cpu_kernel):
+            return None
+        absorbed = self._absorbed(queries)
+        if not may_fuse(keys, values, absorbed, cpu_kernel=cpu_kernel):  # its weight may be trained
             return None
         components = keys[..., : self.key_width]
         norms = keys[:, 0, :, self.key_width :] if self.caches_norm_scalars else None
-        return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
+        return fused(absorbed.to(keys.dtype), components, values, norms, mask, queries.shape[2])
 
     def _attend_to_components(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation, mask: Any
@@ -643,7 +662,7 @@ class MeaAttention(nn.Module):
                 output = torch.cat((weighted_values(rows, keys), output), dim=-1)
         if self.value_composition is not None:
             output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
-            output = self.value_composition.contract(output).to(queries.dtype)
+            output = self.value_composition(output, "contract").to(queries.dtype)
         return output.reshape(*queries.shape).transpose(1, 2)
 
     def forward(
