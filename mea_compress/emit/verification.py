@@ -259,5 +259,6 @@ def _explicit_model(emitted: Checkpoint, model: Any) -> Any:
         explicit = type(model)(config)
     explicit.load_state_dict(state, strict=True, assign=True)
     explicit.model.rotary_emb = model.model.rotary_emb
-    explicit.tie_weights()
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        explicit.tie_weights()  # not where config.json says tied and another head is stored, which the loader keeps
     return explicit.eval()
