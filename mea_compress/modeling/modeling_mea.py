@@ -96,6 +96,8 @@ def _add_family(config: type) -> None:
         (MeaForCausalLMMixin, getattr(transformers, f"{prefix}ForCausalLM")),
         fields | {"__doc__": f"{prefix} with explicit attention.", "decoder": decoder},
     )
+    decoder.register_for_auto_class("AutoModel")  # type: ignore[attr-defined]
+    model.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
     globals().update({kind.__name__: kind for kind in (decoder, model)})
     __all__.extend((decoder.__name__, model.__name__))
     # How a family's checkpoints are stored (experts one by one) and run (fused) holds under this model type too.
