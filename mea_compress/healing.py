@@ -42,6 +42,7 @@ from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import mask_cross_group_gradients
 from mea_compress.loading import (
+    check_ids,
     choose_sequence_length,
     load_model,
     load_tokenizer,
@@ -350,6 +351,8 @@ def heal(
         source, teacher_model, load_tokenizer(student), length, steps * batch_size, seed, progress
     )
 
+    for ids in (training, held_out):
+        check_ids(ids, vocabulary_size(model), student)
     before = _measure(model, teacher_model, held_out)
     _train(model, teacher_model, training, steps, peak, batch_size, seed, progress)
     with torch.no_grad():

@@ -223,16 +223,26 @@ def sample_sequences(
         Ids (count, length), int64, on the CPU.
 
     Raises:
-        RequestError: `count` or `length` is below 1, or `length` is beyond the model's context.
+        RequestError: `count` or `length` is below 1, `length` is beyond the model's context, the BOS beyond its
+            vocabulary, or its logits are not finite.
     """
     if count < 1 or length < 1:
         raise RequestError(f"sampling {count} sequences of {length} tokens makes no text: ask for 1 or more of each")
     check_context(model, length)
     device = next(model.parameters()).device
     vocabulary = vocabulary_size(model)
+    if bos_token_id is not None and bos_token_id >= vocabulary:
+        raise RequestError(
+            f"the BOS token {bos_token_id} is beyond the model's vocabulary of {vocabulary}, so no text can be "
+            "sampled: correct bos_token_id, or give text with `text`"
+        )
     ends = [token for token in end_tokens(model) if 0 <= token < vocabulary]
     ordinary = torch.ones(vocabulary, device=device)
     ordinary[ends] = 0
+    if not model(torch.tensor([[bos_token_id or 0]], device=device), use_cache=False).logits.isfinite().all():
+        raise RequestError(
+            "the model's logits are not all numbers, so no text can be sampled: look for NaN in its weights"
+        )
     rows = []
     bar = tqdm(total=count * length, desc="sampling text", unit="tok", disable=not progress, file=sys.stderr)
     with bar, seeded(seed, device), _plain_sampling(model, ends, length):

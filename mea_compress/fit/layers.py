@@ -25,7 +25,7 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
 from mea_compress.layers.store import StoredLayer, store_layer
-from mea_compress.loading import load_model, load_tokenizer, resolve_device
+from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import LayerPlan, LayerSpec, Plan
 from mea_compress.text import read_documents, sample_sequences, token_sequences
@@ -222,7 +222,9 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
     count, length = plan.decisions.sequences, plan.decisions.sequence_length
     if recipe.text is not None:
         tokenizer = load_tokenizer(directory)
-        return token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)
+        tokens = token_sequences(read_documents(recipe.text), tokenizer, length, limit=count)
+        check_ids(tokens, plan.source.config.vocab_size, directory)
+        return tokens
     model = load_model(directory, device=recipe.device)
     try:  # as in all text: a family may begin none, whatever its configuration names
         bos = load_tokenizer(directory).bos_token_id

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import choose_sequence_length, load_model, load_tokenizer, vocabulary_size
+from mea_compress.loading import check_ids, choose_sequence_length, load_model, load_tokenizer, vocabulary_size
 from mea_compress.measure.cache import measure_cache_bytes
 from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare_models, max_batch_size
 from mea_compress.measure.speed import WARM_UP_TOKENS, Timing, check_contexts, measure_decode_speed, measure_speed
@@ -135,12 +135,8 @@ def evaluate(
     models = {"checkpoint": model} | ({} if original is None else {"reference": original})
     check_contexts(models, contexts or ())
     ids, mask = padded_sequences(documents, tokenizer, length, limit=limit)
-    vocabulary, largest_id = vocabulary_size(model), int(ids.max())
-    if largest_id >= vocabulary:
-        raise RequestError(
-            f"the tokenizer of {checkpoint} makes id {largest_id}, and the model has {vocabulary}: "
-            "put the tokenizer that belongs to it into the directory"
-        )
+    vocabulary = vocabulary_size(model)
+    check_ids(ids, vocabulary, checkpoint)
 
     size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
     total = _compare(model, original, ids, mask, size, progress)
