@@ -257,7 +257,7 @@ def attention_alone(shape, context, batch, arguments):
         attention = build(shape, kinds, context, arguments, 64, 1).model.layers[0].self_attn
 
         def expanded(call, attention=attention, half=halves[name]):
-            keys, values = attention.expand(*sides(half, call), None, None, None)
+            keys, values = attention.expand(*sides(half, call), (None, None))
             return sdpa_attention_forward(module, query, keys, values, None, scaling=scale)
 
         def absorbed(call, attention=attention, half=halves[name]):

@@ -11,6 +11,7 @@ from mea_compress.checkpoint.files import write_json
 from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
 from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint, other_bytes, versions, write_config
+from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_source
@@ -96,6 +97,7 @@ def compress(
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
         copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
+        keep_tokenizer(source, workspace.path)
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),

@@ -41,10 +41,12 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import mask_cross_group_gradients
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
+    check_ids,
     choose_sequence_length,
     load_model,
     load_tokenizer,
     resolve_device,
+    vocabulary_size,
 )
 from mea_compress.measure.metrics import check_same_vocabulary
 from mea_compress.report.showing import Shown
@@ -299,6 +301,8 @@ def heal(
         documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress
     )
 
+    for ids in (training, held_out):
+        check_ids(ids, vocabulary_size(model), student)
     settings = DistillationSettings(steps, batch_size, learning_rate, products=products, seed=seed)
     before = measure(model, teacher_model, held_out, products)
     with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:

@@ -159,6 +159,20 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def check_ids(ids: torch.Tensor, vocabulary: int, checkpoint: Path | str) -> None:
+    """Check that a checkpoint's tokenizer made no id beyond its model.
+
+    Raises:
+        RequestError: It did.
+    """
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise RequestError(
+            f"the tokenizer of {checkpoint} makes id {largest}, and the model has {vocabulary}: "
+            "put the tokenizer that belongs to it into the directory"
+        )
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the positions that a model was made for, from its config; None where it does not say."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

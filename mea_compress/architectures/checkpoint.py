@@ -1,6 +1,7 @@
 """Any opened checkpoint: its headers, its family and its configuration, checked against each other."""
 
 import copy
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,13 @@ from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
 _MOST_LAYERS = 10_000
+ADAPTER_CONFIG = "adapter_config.json"
+# What puts a name in front of every tensor when it is saved instead of the model in it.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "base_model.": "an adapter of peft (merge_and_unload)",
+    "module.": "DataParallel or DeepSpeed",
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 SIDES = ("query", "key", "value")
 
@@ -78,14 +86,47 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         RequestError: Something is missing or does not fit; the message names the file or tensor.
     """
+    if os.path.lexists(directory / ADAPTER_CONFIG):
+        raise RequestError(
+            f"{directory / ADAPTER_CONFIG}: an adapter of peft lies here, which transformers would put on the weights; "
+            "merge it (merge_and_unload, then save_pretrained into a new directory), or remove its files to do without"
+        )
     reader = CheckpointReader(directory)
     raw = reader.config()
     where = str(directory / "config.json")
     family = find_family(raw, where)
+    _check_task(reader, raw, where)
     native = str(raw["model_type"]).startswith(MEA_PREFIX)
     source = Checkpoint(reader, family, _configuration(raw, family, native, where), native, raw)
     _check_tensors(source)
     return source
+
+
+def _check_task(reader: CheckpointReader, raw: dict[str, Any], where: str) -> None:
+    """Raise unless this is a causal language model, saved as itself and not as part of something else."""
+    names = raw.get("architectures")
+    classes = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    flat = {name.rpartition("embed_tokens.")[0] for name in reader.tensors if name.endswith("embed_tokens.weight")}
+    if classes and not any(name.endswith("ForCausalLM") for name in classes):
+        raise RequestError(
+            f"{where}: architectures says {', '.join(classes)}, which is no causal language model and would become "
+            "one; give the checkpoint of a ...ForCausalLM"
+        )
+    if reader.has("score.weight"):
+        raise RequestError(
+            f"{reader.directory}: score.weight is the head of a classifier, which would be left without its task; "
+            "give the checkpoint of a causal language model"
+        )
+    if flat and "model." not in flat:
+        prefix = min(flat)
+        wrapper = next((tool for start, tool in _WRAPPERS.items() if prefix.startswith(start)), None)
+        remedy = "load it with AutoModelForCausalLM and save it by save_pretrained into a new directory"
+        if wrapper:
+            remedy = f"they were saved from within {wrapper}; save the model inside by its save_pretrained"
+        raise RequestError(
+            f"{reader.directory}: the tensors are named {prefix}embed_tokens.weight and so on, without the model. in "
+            f"front that a causal language model has; {remedy}"
+        )
 
 
 def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> ModelShape:

@@ -125,6 +125,12 @@ def check_free(out: Path, source: Path) -> None:
     Raises:
         RequestError: One of these does not hold.
     """
+    longest = 255 - len(partial_path(Path("x")).name) + 1
+    if len(os.fsencode(out.name)) > longest:
+        raise RequestError(
+            f"the name of {printable_path(out)} has more than {longest} bytes, and its partial directory could not be "
+            "made; choose a shorter one"
+        )
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise RequestError(f"{printable_path(out)} already exists; choose another output directory or remove it")
     resolved, origin = out.resolve(), source.resolve()
@@ -211,8 +217,9 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
                 raise DiskFullError(f"{error} (add --resume, {printable_path(work)} keeps what is finished)") from None
             _discard(work, topmost)
             raise
-        except RequestError:
-            if not taken_up:
+        except Exception as error:
+            # Nothing to go on from: a wrong request, or a defect before the first layer was finished.
+            if not taken_up and (isinstance(error, RequestError) or not workspace.flush()):
                 _discard(work, topmost)
             raise
 

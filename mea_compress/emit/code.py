@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress import modeling
-from mea_compress.architectures import open_checkpoint
+from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
 from mea_compress.emit.outside import FORM_FILES, form_file, outside_forms
+from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import CODE_VERSION, TESTED_TRANSFORMERS
 from mea_compress.report.showing import Shown
@@ -125,6 +126,8 @@ class RefreshResult(Shown):
 def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
     """Replace the modeling code that a checkpoint carries by this release's; weights and configuration stay.
 
+    What 0.1.0 wrote may load another tokenizer than its source, whose class is then named in tokenizer_config.json.
+
     A sibling directory is made, with links to the same weights, and changes places with the old one, so that a kill
     leaves one or the other.
 
@@ -153,8 +156,21 @@ def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
     with refusals(directory, remedy), replacing_directory(directory, directory, "refresh") as work:
         copy_tree(directory, work, (*CODE_FILES, "README.md"), _link, follow_links=False)
         write_code(work)
+        if before.version == _UNNUMBERED:
+            keep_tokenizer(directory, work, _stock_config(source))
         _note(directory / "README.md", work / "README.md")
     return RefreshResult(Path(checkpoint), before, True)
+
+
+def _stock_config(checkpoint: Checkpoint) -> Any:
+    """Return a configuration of the family by which transformers chooses the tokenizer that its checkpoints have."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(checkpoint.family.model_type)
+    for name in ("tokenizer_class", "_name_or_path"):
+        if isinstance(checkpoint.raw_config.get(name), str):
+            setattr(config, name, checkpoint.raw_config[name])
+    return config
 
 
 def _link(old: str, new: str) -> None:

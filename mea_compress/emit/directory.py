@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mea_compress.architectures.checkpoint import ADAPTER_CONFIG
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.checkpoint.files import write_json
 from mea_compress.emit.code import CODE_FILES, write_code
@@ -34,6 +35,8 @@ def copy_other_files(
 ) -> None:
     """Copy tokenizer, chat template, generation config, licence and whatever else is neither weights nor our code.
 
+    The configuration of an adapter, whose weights are not copied, is left out.
+
     Args:
         reader: The checkpoint to copy from.
         target: An existing directory.
@@ -45,7 +48,7 @@ def copy_other_files(
         RequestError: As `CheckpointReader.other_files`.
     """
     for relative in reader.other_files():
-        if relative.name in CODE_FILES or str(relative) in skip:
+        if relative.name in (*CODE_FILES, ADAPTER_CONFIG) or str(relative) in skip:
             continue
         copy = target / (renamed or {}).get(str(relative), str(relative))
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -91,14 +91,9 @@ def _check_layer(emitted: Checkpoint, layer: int) -> tuple[float, int]:
     hidden = torch.randn(1, _TOKENS, emitted.config.hidden_size, generator=generator)
     angles = torch.rand(1, _TOKENS, attention.rotary_dim // 2, generator=generator) * 6
     cos, sin = angles.repeat(1, 1, 2).cos(), angles.repeat(1, 1, 2).sin()
-
-    def rotary(_: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cos[:, positions[0]], sin[:, positions[0]]
-
     with torch.no_grad():
-        cached_keys, cached_values = attention.project(hidden, cos, sin)
-        positions = torch.arange(_TOKENS)[None]
-        keys, values = attention.expand(cached_keys, cached_values, positions, None, rotary)
+        cached_keys, cached_values = attention.project(hidden, cos, sin, torch.arange(_TOKENS)[None])
+        keys, values = attention.expand(cached_keys, cached_values, (cos, sin))
         expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _explicit_heads(emitted, layer, "value", hidden)
     difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))
@@ -264,5 +259,6 @@ def _explicit_model(emitted: Checkpoint, model: Any) -> Any:
         explicit = type(model)(config)
     explicit.load_state_dict(state, strict=True, assign=True)
     explicit.model.rotary_emb = model.model.rotary_emb
-    explicit.tie_weights()
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        explicit.tie_weights()  # not where config.json says tied and another head is stored, which the loader keeps
     return explicit.eval()

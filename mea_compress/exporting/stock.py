@@ -25,6 +25,7 @@ from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES
 from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
 from mea_compress.compression import SPARE_BYTES
 from mea_compress.emit.directory import copy_other_files, fingerprint, other_bytes, versions, write_config
+from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
 from mea_compress.exporting.fold import absorbed_output, absorbed_queries, ordered_keys
@@ -115,6 +116,7 @@ def export(
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_config(workspace.path, _config(source, form, format))
         copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
+        keep_tokenizer(checkpoint, workspace.path)
         result = ExportResult(out, form, cost, verify_export(source, workspace.path, progress), model_type)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)

@@ -52,13 +52,12 @@ class StatisticsAccumulator:
 
         length = x.shape[1]
         at = torch.linspace(0, length - 1, min(length, _SAMPLED_QUERIES), device=x.device).round().long()
-        positions = torch.arange(length, device=x.device)[None]
         with torch.autocast(x.device.type, self.products, enabled=self.products != x.dtype):
             queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))[:, at]  # (B, S, Hq, d)
             if attention.qk_norm:
                 queries = attention.q_norm(queries)
             queries = rotate_heads(queries, cos[:, at], sin[:, at]).transpose(1, 2)
-            keys, values = attention.expand(*attention.project(x, cos, sin), positions, None, attention.rotary)
+            keys, values = attention.expand(*attention.project(x, cos, sin), (cos, sin))
         repeated = attention.heads // keys.shape[1]  # pooled heads stand for several
         keys, values = (side.float().repeat_interleave(repeated, dim=1) for side in (keys, values))  # (B, H, T, d)
         queries = queries.float().unflatten(1, (attention.heads, -1))  # (B, H, G, S, d)

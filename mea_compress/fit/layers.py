@@ -28,7 +28,7 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
-from mea_compress.loading import load_model, load_tokenizer, resolve_device
+from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.text.reading import read_documents
@@ -285,15 +285,15 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
     directory, recipe = plan.source.reader.directory, plan.recipe
     count, length = plan.decisions.sequences, plan.decisions.sequence_length
     if recipe.text is not None:
-        documents = read_documents(recipe.text)
-        return token_sequences(
-            documents, load_tokenizer(directory), length, limit=count, seed=recipe.seed, bos=recipe.bos
-        )
-    model = load_model(directory, device=recipe.device)
-    tokenizer = None
-    with suppress(RequestError):
         tokenizer = load_tokenizer(directory)
-    return sample_sequences(model, tokenizer, count, length, recipe.seed, bos=recipe.bos, progress=progress)
+        documents = read_documents(recipe.text)
+        tokens = token_sequences(documents, tokenizer, length, limit=count, seed=recipe.seed, bos=recipe.bos)
+        check_ids(tokens, plan.source.config.vocab_size, directory)
+        return tokens
+    model, own = load_model(directory, device=recipe.device), None
+    with suppress(RequestError):
+        own = load_tokenizer(directory)
+    return sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
 
 
 def _stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:

@@ -12,7 +12,14 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import choose_sequence_length, context_length, load_model, load_tokenizer, vocabulary_size
+from mea_compress.loading import (
+    check_ids,
+    choose_sequence_length,
+    context_length,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
 from mea_compress.measure.agreement import choose_prompts, continue_greedily, measure_agreement
 from mea_compress.measure.cache import measure_cache_bytes
 from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabulary, compare, max_batch_size, predict
@@ -183,7 +190,7 @@ def evaluate(
     longest = torch.arange(min(length, _CACHED_TOKENS + WARM_UP_TOKENS + _TIMED_TOKENS)) % vocabulary
     if documents is not None:
         ids, mask = padded_sequences(documents, tokenizer, length, limit=limit, bos=bos)
-        _check_ids(ids, vocabulary, paths[0])
+        check_ids(ids, vocabulary, paths[0])
         longest = ids[int(mask.sum(1).argmax())]
         size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
         losses = _compare(models, original, ids, mask, size, progress)
@@ -282,16 +289,6 @@ def _check_needs(asked: object, of_text: Mapping[str, object], of_tasks: Mapping
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"`{name}` measures nothing without `{needed}`: give both")
-
-
-def _check_ids(ids: torch.Tensor, vocabulary: int, checkpoint: Path | str) -> None:
-    """Raise `RequestError` where ids are beyond a model's vocabulary."""
-    largest_id = int(ids.max())
-    if largest_id >= vocabulary:
-        raise RequestError(
-            f"the tokenizer of {checkpoint} makes id {largest_id}, and the model has {vocabulary}: "
-            "put the tokenizer that belongs to it into the directory"
-        )
 
 
 def _compare(

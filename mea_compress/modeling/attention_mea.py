@@ -38,6 +38,7 @@ from .section_mea import (
     FORMS,
     KEPT,
     LOW_RANK,
+    POSITION_DIGITS,
     REAL,
     SELECTED,
     SHARED_LATENT,
@@ -55,6 +56,16 @@ _MISSING_CACHE = (
     "over, or run the whole sequence; if this came from generate, this release of transformers passes its cache in a "
     "way that this code does not know"
 )
+_MISSING_POSITIONS = (
+    "keys that are cached before RoPE need the positions of their tokens: this release of transformers hands none over "
+    "as position_ids, so run one of those that this code was tested with"
+)
+_QUANTIZED_CACHE = (
+    "a quantised cache would round the positions of its tokens, beside which latent keys are kept: use another cache, "
+    "or compress to keys that are cached after RoPE, such as frequency"
+)
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of tokens, each (B or 1, T, rotary_dim)."""
 
 
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -79,8 +90,15 @@ class HeadRMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises x (..., d)."""
+    def forward(self, x: torch.Tensor, operation: str = "norm") -> torch.Tensor:
+        """Return x (..., d) normalised, or its `scale`, or multiplied by the weight (`weigh`) or divided (`unweigh`).
+
+        All are asked for here, as in `Composition`.
+        """
+        if operation == "scale":
+            return self.scale(x)
+        if operation != "norm":
+            return x * self.weight if operation == "weigh" else x / self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (wide * self.scale(x)).to(x.dtype)
 
@@ -121,7 +139,15 @@ class Composition(nn.Module):
         """Set the weight at which training from scratch begins, and refill what no checkpoint stores."""
         raise NotImplementedError
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, operation: str = "rebuild", *arguments: Any) -> torch.Tensor:
+        """Do one of the operations below.
+
+        All are asked for here, because what wraps a module (an adapter of peft's, accelerate's offloading) knows of no
+        other way in.
+        """
+        return getattr(self, operation)(x, *arguments)
+
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """Rebuild the heads: (B, T, width) -> (B, T, H, d)."""
         raise NotImplementedError
 
@@ -155,7 +181,7 @@ class HeadComposition(Composition):
         start[torch.arange(heads) % components, torch.arange(heads)] = 1.0
         init.copy_(self.weight, start)
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, C * d) -> (B, T, H, d)."""
         return self.weight.mT @ components.unflatten(-1, (self.weight.shape[0], -1))
 
@@ -234,7 +260,7 @@ class FrequencyComposition(Composition):
         real, imaginary = components.chunk(2, dim=-1)
         return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, 2N) -> (B, T, H, d)."""
         pairs, most, heads = len(self.rotary_components), max(self.rotary_components), self.weight.shape[-1]
         shape = components.shape[:-1]
@@ -276,7 +302,7 @@ class LatentComposition(Composition):
         start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
         init.copy_(self.weight, start[: self.weight.shape[0]])
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
+    def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, m) -> (B, T, H, d)."""
         return nn.functional.linear(components, self.weight).unflatten(-1, (self.sizes.heads, -1))
 
@@ -305,37 +331,24 @@ def register_form(form: Form, module: type[Composition]) -> None:
     FORMS[form.name], MODULES[form.name] = form, module
 
 
-def key_positions(position_ids: torch.Tensor, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions of all cached tokens, for keys that are cached before RoPE.
-
-    They follow from the last query's position. Where positions count tokens (the last one is at least the number of
-    cached tokens before it: transformers' default, and always without padding) each cached token is one before the
-    next. Where they count visible tokens, as in `generate`, padding is skipped. Several new tokens without a mask are
-    the first that a static cache holds: the rest of it is empty.
+def write_position(position_ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Write positions (B or 1, T) as digits to the base 256, which every float type holds exactly.
 
     Args:
-        position_ids: (B or 1, new tokens).
-        length: Number of cached tokens, the new ones among them.
-        attention_mask: (B, 1, new tokens, >= length), boolean or additive, (B, length), or None.
+        position_ids: Below 256 ** POSITION_DIGITS.
+        like: (B, T, ...), of the dtype to write in.
 
     Returns:
-        (B or 1, length), int64.
+        (B, T, POSITION_DIGITS).
     """
-    new = position_ids.shape[-1]
-    if new == length:
-        return position_ids
-    if attention_mask is None and new > 1:
-        return position_ids[:, :1] + torch.arange(length, device=position_ids.device)[None]
-    last = position_ids[:, -1:]
-    after = torch.arange(length - 1, -1, -1, device=position_ids.device)[None]
-    if attention_mask is not None:
-        # Additive masks are 0 where a token is seen and hugely negative elsewhere.
-        visible = attention_mask > -1 if attention_mask.is_floating_point() else attention_mask != 0
-        if visible.dim() == 4:  # by any of the new tokens: under a sliding window the last one does not see all
-            visible = visible[:, 0].any(-2)
-        skipping = visible[:, :length].flip(-1).cumsum(-1).flip(-1) - 1
-        after = torch.where(last >= length - 1, after, skipping)
-    return last - after
+    digits = torch.stack([(position_ids >> 8 * place) & 255 for place in range(POSITION_DIGITS)], dim=-1)
+    return digits.to(like).expand(like.shape[0], -1, -1)
+
+
+def read_position(digits: torch.Tensor) -> torch.Tensor:
+    """Return the positions (B, T), float32, that `write_position` has written; 0 where a cache is empty."""
+    wide = digits.to(torch.float32)
+    return sum(wide[..., place] * 256.0**place for place in range(POSITION_DIGITS))  # type: ignore[return-value]
 
 
 def take_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None, dict[str, Any]]:
@@ -447,6 +460,22 @@ class MeaAttention(nn.Module):
         sizes = SideSizes(both if form.joint else width, self.heads, self.head_dim, self.rotary_dim, counts)
         return MODULES[form.name](sizes, shape)
 
+    def _update(
+        self,
+        cache: Cache,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new tokens to a cache, and return all that it holds; see `project`."""
+        if not self.key_form.commutes_with_rope:
+            if position_ids is None:
+                raise ValueError(_MISSING_POSITIONS)
+            if any("Quantized" in type(layer).__name__ for layer in cache.layers):
+                raise ValueError(_QUANTIZED_CACHE)
+        return cache.update(*self.project(hidden_states, cos, sin, position_ids), self.layer_idx)
+
     def _expand(self, cached: torch.Tensor, composition: Composition | None) -> torch.Tensor:
         """What is cached (B, groups, T, width) as heads (B, heads, T, d)."""
         if composition is not None:
@@ -472,56 +501,76 @@ class MeaAttention(nn.Module):
             return rotate_heads(self.k_norm(heads) if self.qk_norm else heads, cos, sin).transpose(1, 2)
         if not form.commutes_with_rope:
             return components[:, None]
-        norm = self.k_norm.weight if self.caches_norm_scalars else None
-        rotated = composition.rotate(components, cos, sin, None if form.weighted_keys else norm)
-        if norm is not None:
+        weighs = self.caches_norm_scalars and not form.weighted_keys
+        norm = self.k_norm(components.new_ones(self.head_dim), "weigh") if weighs else None
+        rotated = composition(components, "rotate", cos, sin, norm)
+        if self.caches_norm_scalars:
             heads = composition(components)
-            scale = self.k_norm.scale(heads / norm if form.weighted_keys else heads)  # (B, T, H, 1)
+            scale = self.k_norm(self.k_norm(heads, "unweigh") if form.weighted_keys else heads, "scale")  # (B, T, H, 1)
             rotated = torch.cat((rotated, scale[..., 0].to(rotated.dtype)), dim=-1)
         return rotated[:, None]
 
-    def _expanded_keys(
-        self, cached: torch.Tensor, position_ids: Any, attention_mask: torch.Tensor | None, rotary: Any
-    ) -> torch.Tensor:
+    def _expanded_keys(self, cached: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """The keys that the queries see (B, heads, T, d), rotated, from what is cached."""
         if not self.key_form.commutes_with_rope:
-            positions = key_positions(position_ids, cached.shape[-2], attention_mask)
-            return self._rebuilt_keys(cached[:, 0], positions, rotary)
+            return self._rebuilt_keys(cached[:, 0], *rotation)
         if not self.caches_norm_scalars:
             return self._expand(cached, self.key_composition)
         components, scale = cached[..., : -self.heads], cached[..., -self.heads :]
         return self._expand(components, self.key_composition) * scale[:, 0].transpose(1, 2)[..., None]
 
     def project(
-        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width), or both (B, heads, T, d)."""
+        """What the cache holds of (B, T, D): keys and values, each (B, 1, T, width), or both (B, heads, T, d).
+
+        Keys that are cached before RoPE have their positions beside them where `position_ids` (B or 1, T) are given.
+        """
         keys = self._keys_to_cache(hidden_states, cos, sin)
         values = self._flat(self.v_proj(hidden_states), self.value_composition)
         if self.caches_heads:
             return keys, values
-        return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
+        keys, values = keys.transpose(1, 2).flatten(2), values.transpose(1, 2).flatten(2)
+        if position_ids is not None and not self.key_form.commutes_with_rope:
+            keys = torch.cat((keys, write_position(position_ids, keys)), dim=-1)
+        return keys[:, None], values[:, None]
 
-    def expand(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        position_ids: Any,
-        attention_mask: torch.Tensor | None,
-        rotary: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (rotated) and values that the queries see, each (B, heads, T, d), from what is cached."""
+    def expand(self, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (rotated) and values that the queries see, each (B, heads, T, d), from what is cached.
+
+        Args:
+            keys: As `project` returns them, with or without positions.
+            values: As `project` returns them.
+            rotation: cos and sin of every cached token.
+        """
+        if not self.key_form.commutes_with_rope:
+            keys = keys[..., : self.key_width]
         if self.key_form.joint:  # both sides read the whole latent
             keys = values = torch.cat((keys, values), dim=-1)
-        keys = self._expanded_keys(keys, position_ids, attention_mask, rotary)
-        return keys, self._expand(values, self.value_composition)
+        return self._expanded_keys(keys, rotation), self._expand(values, self.value_composition)
 
-    def _rebuilt_keys(self, latent: torch.Tensor, positions: torch.Tensor, rotary: Any) -> torch.Tensor:
+    def _rebuilt_keys(self, latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Latent keys (B, T, m) as rotated heads (B, H, T, d)."""
         keys = self.key_composition(latent)  # (B, T, H, d)
         if self.qk_norm:
             keys = self.k_norm(keys)
-        return rotate_heads(keys, *rotary(keys, positions)).transpose(1, 2)
+        return rotate_heads(keys, cos.to(keys.dtype), sin.to(keys.dtype)).transpose(1, 2)
+
+    def _cached_rotation(self, keys: torch.Tensor) -> Rotation:
+        """Rotation by the positions beside cached keys (B, 1, T, width), at the model's frequencies of this step.
+
+        The rotary module is not called: where its frequencies depend on the length, it would take that from the
+        positions that it is given here, and keep it.
+        """
+        positions = read_position(keys[:, 0, :, self.key_width :])
+        rotary: Any = self.rotary
+        angles = (positions[..., None] * rotary.inv_freq.to(positions)).repeat(1, 1, 2)
+        scaling = rotary.attention_scaling
+        return (angles.cos() * scaling).to(keys.dtype), (angles.sin() * scaling).to(keys.dtype)
 
     def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
         """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
@@ -541,7 +590,7 @@ class MeaAttention(nn.Module):
         )
 
     def _logits(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation, mask: Any
     ) -> torch.Tensor:
         """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T)."""
         shape, composition = queries.shape, self.key_composition
@@ -551,34 +600,34 @@ class MeaAttention(nn.Module):
             rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
             logits = key_scores(rows.to(keys.dtype), keys)
         elif not self.key_form.commutes_with_rope:
-            logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, position_ids, mask)
+            logits = self._logits_of_latents(rows.to(keys.dtype), keys, values, rotation)
         else:
             rows = self._absorbed(queries).to(keys.dtype)
             logits = key_scores(rows, keys[..., : self.key_width]).unflatten(2, (self.heads, -1))[:, 0]
-        if composition is not None and keys.shape[-1] > self.key_width:  # QK-norm: 1/rms of every head and token
+        if self.caches_norm_scalars:  # 1/rms of every head and token
             logits = logits.to(queries.dtype) * keys[:, 0, :, None, self.key_width :].permute(0, 3, 2, 1)
         return logits.reshape(*shape[:-1], -1)
 
     def _logits_of_latents(
-        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation
     ) -> torch.Tensor:
         """Rows (B, H, rows, d) against keys that are rebuilt, on a CPU tile by tile: (B, H, rows, T)."""
         whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
         length = keys.shape[-2]
-        positions = key_positions(position_ids, length, mask)
         logits = []
         for start in range(0, length, length if whole else TILE):
             tile = slice(start, length if whole else start + TILE)
             latent = keys[:, 0, tile]
             if self.key_form.joint:
                 latent = torch.cat((latent, values[:, 0, tile]), dim=-1)
-            logits.append(rows @ self._rebuilt_keys(latent, positions[:, tile], self.rotary).mT)
+            cos, sin = (part[:, tile] for part in rotation)
+            logits.append(rows @ self._rebuilt_keys(latent, cos, sin).mT)
         return torch.cat(logits, dim=-1)
 
     def _absorbed(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries (B, Hq, Q, d) as queries of components that are cached flat: (B, 1, Hq * Q, key width)."""
         rows = queries.unflatten(1, (self.heads, -1)).flatten(2, 3)
-        return self.key_composition.absorb(rows).flatten(1, 2)[:, None]
+        return self.key_composition(rows, "absorb").flatten(1, 2)[:, None]
 
     def _fused(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any) -> torch.Tensor | None:
         """Sums of values (B, 1, Hq * Q, value width), by one kernel where components are flat."""
@@ -586,21 +635,24 @@ class MeaAttention(nn.Module):
         if composition is None or not self.key_form.commutes_with_rope or self.value_composition is None:
             return None
         cpu_kernel = self.config.mea.get("cpu_kernel", True)
-        if not may_fuse(keys, values, queries, composition.weight, cpu_kernel=cpu_kernel):
+        if not may_fuse(keys, values, queries, cpu_kernel=cpu_kernel):
+            return None
+        absorbed = self._absorbed(queries)
+        if not may_fuse(keys, values, absorbed, cpu_kernel=cpu_kernel):  # its weight may be trained
             return None
         components = keys[..., : self.key_width]
         norms = keys[:, 0, :, self.key_width :] if self.caches_norm_scalars else None
-        return fused(self._absorbed(queries).to(keys.dtype), components, values, norms, mask, queries.shape[2])
+        return fused(absorbed.to(keys.dtype), components, values, norms, mask, queries.shape[2])
 
     def _attend_to_components(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position_ids: Any, mask: Any
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation, mask: Any
     ) -> torch.Tensor:
         """Attention of queries (B, Hq, Q, d) to what is cached: (B, Q, Hq, d)."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         scaled = queries.to(wide) * self.scaling
         output = self._fused(scaled, keys, values, mask)  # (B, 1, rows, W)
         if output is None:
-            logits = self._logits(scaled, keys, values, position_ids, mask)
+            logits = self._logits(scaled, keys, values, rotation, mask)
             weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
             if self.value_composition is None:
                 values = self._plain_heads(values)
@@ -610,7 +662,7 @@ class MeaAttention(nn.Module):
                 output = torch.cat((weighted_values(rows, keys), output), dim=-1)
         if self.value_composition is not None:
             output = output[:, 0].unflatten(1, (self.heads, -1)).to(wide)
-            output = self.value_composition.contract(output).to(queries.dtype)
+            output = self.value_composition(output, "contract").to(queries.dtype)
         return output.reshape(*queries.shape).transpose(1, 2)
 
     def forward(
@@ -648,16 +700,19 @@ class MeaAttention(nn.Module):
         if self.qk_norm:
             queries = self.q_norm(queries)
         queries = rotate_heads(queries, cos, sin).transpose(1, 2)
-        keys, values = self.project(hidden_states, cos, sin)
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.layer_idx)
+        if cache is None:
+            keys, values = self.project(hidden_states, cos, sin)
+        else:
+            keys, values = self._update(cache, hidden_states, cos, sin, kwargs.get("position_ids"))
+            if not self.key_form.commutes_with_rope:
+                cos, sin = self._cached_rotation(keys)
+                keys = keys[..., : self.key_width]
 
-        position_ids = kwargs.get("position_ids")
         weights = None
         if self._absorbs(queries, attention_mask):
-            output = self._attend_to_components(queries, keys, values, position_ids, attention_mask)
+            output = self._attend_to_components(queries, keys, values, (cos, sin), attention_mask)
         else:
-            keys, values = self.expand(keys, values, position_ids, attention_mask, self.rotary)
+            keys, values = self.expand(keys, values, (cos, sin))
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )

@@ -92,4 +92,7 @@ class MeaPhi3Config(Phi3Config):
 CONFIGS = (MeaLlamaConfig, MeaMistralConfig, MeaPhi3Config, MeaQwen2Config, MeaQwen3Config, MeaQwen3MoeConfig)
 """The configurations of all families; modeling_mea.py makes their models."""
 
+for _config in CONFIGS:
+    _config.register_for_auto_class()  # save_pretrained writes the code beside what names it
+
 __all__ = ["CONFIGS", *(config.__name__ for config in CONFIGS)]

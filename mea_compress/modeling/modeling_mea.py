@@ -65,6 +65,17 @@ class MeaForCausalLMMixin(MeaMixin):
         self.model = self.decoder(config)
         self.post_init()  # type: ignore[operator]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse at once what `generate_batch` would begin; its pages are made for the heads that the queries see.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch, transformers serve --continuous-batching) keeps heads in pages, and "
+            "this model caches components: use generate, or export the checkpoint and serve that"
+        )
+
 
 def _add_family(config: type) -> None:
     """Make the two classes of a family, the stock ones over MEA's attention, from its configuration."""
@@ -85,6 +96,8 @@ def _add_family(config: type) -> None:
         (MeaForCausalLMMixin, getattr(transformers, f"{prefix}ForCausalLM")),
         fields | {"__doc__": f"{prefix} with explicit attention.", "decoder": decoder},
     )
+    decoder.register_for_auto_class("AutoModel")  # type: ignore[attr-defined]
+    model.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
     globals().update({kind.__name__: kind for kind in (decoder, model)})
     __all__.extend((decoder.__name__, model.__name__))
     # How a family's checkpoints are stored (experts one by one) and run (fused) holds under this model type too.

@@ -37,6 +37,8 @@ TESTED_TRANSFORMERS = ("5.16.1", "5.24.0")
 FORMAT = 1
 DECODE = ("auto", "absorb", "expand")
 SIDES = ("key", "value")
+POSITION_DIGITS = 3
+"""Numbers that hold a token's position beside keys that are cached before RoPE: its digits to the base 256."""
 
 WeightShape = Callable[[int, int, int, int], tuple[int, ...]]
 """Shape of a tensor from the side's cached width, that of both sides together, H and d."""
@@ -124,6 +126,20 @@ class Form:
         that are normalised already.
         """
         return not self.plain and self.commutes_with_rope and self.encoder_shape is None
+
+    def beside(self, heads: int, qk_norm: bool) -> int:
+        """Return the numbers a token that are cached beside the components of keys.
+
+        1/rms of every reconstructed key under QK-norm, or the digits of the position where keys are cached before
+        RoPE: which tokens a cache holds, and where they stood, is not to be guessed.
+
+        Args:
+            heads: H.
+            qk_norm: Whether keys are normalised.
+        """
+        if not self.commutes_with_rope:
+            return POSITION_DIGITS
+        return heads if qk_norm and self.caches_norm_scalars else 0
 
     @property
     def fractional(self) -> bool:

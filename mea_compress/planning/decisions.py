@@ -9,6 +9,7 @@ from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
 from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
 from mea_compress.recipe import Recipe
 
@@ -136,6 +137,11 @@ def _decide_side(
     heads = source.config.num_key_value_heads
     form = method_form(composition)
     components = _components(count, side, ratio, before.components, heads, form.step(source.head_dim))
+    extra = form.beside(heads, False) - before.form.beside(heads, False)
+    if side == "key" and extra > 0 and count is None and components < before.components:
+        # The ratio is one of bytes: what positions take beside these keys is taken from the keys.
+        channels = max(cached_width(components, source.head_dim) - extra, form.step_channels or source.head_dim)
+        components = channels / source.head_dim
     if form.repeats and heads % components:
         raise RequestError(
             f"--{side}-composition {composition} needs a number of components that divides the {heads} key/value "

@@ -34,9 +34,8 @@ def layer_window(source: Checkpoint, layer: int) -> int | None:
 
 def cached_bytes(source: Checkpoint, spec: LayerSpec, dtype: str) -> int:
     """Return the cache bytes per token of a layer in a dtype (as safetensors calls it)."""
-    norms = source.config.mea["qk_norm"] and spec.key.form.caches_norm_scalars
-    scalars = source.config.num_key_value_heads if norms else 0
-    return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + scalars)
+    beside = spec.key.form.beside(source.config.num_key_value_heads, source.config.mea["qk_norm"])
+    return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + beside)
 
 
 def layer_parameters(source: Checkpoint, spec: LayerSpec) -> int:

@@ -72,8 +72,8 @@ def sample_sequences(
         Ids (count, length), int64, on the CPU.
 
     Raises:
-        RequestError: `count` or `length` is below 1, `length` is beyond the model's context, or there is no BOS that
-            `bos` asks for.
+        RequestError: `count` or `length` is below 1, `length` is beyond the model's context, there is no BOS that `bos`
+            asks for or it is beyond the model's vocabulary, or the model's logits are not finite.
     """
     if count < 1 or length < 1:
         raise RequestError(f"sampling {count} sequences of {length} tokens makes no text: ask for 1 or more of each")
@@ -82,6 +82,12 @@ def sample_sequences(
     vocabulary = vocabulary_size(model)
     ends = [token for token in end_tokens(model) if 0 <= token < vocabulary]
     starts = _starts(model, tokenizer, count, length, seed, bos)
+    largest = max(max(start.ids) for start in starts)
+    if largest >= vocabulary:
+        raise RequestError(
+            f"the BOS token {largest} is beyond the model's vocabulary of {vocabulary}, so no text can be sampled: "
+            "correct bos_token_id, or give text with `text`"
+        )
     rows = []
     bar = tqdm(total=count * length, desc="sampling text", unit="tok", disable=not progress, file=sys.stderr)
     with bar, seeded(seed, device), _plain_sampling(model, length):
@@ -211,6 +217,10 @@ def _start_processor(batch: list[_Start], ends: list[int], device: torch.device)
 
     class Starts(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not scores.isfinite().all():
+                raise RequestError(
+                    "the model's logits are not all numbers, so no text can be sampled: look for NaN in its weights"
+                )
             if ends:
                 scores[:, ends] = scores[:, ends].masked_fill(forbidden, -torch.inf)
             position = input_ids.shape[1]

@@ -65,6 +65,11 @@ def attempt(directory):
             found["withheld"] = "answered"
         except ValueError as error:
             found["withheld"] = str(error)
+        try:
+            model.generate_batch(inputs=ids.tolist(), max_new_tokens=2)
+            found["batched"] = "answered"
+        except ValueError as error:
+            found["batched"] = str(error)
     return found
 
 

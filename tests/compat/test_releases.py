@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import transformers
 from compat.releases import NEWEST, OLDEST, RELEASES, release_directory
+from published import LAYOUTS, PROBE, publish
 from tiny import stock_checkpoint
+from transformers import AutoTokenizer
 
 from mea_compress.compression import compress
 from mea_compress.emit.code import carried_code, refresh
@@ -64,6 +66,7 @@ def check(found):
         assert result["padded"] < 1e-4, (name, result)
         assert result["dynamic"] == result["static"] == result["uncached"], name
         assert "no cache holds what came before" in result["withheld"], name
+        assert "continuous batching" in result["batched"], name
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,24 @@ def test_texts_become_the_same_sequences(version, tmp_path):
     turns = [row[:6] == opening for row in told["sampled"]]
     assert sum(turns) == 8 and all(row[0] == 1 and len(row) == 32 for row in told["sampled"])
     assert not any(2 in row for row, turn in zip(told["sampled"], turns, strict=True) if not turn)
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """Checkpoints with the tokenizers that families publish, and what those of their sources make of a text."""
+    place, found = tmp_path_factory.mktemp("tokenizers"), {}
+    for index, (case, name) in enumerate(LAYOUTS):
+        source = publish(stock_checkpoint(place / f"{index}-source", case, vocab_size=640), case, name)
+        compress(source, place / str(index), recipe=Recipe(kv_ratio=0.5, fit="weights"), progress=False)
+        found[str(place / str(index))] = AutoTokenizer.from_pretrained(source)(PROBE)["input_ids"]
+    return found
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_tokenizers_are_those_of_the_sources(version, tokenized, tmp_path):
+    assert run(version, "tokenize_text.py", "package", PROBE, *tokenized) == tokenized
+    remote = run(version, "tokenize_text.py", "remote", PROBE, *tokenized, package=False, cwd=tmp_path)
+    assert remote == tokenized
 
 
 def test_the_code_of_010_fails_under_the_newest_release_and_inspect_says_so(tmp_path):

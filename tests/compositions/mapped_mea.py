@@ -23,7 +23,7 @@ class MappedComposition(Composition):
         parts = components.unflatten(-1, (-1, self.sizes.head_dim))
         return parts.repeat_interleave(self.sizes.heads // parts.shape[-2], dim=-2)
 
-    def forward(self, components):
+    def rebuild(self, components):
         """(B, T, C * d) -> (B, T, H, d)."""
         return torch.einsum("bthe,hde->bthd", self._of_each_head(components), self.weight)
 

@@ -61,7 +61,7 @@ def attention_of(case, tmp_path):
         cos, sin = trace.position_embeddings
         queries = attention.q_proj(trace.inputs).unflatten(-1, (-1, attention.head_dim))
         queries = rotate_heads(attention.q_norm(queries) if attention.qk_norm else queries, cos, sin).transpose(1, 2)
-        keys, values = attention.expand(*attention.project(trace.inputs, cos, sin), torch.arange(7)[None], None, None)
+        keys, values = attention.expand(*attention.project(trace.inputs, cos, sin), (cos, sin))
         keys, values = (side.repeat_interleave(8 // side.shape[1], 1).double() for side in (keys, values))
         queries = queries.double()
         logits = queries @ keys.mT * attention.scaling

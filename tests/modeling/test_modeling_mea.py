@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mea_compress.modeling import configuration_mea, modeling_mea
-from mea_compress.modeling.attention_mea import key_positions
+from mea_compress.modeling.attention_mea import read_position, write_position
 from mea_compress.modeling.reference import reference_attention
 
 FAMILIES = [config.__name__.removeprefix("Mea").removesuffix("Config") for config in configuration_mea.CONFIGS]
@@ -82,9 +82,10 @@ def forward(model, ids, **options):
 
 
 def widths(model, keys, values):
-    norms = HEADS if model.config.mea["qk_norm"] and keys in ("head", "frequency", "prune", "share") else 0
+    beside = HEADS if model.config.mea["qk_norm"] and keys in ("head", "frequency", "prune", "share") else 0
+    beside = 3 if keys == "latent" else beside  # digits of the position
     layer = spec(keys, values)
-    return layer["key_components"] * HEAD_DIM + norms, layer["value_components"] * HEAD_DIM
+    return layer["key_components"] * HEAD_DIM + beside, layer["value_components"] * HEAD_DIM
 
 
 CASES = [
@@ -187,6 +188,14 @@ def test_beams_take_their_cache_with_them():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("keys", "values"), [*PAIRS, ("joint", "joint")])
+def test_continuous_batching_is_refused_at_once(keys, values, family):
+    model = build(family, keys, values, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"continuous batching .* use generate, or export"):
+        model.generate_batch(inputs=tokens(2, 6).tolist(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_loads_as_it_was(family, tmp_path):
     model = build(family, "frequency", "latent", head_norm=True, dtype=torch.float32)
     ids = tokens(1, 9)
@@ -222,15 +231,12 @@ def test_a_fresh_native_model_composes_heads_from_themselves():
     assert "head_norm" in dict(model.model.layers[0].self_attn.named_children())
 
 
-def test_key_positions():
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]])
-    counted = key_positions(torch.tensor([[2], [2], [4]]), 5, mask)
-    assert counted[0, 2:].tolist() == [0, 1, 2]
-    assert counted[1, [0, 1, 4]].tolist() == [0, 1, 2]
-    assert counted[2].tolist() == [0, 1, 2, 3, 4]
-    indexed = key_positions(torch.tensor([[4], [4], [4]]), 5, mask)
-    assert indexed[1, [0, 1, 4]].tolist() == [0, 1, 4]
-    assert key_positions(torch.tensor([[9]]), 3, None).tolist() == [[7, 8, 9]]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_positions_are_kept_exactly_in_every_dtype(dtype):
+    positions = torch.tensor([[0, 1, 255, 256, 4097, 65_535, 65_536, 131_071, 1_048_577, 2**24 - 1]])
+    digits = write_position(positions, torch.zeros(2, 10, 5, dtype=dtype))
+    assert digits.shape == (2, 10, 3) and digits.dtype == dtype
+    assert read_position(digits).tolist() == positions.expand(2, -1).tolist()
 
 
 BAD = [
