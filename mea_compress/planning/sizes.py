@@ -84,6 +84,9 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         # The text as the original has it before and behind a layer, and as the compressed layers send it.
         tokens = decisions.sequences * decisions.sequence_length
         memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * tokens)
+        if recipe.fit == "aligned":  # what o_proj reads of all text, and the normal equations of its regression
+            inner = config.num_attention_heads * source.head_dim
+            memory += min(SPILL_BYTES, 4 * inner * tokens) + 8 * 4 * inner * (inner + config.hidden_size)
         # The layer as it is composed, and what a step of it keeps for its gradients.
         memory += 4 * decoder + step_bytes(source, decisions.refinement_steps > 0)
         if decisions.refinement_steps:  # gradients, Adam's two moments, and where the weights began and were best
