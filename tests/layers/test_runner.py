@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from mea_compress.architectures import open_checkpoint
 from mea_compress.layers import runner as streaming
 from mea_compress.layers.read import read_heads
-from mea_compress.layers.runner import Activations, LayerRunner, batches, embed
+from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,3 +51,71 @@ def test_activations_spill_to_a_file_and_stay_the_same(monkeypatch):
     other[slice(0, 1)] = torch.zeros(1, 3, 2)
     assert torch.equal(spilled[:], numbers)
     assert torch.equal(other[torch.tensor([1, 3])], numbers[[1, 3]])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_in_two_halves_is_the_layer(case, tmp_path):
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src", case))
+    hidden = embed(source, torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0)))[:]
+    runner = LayerRunner(source, 1)
+    attention = runner.attention
+    whole, captured = runner.run(hidden)
+    half = runner.attend(hidden)
+    torch.testing.assert_close(half.outputs, captured.outputs)
+    torch.testing.assert_close(runner.output_of(half.mixed), captured.outputs)
+    torch.testing.assert_close(runner.finish(hidden, half.outputs), whole)
+    assert runner.model.layers[0].self_attn is attention
+    other = runner.finish(hidden, torch.zeros_like(half.outputs))
+    assert not torch.allclose(other, whole)
+
+
+def test_what_attention_sends_has_the_gradients_of_the_layer(tmp_path):
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src"))
+    hidden = embed(source, torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0)))[:]
+    runner = LayerRunner(source, 0)
+    weight = runner.attention.v_proj.weight.requires_grad_(True)
+    runner.send(hidden).square().sum().backward()
+    cos, sin = runner.attend(hidden).position_embeddings
+    inputs = runner.model.layers[0].input_layernorm(hidden)
+    mask = torch.full((9, 9), -torch.inf).triu(1)[None, None]
+    expected = torch.autograd.grad(runner.attention(inputs, (cos, sin), mask)[0].square().sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_products_in_bfloat16_keep_the_stream_in_float32(tmp_path):
+    source = open_checkpoint(stock_checkpoint(tmp_path / "src"))
+    hidden = embed(source, torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0)))[:]
+    exact, _ = LayerRunner(source, 0).run(hidden)
+    runner = LayerRunner(source, 0, products=torch.bfloat16)
+    rounded, captured = runner.run(hidden)
+    assert rounded.dtype == torch.float32 and captured.mixed.dtype == torch.bfloat16
+    assert runner.attention.q_proj.weight.dtype == torch.float32
+    error = (rounded - exact).square().sum() / (exact - hidden).square().sum()
+    assert 0 < error < 1e-3  # eight bits: a relative error of 2 ** -9 in each product
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "products"),
+    [
+        (torch.bfloat16, {"amx_bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"avx512_bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"avx2": True}, torch.float32),
+        (torch.float32, {"amx_bf16": True}, torch.float32),
+        (torch.float16, {"amx_bf16": True}, torch.float32),
+    ],
+)
+def test_products_are_bfloat16_where_model_and_processor_are_made_for_it(dtype, capabilities, products, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert fast_products(dtype, torch.device("cpu")) == products
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert fast_products(dtype, torch.device("cpu")) == torch.float32
+
+
+def test_pytorch_says_what_the_processor_has():
+    """The names that `fast_products` relies on, where this release of PyTorch can say so."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        pytest.skip("this release of PyTorch does not say what the processor has")
+    if capabilities()["architecture"] != "x86_64":
+        pytest.skip("the names are those of x86")
+    assert {"amx_bf16", "avx512_bf16"} <= capabilities().keys()
