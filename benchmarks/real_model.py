@@ -57,7 +57,8 @@ def both(method: str) -> dict[str, Any]:
 ROWS: dict[str, dict[str, Any]] = {
     "default, closed form": CLOSED,
     "default, refined": {},
-    "latent + latent, closed form (whitened SVD)": both("latent") | CLOSED,
+    "latent + latent, activations (whitened SVD: SVD-LLM, Palu, CARE)": both("latent") | {"fit": "activations"},
+    "latent + latent, closed form": both("latent") | CLOSED,
     "joint, closed form": both("joint") | CLOSED,
     "joint, refined": both("joint"),
     "pool, weights (GQA, heads averaged)": both("pool") | {"fit": "weights"},
