@@ -699,6 +699,7 @@ class MeaAttention(nn.Module):
         queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
         if self.qk_norm:
             queries = self.q_norm(queries)
+        cos, sin = cos.to(queries.dtype), sin.to(queries.dtype)  # under autocast the stream is wider than products
         queries = rotate_heads(queries, cos, sin).transpose(1, 2)
         if cache is None:
             keys, values = self.project(hidden_states, cos, sin)
