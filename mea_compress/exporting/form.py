@@ -107,13 +107,13 @@ def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: 
         raise RequestError(
             f"a head norm on the attention's output is no part of {source.family.model_type}'s attention; {_SERVE}"
         )
-    components = _same_width(source, layers)
-    for index, spec in enumerate(layers):
+    for index, spec in enumerate(layers):  # first, since such keys cache their positions too and are narrower
         if not side_form(spec, "key").commutes_with_rope:
             raise RequestError(
                 f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded "
-                f"into queries; compress with {_exportable(source, components)}"
+                f"into queries; compress with {_exportable(source, spec['value_components'])}"
             )
+    components = _same_width(source, layers)
     groups = gcd(*(side_groups(spec, side) for spec in layers for side in ("key", "value")))
     if section["qk_norm"] and (groups != components or not all(side_form(spec, "key").plain for spec in layers)):
         raise RequestError(

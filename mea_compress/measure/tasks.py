@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _BATCH = 8
 _BOOTSTRAPS = 1000
 
+# What the harness calls the filter of metrics that have none.
+_UNFILTERED = "none"
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -155,7 +158,7 @@ def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
             error = figures.get(f"{metric}_stderr,{kind}")
             yield TaskScore(
                 task=task,
-                metric=metric if kind == "none" else f"{metric} ({kind})",
+                metric=metric if kind == _UNFILTERED else f"{metric} ({kind})",
                 value=float(value),
                 standard_error=float(error) if isinstance(error, int | float) else None,
                 examples=_examples(task, results),

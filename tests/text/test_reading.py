@@ -192,7 +192,12 @@ def test_standard_input_is_read_no_further_than_is_asked_for():
     )
     with subprocess.Popen(["yes", "some words"], stdout=subprocess.PIPE) as endless:
         done = subprocess.run(
-            [sys.executable, "-c", script], stdin=endless.stdout, capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", script],
+            stdin=endless.stdout,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         endless.kill()
     assert "[3, 16]" in done.stdout, done.stderr
