@@ -77,11 +77,13 @@ def test_the_best_trial_is_continued_and_no_more_steps_are_taken_than_were_said(
     source, inputs, targets = task
     plan = planned(source)
     composed, _ = compose(plan, plan.layers[0], None)
-    taken, settings = [], Settings(25, 4, HELD_OUT, trial_steps=5, between_looks=5, least_gain=-1.0)
+    taken, settings = [], Settings(25, 4, HELD_OUT, trial_steps=5, between_looks=5, decay=0.4, least_gain=-1.0)
     Refiner(inputs, targets, settings, 0, taken.append).refine(composed, runner_of(plan, composed))
     assert sum(taken) == settings.all_steps == 30
     taken.clear()
-    settings = Settings(25, 4, HELD_OUT, trial_steps=5, between_looks=5, least_gain=1.0)  # nothing gains as much
+    settings = Settings(
+        25, 4, HELD_OUT, trial_steps=5, between_looks=5, decay=0.4, least_gain=1.0
+    )  # nothing gains as much
     Refiner(inputs, targets, settings, 0, taken.append).refine(composed, runner_of(plan, composed))
     assert sum(taken) == 2 * 5 + 5 + 10  # trials, one look, and the end in which the step size falls
 
