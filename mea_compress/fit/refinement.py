@@ -41,11 +41,11 @@ class Settings:
     steps: int
     batch: int
     held_out: int
-    rates: tuple[float, ...] = (0.03, 0.12)
+    rates: tuple[float, ...] = (0.02, 0.06)
     trial_steps: int = 20
     between_looks: int = 20
-    decay: float = 0.7
-    least_gain: float = 0.0
+    decay: float = 0.4
+    least_gain: float = 0.01
 
     @property
     def all_steps(self) -> int:
