@@ -504,6 +504,8 @@ def main():
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
+        # Whether the absorbed times of a CPU are the kernel's.
+        **({"kernel_on_cpu": decode_cpu_mea.library() is not None} if arguments.device == "cpu" else {}),
         "attention": [],
         "stack": [],
     }
@@ -514,8 +516,6 @@ def main():
                 if part == "stack" and combination[1] > arguments.stack_up_to:
                     continue
                 result[part].append(function(*combination, arguments))
-                if arguments.device == "cpu":  # whether the absorbed times are the kernel's
-                    result["kernel_on_cpu"] = decode_cpu_mea.library() is not None
                 print(part, json.dumps(result[part][-1]), file=sys.stderr)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(result, indent=2) + "\n")

@@ -13,11 +13,30 @@ import torch
 from cacheshrink import convert_to_mla
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+SAMPLES = 100  # calibration texts
+
 
 def stories(path: str) -> list[str]:
     with open(path, encoding="utf-8") as lines:
         values = [json.loads(line) for line in lines if line.strip()]
     return [value["text"] if isinstance(value, dict) else value for value in values]
+
+
+def convert(checkpoint: str, ratio: float, texts: list[str], length: int) -> tuple[torch.nn.Module, float]:
+    """Return the peer's checkpoint, calibrated, "separate", and the seconds that it took."""
+    start = time.perf_counter()
+    compressed, _ = convert_to_mla(
+        checkpoint,
+        compression_ratio=1 / ratio,
+        compression_method="separate",
+        device="cpu",
+        dtype=torch.float32,
+        calibration_texts=texts,
+        num_calibration_samples=SAMPLES,
+        max_calibration_length=length,
+        verbose=False,
+    )
+    return compressed.eval(), time.perf_counter() - start
 
 
 def main(checkpoint: str, text: str, calibration: str, ratio: float, length: int, limit: int) -> None:
@@ -29,20 +48,7 @@ def main(checkpoint: str, text: str, calibration: str, ratio: float, length: int
             rows.append(ids)
     ids = torch.tensor(rows[: limit or None])
     original = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    start = time.perf_counter()
-    compressed, _ = convert_to_mla(
-        checkpoint,
-        compression_ratio=1 / ratio,
-        compression_method="separate",
-        device="cpu",
-        dtype=torch.float32,
-        calibration_texts=stories(calibration)[:100],
-        num_calibration_samples=100,
-        max_calibration_length=length,
-        verbose=False,
-    )
-    seconds = time.perf_counter() - start
-    compressed.eval()
+    compressed, seconds = convert(checkpoint, ratio, stories(calibration)[:SAMPLES], length)
     kl = loss = own = same = 0.0
     with torch.no_grad():
         for part in ids.split(16):

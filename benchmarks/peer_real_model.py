@@ -10,13 +10,12 @@ import json
 import math
 import resource
 import sys
-import time
 
 import torch
-from cacheshrink import convert_to_mla
+from peer_cacheshrink import SAMPLES, convert
 from transformers import AutoModelForCausalLM
 
-SAMPLES, LENGTH = 100, 512
+LENGTH = 512
 
 
 @torch.no_grad()
@@ -45,21 +44,8 @@ def main(checkpoint: str, windows: str, calibration: str, ratio: float) -> None:
     with open(calibration, encoding="utf-8") as file:
         text = file.read()
     pieces = [text[start : start + 4 * LENGTH] for start in range(0, 4 * LENGTH * SAMPLES, 4 * LENGTH)]
-    start = time.perf_counter()
-    compressed, _ = convert_to_mla(
-        checkpoint,
-        compression_ratio=1 / ratio,
-        compression_method="separate",
-        device="cpu",
-        dtype=torch.float32,
-        calibration_texts=[piece for piece in pieces if piece.strip()],
-        num_calibration_samples=SAMPLES,
-        max_calibration_length=LENGTH,
-        verbose=False,
-    )
-    seconds = time.perf_counter() - start
+    compressed, seconds = convert(checkpoint, ratio, [piece for piece in pieces if piece.strip()], LENGTH)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    compressed.eval()
     original = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     stored = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").dtype  # the cache's type, as in other rows
     widths = [module.d_latent for module in compressed.modules() if hasattr(module, "d_latent")]
