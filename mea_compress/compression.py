@@ -101,6 +101,7 @@ def compress(
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
+            **workspace.manifest.get("healing", {}),
             "verification": _verified(plan, workspace.path, progress),
         }
         _write_documents(plan, config, fidelity, workspace.path)
@@ -145,8 +146,14 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
             import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written
         return plan
     from mea_compress.fit.layers import fit_layers
+    from mea_compress.fit.progress import deadline_of
 
-    fit_layers(plan, workspace, progress)
+    deadline = deadline_of(plan.recipe)
+    fit_layers(plan, workspace, progress, deadline=deadline)
+    if plan.decisions.healing_steps:
+        from mea_compress.fit.healing import heal_layers
+
+        heal_layers(plan, workspace, progress, deadline)
     plan = plan_after_fit(plan, _sections(plan, workspace))
     write_weights(plan, workspace, progress)
     return plan
@@ -215,7 +222,8 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     )
     card = source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    text = model_card(name, plan.to_json(), fidelity["verification"], recipe_yaml, versions(), original)
+    measured = {name: fidelity[name] for name in ("healing",) if name in fidelity}
+    text = model_card(name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
 
 

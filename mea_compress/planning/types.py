@@ -115,6 +115,8 @@ class Decisions:
         has_static_shapes: Whether the plan alone says which tensors a fit makes and of which shapes.
         verifies_whole_model: Whether the result is loaded and run whole before it appears.
         choice: Why these compositions, where the recipe left it open; empty where it named them.
+        healing_steps: Optimiser steps of the distillation behind the fit at most, 0 for none.
+        healing_asked_for: Whether the recipe names these steps, so that they are taken or refused.
     """
 
     needs_calibration: bool
@@ -126,6 +128,8 @@ class Decisions:
     has_static_shapes: bool
     verifies_whole_model: bool
     choice: str
+    healing_steps: int = 0
+    healing_asked_for: bool = False
 
 
 @dataclass(frozen=True)
