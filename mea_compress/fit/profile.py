@@ -129,7 +129,7 @@ def profile_in(plan: Plan, workspace: Workspace, progress: bool) -> Profile:
     commit = Commit(
         dict(workspace.manifest.get("profile", {})), lambda layer, result: workspace.commit("profile", layer, result)
     )
-    return measure_profile(plan, stored_tokens(plan, workspace, progress), commit, progress)
+    return measure_profile(plan, stored_tokens(plan, workspace, progress)[: plan.decisions.sequences], commit, progress)
 
 
 class _Bar(Work):
@@ -275,7 +275,7 @@ def profile(
         ['key', 'value']
     """
     share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
-    wanted = make_recipe(recipe, settings | share | {"budget": "uniform"})
+    wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
     plan = plan_source(open_checkpoint(Path(source)), wanted)
     file = None if out is None else Path(out)
     kept, commit = None, Commit({})
