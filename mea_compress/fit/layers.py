@@ -105,7 +105,7 @@ def fit_layers(
             stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if calibrated and layer.layer < unfinished[-1]:
             calibrated.advance(layer.layer, stored_layer)
-    if calibrated and plan.decisions.measures_budget and stored_layer is not None:
+    if calibrated and plan.profile is not None and stored_layer is not None:
         kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
         workspace.commit("budget", "kl", kl)
     if work:
@@ -345,7 +345,7 @@ def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
     Raises:
         RequestError: There are too few sequences to hold one out.
     """
-    held_out = measured_sequences(tokens) if plan.decisions.measures_budget else 0
+    held_out = measured_sequences(tokens) if plan.profile is not None else 0
     if not plan.decisions.refinement_steps:
         return held_out
     if len(tokens) < 2:

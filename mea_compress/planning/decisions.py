@@ -22,7 +22,7 @@ from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.sizes import healing_batch, healing_bytes
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
-from mea_compress.recipe import Recipe
+from mea_compress.recipe import Recipe, budget_file
 
 # Calibration text where the recipe names no amount: this many tokens, in sequences of this length at most.
 _CALIBRATION_TOKENS = 1 << 17
@@ -46,6 +46,7 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     measured = measures_budget(recipe) and any(layer.compressed for layer in layers)
     searched = (
         not measured
+        and budget_file(recipe) is None
         and recipe.fit == "aligned"
         and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
     )
