@@ -95,6 +95,10 @@ def test_effort_says_how_long(tmp_path):
     assert steps["fast"] == 0 < steps["balanced"]
     assert make_plan(source, Recipe(**QUICK, effort="best")).decisions.refinement_steps == 3 * steps["balanced"]
     assert make_plan(source, Recipe(**QUICK, effort="fast", refine=7)).decisions.refinement_steps == 7
+    wide = stock_checkpoint(tmp_path / "wide", hidden_size=512, num_hidden_layers=1)
+    steps = {h: make_plan(wide, Recipe(**QUICK, heal=h)).decisions.refinement_steps for h in (0, "auto")}
+    assert steps["auto"] == 0 < steps[0]  # what is healed end to end need not be refined before
+    assert make_plan(wide, Recipe(**QUICK, effort="best")).decisions.refinement_steps == 3 * steps[0]
 
 
 def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
