@@ -8,7 +8,6 @@ backquotes; a command shows those that it has a flag for as this flag.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
-from mea_compress.checkpoint.files import to_json, write_json
+from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.recipe import (
     EvaluateRecipe,
@@ -461,8 +460,7 @@ def copy_recipe(name: str, file: Path | None) -> None:
         target /= origin.name
     if target.exists():
         raise RequestError(f"{target} exists already: name another file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(origin, target)
+    write_text(target, origin.read_text(encoding="utf-8"))
     click.echo(f"Copied to {target}")
 
 

@@ -14,6 +14,7 @@ from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint,
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
+from mea_compress.layers.read import check_finite
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
@@ -181,6 +182,20 @@ def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
 
 def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     """Check the written checkpoint, and return what was compared and what came of it.
+
+    Raises:
+        RequestError: It fails because the source holds NaN or infinite numbers.
+        VerificationError: It fails.
+    """
+    try:
+        return _compared(plan, directory, progress)
+    except VerificationError:
+        check_finite(plan.source)
+        raise
+
+
+def _compared(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
+    """Compare the written checkpoint with what it should be.
 
     What a large checkpoint holds that was fitted from weights alone is compared bit for bit with what was fitted, its
     shapes with what its configuration says, and the heads' errors were taken from what is stored. Every checkpoint

@@ -572,10 +572,18 @@ class MeaAttention(nn.Module):
         scaling = rotary.attention_scaling
         return (angles.cos() * scaling).to(keys.dtype), (angles.sin() * scaling).to(keys.dtype)
 
+    def _attends_as_sdpa(self) -> bool:
+        """Whether the configured attention is transformers' own: what others put in its place may do more (kvpress)."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        stock = self.config._attn_implementation == "sdpa"
+        return stock and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
+
     def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
         """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
         choice, tokens = self.config.mea.get("decode", "auto"), queries.shape[-2]
-        stock = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
+        stock = self._attends_as_sdpa() and not (self.training and self.attention_dropout)
         if choice == "expand" or not stock or not readable_mask(attention_mask, tokens):
             return False
         key, value = self.key_form, self.value_form
