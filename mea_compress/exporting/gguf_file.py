@@ -8,6 +8,7 @@ k_proj are put in its order. Frequencies that are not its base's powers stand in
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_FACTORS = "rope_freqs.weight"
+_MODEL = {
+    "rope_freqs": "rope_freqs",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def require_gguf() -> None:
@@ -65,26 +72,33 @@ def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") 
     reader = CheckpointReader(directory)
     kind = weights if weights != "stored" else _STORED[reader.info("model.norm.weight").dtype]
     matrices = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(file, "llama", use_temp_file=True)
+    writer = gguf.GGUFWriter(file, "llama")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     factors = _add_sizes(writer, config)
     add_tokenizer(writer, directory, config["vocab_size"])
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", factors)
+
+    def stored_type(shape: tuple[int, ...]) -> Any:
+        whole_blocks = matrices is not gguf.GGMLQuantizationType.Q8_0 or shape[-1] % 32 == 0
+        return matrices if len(shape) > 1 and whole_blocks else gguf.GGMLQuantizationType.F32
+
+    shapes = {} if factors is None else {_FACTORS: factors.shape}
+    shapes |= {tensor: info.shape for tensor, info in reader.tensors.items()}
+    for tensor, shape in shapes.items():
+        kept = stored_type(shape)
+        size = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kept))
+        writer.add_tensor_info(_name(tensor), shape, np.dtype(np.float32), size, raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for tensor in reader.tensors:
-        rows = reader.read_array(tensor).astype(np.float32)
+    for tensor, shape in shapes.items():
+        rows = factors if tensor == _FACTORS else reader.read_array(tensor).astype(np.float32)
         projection = tensor.split(".")[-2]
         if projection in heads:
             rows = _neighbours(rows, heads[projection])
-        fits = rows.ndim > 1 and (matrices is not gguf.GGMLQuantizationType.Q8_0 or rows.shape[-1] % 32 == 0)
-        kept = matrices if fits else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_name(tensor), gguf.quants.quantize(rows, kept), raw_dtype=kept)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        writer.write_tensor_data(gguf.quants.quantize(rows, stored_type(shape)))
     writer.close()
 
 

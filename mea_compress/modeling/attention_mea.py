@@ -714,7 +714,9 @@ class MeaAttention(nn.Module):
 
         cos, sin = position_embeddings
         cache, kwargs = take_cache(args, kwargs)
-        if cache is None and not self.training:
+        # An engine that calls this as remote code keeps the heads that are handed to its attention, by its own pages.
+        in_engine = self.config._attn_implementation == "vllm"
+        if cache is None and not self.training and not in_engine:
             refuse_missing_cache(sin)
         queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
         if self.qk_norm:
@@ -734,6 +736,8 @@ class MeaAttention(nn.Module):
             output = self.attend_to_components(queries, keys, values, (cos, sin), attention_mask)
         else:
             keys, values = self.expand(keys, values, (cos, sin))
+            if in_engine:  # its pages are made for as many heads as the configuration names
+                keys, values = (side.repeat_interleave(self.heads // side.shape[1], dim=1) for side in (keys, values))
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
@@ -747,7 +751,8 @@ class MeaAttention(nn.Module):
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
                 **kwargs,
-            )  # (B, T, Hq, d)
+            )  # (B, T, Hq, d), or flat from an engine
+        output = output.reshape(*hidden_states.shape[:-1], self.query_heads, self.head_dim)
         if self.has_head_norm:
             output = self.head_norm(output)
         return self.o_proj(output.flatten(-2)), weights
