@@ -33,14 +33,22 @@ FREQUENCY = {"key_composition": "frequency", "value_composition": "latent"}
 COMPRESSED = {
     "by energy, sides and layers unlike": (
         "llama",
-        {**FREQUENCY, "kv_ratio": 0.5, "fit": "aligned", "refine": 0, "sequence_length": 32, "sequences": 16},
+        {
+            **FREQUENCY,
+            "kv_ratio": 0.5,
+            "fit": "aligned",
+            "refine": 0,
+            "heal": "0",
+            "sequence_length": 32,
+            "sequences": 16,
+        },
     ),
     "one layer alone": (
         "llama",
         {"key_composition": "head", "value_composition": "latent", "fit": "weights", "layers": "1-1"}
         | {"key_components": 1, "value_components": 2},
     ),
-    "QK-norm": ("qwen3", {**FREQUENCY, **HALF, "rotary_budget": "uniform"}),
+    "QK-norm": ("qwen3", {**FREQUENCY, **HALF, "rotary_allocation": "uniform"}),
     "rebuilt before RoPE": ("qwen2", {"key_composition": "joint", "value_composition": "joint", **HALF}),
     "a window, pooled values": ("mistral", {"key_composition": "head", "value_composition": "pool", **HALF}),
     "experts": ("qwen3_moe", {"key_composition": "latent", "value_composition": "latent", **HALF}),
@@ -135,7 +143,7 @@ def test_exports_are_served_by_vllm_s_own_classes(tmp_path):
     exports = {}
     for way, settings in {"wide": FREQUENCY, "pool": {"key_composition": "pool", "value_composition": "pool"}}.items():
         source = stock_checkpoint(tmp_path / f"{way} source", "llama", **WIDE)
-        recipe = Recipe(**settings, **HALF, rotary_budget="uniform")
+        recipe = Recipe(**settings, **HALF, rotary_allocation="uniform")
         compress(source, tmp_path / way, recipe=recipe, progress=False)
         exports[way] = tmp_path / f"{way} export"
         export(tmp_path / way, exports[way], engine="vllm-cpu", progress=False)
