@@ -398,18 +398,34 @@ def evaluate(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["stock", "llama"]),
+    type=click.Choice(["stock", "llama", "gguf"]),
     default="stock",
     show_default=True,
-    help="The base family's own format, or Llama's, which more engines take with wide heads.",
+    help="The base family's own format, Llama's, which more engines take with wide heads, or a file for llama.cpp.",
+)
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    help="What is to serve it: refuse what that engine would get wrong.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["stored", "f32", "f16", "bf16", "q8_0"]),
+    default="stored",
+    show_default=True,
+    help="Type of matrices in the file for llama.cpp.",
 )
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
-def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
+def export(
+    checkpoint: Path, out: Path, form: str, engine: str | None, weights: str, resume: bool, json_file: Path | None
+) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    _show(export_checkpoint(checkpoint, out, format=form, resume=resume), json_file)
+    result = export_checkpoint(checkpoint, out, format=form, engine=engine, weights=weights, resume=resume)
+    _show(result, json_file)
 
 
 @cli.command()

@@ -80,13 +80,13 @@ def build_like(model):
 def absorbing(monkeypatch):
     """Counts how often an attention block read components as they lie."""
     calls = []
-    attend = attention_mea.MeaAttention._attend_to_components
+    attend = attention_mea.MeaAttention.attend_to_components
 
     def counted(self, *arguments):
         calls.append(self.layer_idx)
         return attend(self, *arguments)
 
-    monkeypatch.setattr(attention_mea.MeaAttention, "_attend_to_components", counted)
+    monkeypatch.setattr(attention_mea.MeaAttention, "attend_to_components", counted)
     return calls
 
 
