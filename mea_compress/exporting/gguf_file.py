@@ -94,7 +94,7 @@ def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") 
     writer.write_ti_data_to_file()
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for tensor, shape in shapes.items():
-        rows = factors if tensor == _FACTORS else reader.read_array(tensor).astype(np.float32)
+        rows: Any = factors if tensor == _FACTORS else reader.read_array(tensor).astype(np.float32)
         projection = tensor.split(".")[-2]
         if projection in heads:
             rows = _neighbours(rows, heads[projection])
