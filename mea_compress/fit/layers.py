@@ -20,7 +20,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
-from mea_compress.fit.progress import ATTENTION, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
+from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.split import kv_split_candidates
@@ -38,8 +38,6 @@ from mea_compress.text.sequences import token_sequences
 
 # Sequences, and tokens, that are held out to choose by.
 _HELD_OUT, _HELD_OUT_TOKENS = 64, 1 << 14
-# Tokens that costs are measured on, of a profile and of the whole.
-MEASURED_TOKENS = 1 << 11
 
 
 @contextmanager
