@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from mea_compress.modeling.section_mea import (
     COMPLEX,
+    ENCODED_COMPLEX,
+    ENCODED_LOW_RANK,
+    ENCODED_REAL,
     HEADS,
     KEPT,
     LOW_RANK,
@@ -136,8 +139,8 @@ def _low_rank(side: FactoredHeads) -> Array:
 
 EXPANSIONS: dict[str, Callable[[FactoredHeads], Array]] = {
     **dict.fromkeys((HEADS.name, POOLED.name), _repeated),
-    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), _real),
-    COMPLEX.name: _complex,
-    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name, ENCODED_REAL.name), _real),
+    **dict.fromkeys((COMPLEX.name, ENCODED_COMPLEX.name), _complex),
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name, ENCODED_LOW_RANK.name), _low_rank),
 }
 """The linear map of each form, (H * d, width)."""
