@@ -11,15 +11,16 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache as remember
 from typing import Any
 
 import torch
 from torch import nn
 
+from mea_compress.architectures.families import LayerGeometry
+from mea_compress.modeling.encoded_mea import cache_parameter
 from mea_compress.modeling.section_mea import rotary_pairs
 
 # Positions that are looked at, and the largest of them at most.
@@ -30,36 +31,6 @@ _SMALL_VOCABULARY = 8
 _NOT_SEEN = "it keeps another state than keys and values per head"
 # Numbers that a part of a layer may have to be run as it is.
 _LARGE = 1 << 22
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """Keys and values of one layer as its attention block hands them to the cache.
-
-    Attributes:
-        block: Path of the attention block in the causal language model, ``model.layers.0.self_attn``.
-        heads: H, key/value heads.
-        head_dim: d, channels of a key.
-        value_dim: Channels of a value.
-        rotary_dim: Channels of a key that RoPE rotates, 0 where positions are not rotary.
-        interleaved: Whether RoPE rotates neighbouring channels together instead of the halves of the rotated part.
-    """
-
-    block: str
-    heads: int
-    head_dim: int
-    value_dim: int
-    rotary_dim: int
-    interleaved: bool = False
-
-    def dim(self, side: str) -> int:
-        """Return the channels of a head of one side, ``key`` or ``value``."""
-        return self.head_dim if side == "key" else self.value_dim
-
-    @property
-    def pairs(self) -> tuple[list[int], list[int]]:
-        """The two channels of every rotary pair."""
-        return rotary_pairs(self.head_dim, self.rotary_dim, self.interleaved)
 
 
 def find_geometry(config: Any) -> list[LayerGeometry | str]:
@@ -88,12 +59,43 @@ def find_geometry(config: Any) -> list[LayerGeometry | str]:
     for index, layer in enumerate(layers):
         layer.forward = _recording(f"{path}.{index}", layer, forwards[index], found, index)
     with torch.no_grad():
-        run_decoder(model, input_ids=ids, position_ids=positions[None], past_key_values=Recording(config=shrunk))
+        run_decoder(model, input_ids=ids, position_ids=positions[None], cache=Recording(config=shrunk))
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
     for index, kind in enumerate(kinds):
         if found.get(index) == _NOT_SEEN and kind in ("full_attention", "sliding_attention", "chunked_attention"):
             raise ValueError(f"what layer {index} ({kind}) caches could not be seen")
     return [found[index] for index in range(len(layers))]
+
+
+def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return what is wrong with the tensors of a checkpoint, or None where they are those of the model.
+
+    Where transformers renames or fuses tensors as it loads them, those of other names are left to it; encoders and
+    decoders are ours.
+
+    Args:
+        config: The configuration object of the emitted form of a family.
+        shapes: The tensors of the checkpoint.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from mea_compress.modeling.modeling_mea import family_model
+
+    model_class: Any = family_model(stock_class(type(config).__mro__[1]))
+    with torch.device("meta"):
+        model = model_class(config)
+    names = (config.model_type, model_class.__name__)
+    converts = any(get_checkpoint_conversion_mapping(name) is not None for name in names)
+    tied = set(model.all_tied_weights_keys) if config.get_text_config().tie_word_embeddings else set()
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in model.state_dict().items():
+        bare = name.removeprefix(prefix)
+        found = shapes.get(name, shapes.get(bare))
+        if found is None and name not in tied and ("_composition." in name or not converts):
+            return f"tensor {name} is missing"
+        if found is not None and tuple(found) != tuple(tensor.shape):
+            return f"tensor {name} has shape {list(found)} where config.json asks for {list(tensor.shape)}"
+    return None
 
 
 def shrink_vocabulary(config: Any) -> Any:
@@ -105,8 +107,8 @@ def shrink_vocabulary(config: Any) -> Any:
     return config
 
 
-def stock_class(config: Any) -> Any:
-    """Return the class that transformers has for causal language models of a configuration.
+def stock_class(kind: Any) -> Any:
+    """Return the class that transformers has for causal language models of a class of configurations.
 
     Raises:
         ValueError: It has none.
@@ -114,48 +116,60 @@ def stock_class(config: Any) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     except KeyError:
-        raise ValueError(f"transformers has no causal language model of model_type {config.model_type!r}") from None
-    return kind
+        raise ValueError(f"transformers has no causal language model of model_type {kind.model_type!r}") from None
 
 
-def skeleton(config: Any, prune: Any, state: dict[str, torch.Tensor] | None = None, base: Any = None) -> Any:
-    """Build a model of which only a part has weights.
+def skeleton(
+    config: Any,
+    prune: Callable[[Any], None],
+    state: dict[str, torch.Tensor] | None = None,
+    stored: Callable[[str], bool] = lambda name: False,
+) -> Any:
+    """Build a model in float32 of which only a part has its own weights.
 
     Args:
         config: Its configuration.
         prune: Called with the model when it is built, before any memory is taken; takes parts out.
-        state: Weights of what is left, by their names in a checkpoint; random ones without.
-        base: Its class; the stock one for causal language models without.
+        state: Weights that are stored, by their names in the checkpoint.
+        stored: Whether a weight of the model, by its name there, comes from `state`; others are as in a new model.
 
     Raises:
         ValueError: Weights are missing.
     """
-    stock: Any = base or stock_class(config)
+    stock: Any = stock_class(type(config))
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         prune(self)
 
-    def initialise(self: Any, module: nn.Module) -> None:
-        if list(module.buffers(recurse=False)):  # rotary tables; weights are given
-            stock._init_weights(self, module)
-
-    fields = {"__init__": build, "_init_weights": initialise, "__module__": stock.__module__}
+    fields = {"__init__": build, "__module__": stock.__module__}
     kind: Any = type(stock.__name__, (stock,), fields)
     config._experts_implementation = "eager"
-    if state is None:
-        with torch.device("meta"):
-            shapes = {name: parameter.shape for name, parameter in kind(copy.deepcopy(config)).state_dict().items()}
-        generator = torch.Generator().manual_seed(0)
-        state = {name: 1 + torch.randn(shape, generator=generator) / 4 for name, shape in shapes.items()}
-    model, loading = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
-    if loading["missing_keys"]:
-        raise ValueError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:3])}")
+    with _quiet_transformers():  # it would tell of every weight that is left out
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=state or {}, dtype=torch.float32, output_loading_info=True
+        )
+    missing = [name for name in loading["missing_keys"] if stored(name)]
+    if missing:
+        raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}")
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shows, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows:
+            logging.enable_progress_bar()
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -171,10 +185,21 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
 
 
-def run_decoder(model: Any, **inputs: Any) -> Any:
-    """Run a causal language model as far as its decoder goes, with those of the inputs that it knows."""
+def run_decoder(model: Any, cache: Any = None, **inputs: Any) -> Any:
+    """Run a causal language model as far as its decoder goes.
+
+    Args:
+        model: The model.
+        cache: To be filled, or None.
+        **inputs: Other arguments; ``position_ids`` are left out where the model does not know them.
+    """
     decoder = getattr(model, model.base_model_prefix, model)
-    return decoder(**inputs, use_cache="past_key_values" in inputs)
+    kind: Any = type(decoder)
+    if "position_ids" not in inspect.signature(kind.forward).parameters:
+        inputs.pop("position_ids", None)
+    if cache is not None:
+        inputs[cache_parameter(kind)] = cache
+    return decoder(**inputs, use_cache=cache is not None)
 
 
 class _Cached(Exception):
@@ -188,6 +213,7 @@ class _Absent(nn.Module):
     """Stands for a part whose weights are left out."""
 
     weight = torch.empty(0)
+    _is_hf_initialized = True
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("no keys and values come before it")
@@ -198,6 +224,7 @@ class _Constant(nn.Module):
 
     weight = torch.empty(0)
     bias = None
+    _is_hf_initialized = True
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
@@ -307,4 +334,4 @@ def _rotary(keys: torch.Tensor, head_dim: int) -> tuple[int, bool]:
     return min(candidates, key=lambda layout: candidates[layout])
 
 
-__all__ = ["LayerGeometry", "decoder_layers", "find_geometry", "run_decoder", "skeleton", "stock_class"]
+__all__ = ["decoder_layers", "find_geometry", "run_decoder", "skeleton", "stock_class"]

@@ -32,11 +32,14 @@ def register() -> None:
     _register_other_families()
 
 
-def family_classes(stock_type: str) -> tuple[Any, Any]:
-    """Return the classes of configuration and causal language model of a family that is not written out, registered.
+def family_classes(stock_type: str) -> tuple[Any, Any, Any]:
+    """Register the classes of a family that is not written out, and return them.
 
     Args:
         stock_type: ``model_type`` of the family's own checkpoints.
+
+    Returns:
+        Its configuration, its base model or None, and its causal language model.
 
     Raises:
         ValueError: Transformers has no causal language model of that type.
@@ -61,9 +64,10 @@ def family_classes(stock_type: str) -> tuple[Any, Any]:
     config = family_config(stock)
     AutoConfig.register(f"mea_{stock_type}", config, exist_ok=True)
     AutoModelForCausalLM.register(config, family_model(causal), exist_ok=True)
-    if stock in MODEL_MAPPING:
-        AutoModel.register(config, family_model(MODEL_MAPPING[stock]), exist_ok=True)
-    return config, family_model(causal)
+    base: Any = MODEL_MAPPING.get(stock, None)
+    if base is not None:
+        AutoModel.register(config, family_model(base), exist_ok=True)
+    return config, base and family_model(base), family_model(causal)
 
 
 def _register_other_families() -> None:

@@ -103,14 +103,15 @@ def _add_family(config: type) -> None:
     model.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
     globals().update({kind.__name__: kind for kind in (decoder, model)})
     __all__.extend((decoder.__name__, model.__name__))
-    _store_like(config.model_type.removeprefix("mea_"))  # type: ignore[attr-defined]
+    stock_type = config.model_type.removeprefix("mea_")  # type: ignore[attr-defined]
+    _store_like(stock_type, f"mea_{stock_type}")
 
 
-def _store_like(stock_type: str) -> None:
-    """Have a family's checkpoints stored and run (experts one by one, or fused) under its model type here as well."""
-    conversion = get_checkpoint_conversion_mapping(stock_type)
+def _store_like(stock_name: str, name: str) -> None:
+    """Have checkpoints of a model type or class stored and run (experts one by one, or fused) as a stock one's are."""
+    conversion = get_checkpoint_conversion_mapping(stock_name)
     if conversion is not None:
-        register_checkpoint_conversion_mapping(f"mea_{stock_type}", conversion, overwrite=True)
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
 
 
 class MeaEncodedMixin(MeaMixin):
@@ -154,7 +155,8 @@ def family_model(stock: Any) -> type:
     }
     model: Any = type(f"Mea{stock.__name__}", (MeaEncodedMixin, stock), fields)
     model.register_for_auto_class("AutoModelForCausalLM" if stock.can_generate() else "AutoModel")
-    _store_like(stock.config_class.model_type)
+    _store_like(stock.config_class.model_type, config.model_type)
+    _store_like(stock.__name__, model.__name__)
     return model
 
 

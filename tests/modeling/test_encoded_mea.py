@@ -111,7 +111,7 @@ def spec(block, key_form, components, rotary_dim=HEAD_DIM, interleaved=False):
 
 def composed(config, stock, layers):
     register()
-    kind, model_class = family_classes(config.model_type)
+    kind, _, model_class = family_classes(config.model_type)
     settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     model = model_class(kind.from_dict(settings | {"mea": {"layers": layers}})).double().eval()
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
