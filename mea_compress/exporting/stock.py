@@ -105,8 +105,8 @@ def export(
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
     if source.at_cache:
         raise RequestError(
-            f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock checkpoint "
-            "does; serve it with transformers"
+            f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock "
+            "checkpoint does; serve it with transformers"
         )
     form = stock_form(source, source.config.mea["layers"], format)
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
