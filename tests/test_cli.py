@@ -283,7 +283,7 @@ class TestHelp:
             ("evaluate", EvaluateRecipe),
         ]:
             text = done(command, "--help")
-            elsewhere = {"description", "source", "out", "heal", "evaluate"} if settings is Recipe else set()
+            elsewhere = {"description", "source", "out", "evaluate"} if settings is Recipe else set()
             for name in set(settings.model_fields) - elsewhere:
                 assert "--" + name.replace("_", "-") in text
         assert "What to keep:" in done("compress", "--help")

@@ -142,6 +142,20 @@ class TestFiles:
     def test_an_empty_file_leaves_all_to_the_flags(self, tmp_path):
         assert load_recipe(write(tmp_path, "# nothing\n"), {"kv_ratio": 0.5}) == Recipe(kv_ratio=0.5)
 
+    @pytest.mark.parametrize(("written", "steps"), [("40", "40"), ("'40'", "40"), ("auto", "auto"), ("0", "0")])
+    def test_healing_is_steps_or_settings(self, tmp_path, written, steps):
+        recipe = load_recipe(write(tmp_path, f"kv_ratio: 0.5\nheal: {written}\n"))
+        assert recipe.heal == steps and recipe.healing_settings is None
+        assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+        settings = load_recipe(write(tmp_path, "kv_ratio: 0.5\nheal: {steps: 3}\n")).healing_settings
+        assert settings is not None and settings.steps == 3
+        assert Recipe(kv_ratio=0.5).heal == "auto" and Recipe(kv_ratio=0.5, heal=settings).healing_settings == settings
+
+    @pytest.mark.parametrize("written", ["-1", "1.5", "some", "true", "[3]"])
+    def test_what_is_no_healing(self, tmp_path, written):
+        message = refusal(tmp_path, f"kv_ratio: 0.5\nheal: {written}\n")
+        assert message.startswith("heal in ") and "auto or a number of steps" in message
+
     @pytest.mark.parametrize(
         "text, told",
         [

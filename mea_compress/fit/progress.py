@@ -7,7 +7,7 @@ into steps of refinement by the seconds that a unit has taken so far.
 
 import sys
 import time
-from math import ceil
+from math import ceil, prod
 
 import torch
 from tqdm.auto import tqdm
@@ -20,12 +20,37 @@ from mea_compress.planning.types import Plan
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
 STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
+# Of a step of distillation: each layer in teacher and student with its gradients, and the logits of both, which cost
+# as many layers as have their numbers.
+_HEAL_LAYER, _HEAL_LOGITS = 4.0, 5.0
+HEALING_TRIALS = 1.15
+"""All steps of a distillation, those of the trials of step sizes among them, for each of the full run."""
 TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
 
 
-class FitProgress:
+class Work:
+    """Is told what goes on and how much is done; this one tells nobody, and knows no limit of time."""
+
+    def begin_fit(self) -> None:
+        """Say that the present layer is fitted, and not only passed through."""
+
+    def say(self, layer: int, what: str) -> None:
+        """Say what is going on."""
+
+    def add(self, units: float) -> None:
+        """Count work."""
+
+    def finish_layer(self) -> None:
+        """Say that the present layer is done."""
+
+    def steps_allowed(self, steps: int, trials: int) -> int:
+        """Return how many of some steps there is time for, with others beside them that are not kept."""
+        return steps
+
+
+class FitProgress(Work):
     """One bar over all layers of a fit.
 
     Args:
@@ -34,13 +59,22 @@ class FitProgress:
         trial_batches: Batches that ways to divide a layer's budget are tried on.
         steps: Optimiser steps of a layer at most, trials of step sizes among them.
         unfinished: Layers to be fitted; an earlier run may have finished others.
+        deadline: When all is to be over, distillation behind the fit included; see `deadline_of`.
         progress: Show the bar on stderr.
     """
 
     def __init__(
-        self, plan: Plan, batches: int, trial_batches: int, steps: int, unfinished: int, progress: bool = False
+        self,
+        plan: Plan,
+        batches: int,
+        trial_batches: int,
+        steps: int,
+        unfinished: int,
+        deadline: float | None = None,
+        progress: bool = False,
     ) -> None:
-        self.deadline = None if plan.recipe.time_limit is None else time.monotonic() + 60 * plan.recipe.time_limit
+        self.deadline = deadline
+        self.behind = healing_units(plan)
         self.began = time.monotonic()
         self.left = unfinished
         self.without_steps = _closed_units(plan, batches, trial_batches)
@@ -91,7 +125,8 @@ class FitProgress:
             return steps
         now = time.monotonic()
         units = (self.deadline - now) / ((now - self.began) / self.done)
-        share = (units - self.left * self.without_steps) / (self.left + 1)
+        # What distillation gains, end to end, comes before what a layer gains by itself.
+        share = (units - self.behind - self.left * self.without_steps) / (self.left + 1)
         allowed = int(share / STEP) - trials
         return min(steps, allowed) if allowed > trials else 0
 
@@ -111,6 +146,18 @@ def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     return units
 
 
+def healing_units(plan: Plan) -> float:
+    """Return the work of the distillation behind a fit, its trials of step sizes included."""
+    steps = plan.decisions.healing_steps
+    if not steps:
+        return 0.0
+    source = plan.source
+    prefix = source.family.layer.format(layer=0)
+    layer = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(prefix))
+    logits = source.config.vocab_size * source.config.hidden_size / layer
+    return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * logits)
+
+
 def estimate_seconds(plan: Plan) -> float:
     """Return how long the fit of a plan takes on this machine, without sampling text and writing files.
 
@@ -122,7 +169,7 @@ def estimate_seconds(plan: Plan) -> float:
         True
     """
     decisions, recipe = plan.decisions, plan.recipe
-    if not decisions.needs_calibration:
+    if not decisions.needs_calibration and not decisions.healing_steps:
         return 0.0
     device = resolve_device(recipe.device)
     runner = LayerRunner(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
@@ -136,6 +183,6 @@ def estimate_seconds(plan: Plan) -> float:
     batches = ceil(decisions.sequences / size)
     compressed = sum(layer.compressed for layer in plan.layers)
     layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
-    units = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
-    seconds = unit * units
+    fit = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
+    seconds = unit * (fit * decisions.needs_calibration + healing_units(plan))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

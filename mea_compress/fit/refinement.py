@@ -155,7 +155,7 @@ class _Run:
     def __init__(self, refiner: Refiner, runner: LayerRunner | BlockRunner) -> None:
         self.runner, self.refiner, self.settings = runner, refiner, refiner.settings
         self.inputs, self.targets = refiner.inputs, refiner.targets
-        self.parameters = _trainable(runner.attention)
+        self.parameters = trainable_parameters(runner.attention)
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         first = self.settings.held_out
         reach = slice(first, first + self.settings.batch)
@@ -231,8 +231,8 @@ def _size(target: torch.Tensor) -> torch.Tensor:
     return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
-def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the attention's weights but for norms and what a form promises to keep.
+def trainable_parameters(attention: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the attention's weights but for norms and what a form promises to keep, with gradients from now on.
 
     Of a block that stays as it is, those are its encoders and decoders.
     """

@@ -9,7 +9,7 @@ from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import LayerGeometry, Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
-from mea_compress.compositions.base import method_allocates_uniformly, side_choice
+from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
@@ -22,6 +22,10 @@ _WORKING_BYTES = 100 << 20
 SPILL_BYTES = 4 << 30
 # Tokens that a layer is run on at once.
 TOKENS_PER_STEP = 4096
+# Tokens of a step of distillation that are run at once through the whole model; gradients of several add up.
+HEALING_MICRO_TOKENS = 1024
+# Sequences of such a step at most.
+_HEALING_SEQUENCES = 16
 
 
 def layer_window(source: Checkpoint, layer: int) -> int | None:
@@ -104,6 +108,8 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
             memory += 5 * 4 * (attention + pairs)
         if recipe.text is None:  # text is sampled from the whole model, before the fit
             memory = max(memory, sum(info.nbytes for info in infos))
+    if decisions.healing_steps:
+        memory = max(memory, healing_bytes(source, layers, decisions.sequence_length))
     largest = max((prod(info.shape) for info in infos), default=0)
     memory += (4 + size) * largest if recipe.dtype else 0
     return Costs(
@@ -149,6 +155,30 @@ def step_bytes(source: Checkpoint, gradients: bool) -> int:
     return 4 * TOKENS_PER_STEP * channels
 
 
+def healing_batch(length: int) -> int:
+    """Return the sequences of a given length in a step of distillation."""
+    return max(1, min(_HEALING_SEQUENCES, TOKENS_PER_STEP // length))
+
+
+def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int) -> int:
+    """Return the memory that a distillation takes: the original once, and what the compressed layers have beside it.
+
+    Args:
+        source: The checkpoint.
+        layers: The plan of every layer.
+        length: Tokens of a sequence; the logits of one are in memory at a time.
+    """
+    config = source.config
+    wide = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
+    trained = sum(layer.parameters_after + attention for layer in layers if layer.compressed)
+    # Weights, gradients, Adam's two moments, where they began and were best; and once as products take them.
+    memory = wide * sum(prod(info.shape) for info in source.reader.tensors.values()) + (6 * 4 + wide) * trained
+    step = step_bytes(source, True) * HEALING_MICRO_TOKENS // TOKENS_PER_STEP  # float32
+    memory += len(layers) * step * wide // 4
+    return memory + 5 * 4 * length * config.vocab_size
+
+
 def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:
     """Return what a stock export of the planned layers costs and saves, or why there can be none."""
     if source.at_cache:
@@ -162,7 +192,7 @@ def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
                 section["groups"] = recipe.kv_groups
             key = layer.spec.key
             choice = side_choice(recipe, "key", key.composition)
-            if key.form.per_pair and method_allocates_uniformly(choice, recipe):
+            if key.form.per_pair and method_allocates_alike(choice, recipe):
                 section["rotary_components"] = uniform_rotary_components(key.components, source.head_dim)
         sections.append(section)
     try:

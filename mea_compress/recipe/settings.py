@@ -17,8 +17,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -40,6 +42,7 @@ Bos = Literal["auto", "always", "never"]
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 _COUNTS = r"^[1-9]\d*(,[1-9]\d*)*$"
+_BUDGETS = ("measured", "uniform", "half", "deep", "full")
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
 
@@ -119,6 +122,26 @@ class HealRecipe(_Settings):
     device: str | None = Field(
         None, pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
     )
+
+
+def _heal_tag(value: object) -> str:
+    """Name the kind of `heal`: settings of its own, or steps. Tags have no place in messages; see `_explain`."""
+    return "<settings>" if isinstance(value, Mapping | BaseModel) else "<steps>"
+
+
+def _heal_steps(value: object) -> object:
+    """Steps as text, of what YAML, flags and calls in Python give."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch(r"auto|\d{1,9}", text):
+        raise ValueError(f"should be auto or a number of steps, or settings of its own, not {value!r}")
+    return text
+
+
+Heal = Annotated[
+    Annotated[Annotated[str, BeforeValidator(_heal_steps)], Tag("<steps>")] | Annotated[HealRecipe, Tag("<settings>")],
+    Discriminator(_heal_tag),
+]
+"""Steps of a distillation behind the fit, or how `run` heals what was written."""
 
 
 class EvaluateRecipe(_Settings):
@@ -270,14 +293,28 @@ class Recipe(_Settings):
         "the family allows.",
         json_schema_extra=_group("How to compose", "METHOD"),
     )
+    budget: str | None = Field(
+        None,
+        description="How layers share what is kept: measured (by what each width of each layer costs; the default with "
+        "calibration), uniform, half, deep or full (the paper's: some layers, all alike), or a file that `profile` "
+        "wrote, or a list of widths.",
+        json_schema_extra=_group("What to keep", "NAME|FILE"),
+    )
+    width_multiple: int | None = Field(
+        None,
+        ge=1,
+        description="With a measured budget, cache multiples of this many channels (engines want 16 or 32).",
+        json_schema_extra=_group("What to keep", "N"),
+    )
     split: Literal["auto", "even"] = Field(
         "auto",
         description="How keys and values divide a layer's budget: as trial refinements say, or as in the source.",
         json_schema_extra=_group("What to keep"),
     )
-    rotary_budget: Literal["energy", "uniform"] = Field(
+    rotary_allocation: Literal["energy", "uniform", "shared"] = Field(
         "energy",
-        description="How frequency keys allocate components to rotary pairs: by energy, or as many to each.",
+        description="How frequency keys allocate components to rotary pairs: by a layer's own energy, as many to each, "
+        "or by energy alike in all layers (stock exports need one of the last two).",
         json_schema_extra=_group("How to compose"),
     )
     prune_by: Literal["pivot", "contribution"] = Field(
@@ -307,6 +344,12 @@ class Recipe(_Settings):
         description="Minutes for the fit: refinement is shortened so that it ends in them; results then depend on the "
         "machine.",
         json_schema_extra=_group("How to compose", "MINUTES"),
+    )
+    heal: Heal = Field(
+        "auto",
+        description="Steps of distillation from the source behind the fit, end to end, 0 for none; auto: as --effort "
+        "says, where both fit in memory together. In a recipe also the settings of heal, for `run`.",
+        json_schema_extra=_group("How to compose", "STEPS"),
     )
     text: Texts | None = Field(
         None,
@@ -346,7 +389,6 @@ class Recipe(_Settings):
         "auto", pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
     )
 
-    heal: HealRecipe | None = Field(None, description="Distil from the source afterwards (for `run`).")
     evaluate: EvaluateRecipe | None = Field(None, description="Measure against the source at the end (for `run`).")
 
     @field_validator("key_composition", "value_composition", mode="before")
@@ -376,6 +418,15 @@ class Recipe(_Settings):
             _parse_layers(value)
         return value
 
+    @field_validator("budget")
+    @classmethod
+    def _budget_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in _BUDGETS and not Path(value).is_file():
+            near = difflib.get_close_matches(value, _BUDGETS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"kinds are {', '.join(_BUDGETS)}"
+            raise ValueError(f"is no kind of budget and no file: {value!r}; {hint}")
+        return value
+
     @field_validator("shard_size")
     @classmethod
     def _size_readable(cls, value: str) -> str:
@@ -386,6 +437,16 @@ class Recipe(_Settings):
     def shard_bytes(self) -> int:
         """`shard_size` in bytes."""
         return parse_size(self.shard_size)
+
+    @property
+    def healing_settings(self) -> HealRecipe | None:
+        """How `run` heals what was written, None where `heal` says nothing of it."""
+        return self.heal if isinstance(self.heal, HealRecipe) else None
+
+
+def budget_file(recipe: Recipe) -> Path | None:
+    """Return the file that a recipe's budget names, None where it names a kind of budget."""
+    return None if recipe.budget is None or recipe.budget in _BUDGETS else Path(recipe.budget)
 
 
 def parse_size(text: str) -> int:
@@ -617,7 +678,7 @@ def _validated(settings: type[S], values: Mapping[str, Any], where: str, flags: 
 def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> str:
     """The first validation error in one sentence that names the flag or the key."""
     first = error.errors(include_url=False)[0]
-    keys = [str(part) for part in first["loc"]]
+    keys = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     name = ".".join(keys)
     if first["type"] == "extra_forbidden":
         fields = _nested_fields(keys[:-1])
@@ -645,8 +706,15 @@ def _nested_fields(keys: list[str]) -> list[str]:
     """Names of the fields of the settings that a path of keys leads to."""
     model: type[BaseModel] = Recipe
     for key in keys:
-        model = value_type(model.model_fields[key].annotation)
+        (model,) = _settings_in(model.model_fields[key].annotation)
     return list(model.model_fields)
+
+
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings among the types of a field's value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [settings for part in get_args(annotation) for settings in _settings_in(part)]
 
 
 def value_type(annotation: Any) -> Any:
