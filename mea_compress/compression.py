@@ -231,9 +231,10 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     layers = [sections.get(layer, section) for layer, section in enumerate(source.config.mea["layers"])]
     config = dict(source.raw_config)
     config["model_type"] = family.emitted_type
-    config["architectures"] = [f"Mea{family.prefix}ForCausalLM"]
-    config["auto_map"] = auto_map(family.prefix)
-    config["num_key_value_heads"] = source.config.num_key_value_heads
+    config["architectures"] = [family.classes[-1]]
+    config["auto_map"] = auto_map(family.classes)
+    if not source.at_cache:
+        config["num_key_value_heads"] = source.config.num_key_value_heads
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]

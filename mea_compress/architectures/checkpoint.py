@@ -2,15 +2,17 @@
 
 import copy
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures.common_config import ModelShape, read_common_config
-from mea_compress.architectures.families import MEA_PREFIX, Family, Shapes, find_family
+from mea_compress.architectures.families import MEA_PREFIX, Family, LayerGeometry, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
+from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
@@ -48,18 +50,46 @@ class Checkpoint:
     @cached_property
     def model_config(self) -> Any:
         """Return the configuration object of the MEA form of the family, for modules and models."""
+        if self.at_cache:
+            return self.config
         where = str(self.reader.directory / "config.json")
         return model_configuration(self.raw_config, self.family, self.native, where)
 
     @property
+    def at_cache(self) -> bool:
+        """Return whether keys and values are composed at the cache of attention blocks that stay as they are."""
+        return self.family.at_cache
+
+    def geometry(self, layer: int) -> LayerGeometry | None:
+        """Return the keys and values of a layer, None where it caches none per head."""
+        entry = self.config.mea["layers"][layer]
+        if not self.at_cache:
+            block = self.family.attention(layer).removesuffix(".")
+            head_dim = _head_dim(self.config)
+            return LayerGeometry(block, self.config.num_key_value_heads, head_dim, head_dim, _rotary_dim(self.config))
+        return None if entry is None else LayerGeometry(**{name: entry[name] for name in GEOMETRY})
+
+    @cached_property
+    def first_geometry(self) -> LayerGeometry:
+        """Return the keys and values of the first layer that caches any per head."""
+        layers = (self.geometry(layer) for layer in range(self.config.num_hidden_layers))
+        return next(geometry for geometry in layers if geometry is not None)
+
+    def attention(self, layer: int) -> str:
+        """Return the prefix of the tensors of a layer's attention."""
+        geometry = self.geometry(layer)
+        assert geometry is not None
+        return f"{geometry.block}."
+
+    @property
     def head_dim(self) -> int:
-        """Return the channels of a head."""
-        return _head_dim(self.config)
+        """Return the channels of a head, of the first layer where they differ."""
+        return self.first_geometry.head_dim
 
     @property
     def rotary_dim(self) -> int:
-        """Return the channels of a head that RoPE rotates."""
-        return _rotary_dim(self.config)
+        """Return the channels of a head that RoPE rotates, of the first layer where they differ."""
+        return self.first_geometry.rotary_dim
 
     @property
     def weight_bytes(self) -> int:
@@ -69,8 +99,39 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Return the safetensors name of the dtype of the attention weights."""
+        if self.at_cache:
+            return _common_dtype(self.reader, self.attention_tensors())
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused
         return self.reader.info(f"{self.family.attention(0)}{name}.weight").dtype
+
+    def attention_tensors(self) -> list[str]:
+        """Return the names of all tensors of attention blocks, without those that compose heads; of all if unknown."""
+        layers = range(self.config.num_hidden_layers)
+        prefixes = tuple(self.attention(layer) for layer in layers if self.geometry(layer) is not None)
+        own = [name for name in self.reader.tensors if name.startswith(prefixes) and "_composition." not in name]
+        return own or list(self.reader.tensors)
+
+
+GEOMETRY = tuple(field.name for field in fields(LayerGeometry))
+"""What an entry of the ``mea`` section says of a layer that is composed at its cache."""
+
+
+def _common_dtype(reader: CheckpointReader, names: list[str]) -> str:
+    """Return the floating-point dtype that most numbers of some tensors have.
+
+    Raises:
+        RequestError: None has one.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        info = reader.info(name)
+        if info.dtype in FLOATS:
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes // (DTYPE_BITS[info.dtype] // 8)
+    if not counts:
+        raise RequestError(
+            f"{reader.directory}: no attention weight is one of {', '.join(FLOATS)}; save the model unquantised first"
+        )
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _head_dim(config: ModelShape) -> int:
@@ -97,11 +158,77 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     reader.check_generation_config()
     where = str(directory / "config.json")
     family = find_family(raw, where)
-    _check_task(reader, raw, where)
     native = str(raw["model_type"]).startswith(MEA_PREFIX)
+    if family.at_cache:
+        return _open_at_cache(reader, family, raw, where, native)
+    _check_task(reader, raw, where)
     source = Checkpoint(reader, family, _configuration(raw, family, native, where), native, raw)
     _check_tensors(source)
     return source
+
+
+def _open_at_cache(
+    reader: CheckpointReader, family: Family, raw: dict[str, Any], where: str, native: bool
+) -> Checkpoint:
+    """Open a checkpoint whose attention blocks stay as they are, running them without weights to see what they cache.
+
+    Raises:
+        RequestError: As `open_checkpoint`.
+    """
+    from mea_compress.architectures.geometry import find_geometry, missing_tensors
+    from mea_compress.modeling import family_classes
+
+    names = raw.get("architectures")
+    classes = family_classes(family.model_type)
+    stock = [kind.__name__.removeprefix("Mea") for kind in classes[1:] if kind is not None]
+    if isinstance(names, list) and names and not {str(name).removeprefix("Mea") for name in names} & set(stock):
+        raise RequestError(
+            f"{where}: architectures says {', '.join(map(str, names))}, which is no causal language model and would "
+            f"become one; give the checkpoint of a {stock[-1]}"
+        )
+    settings = {key: _decoded(value) for key, value in raw.items() if key not in ("auto_map", "architectures")}
+    try:
+        if not native:
+            stock_config = classes[0].__mro__[1].from_dict(copy.deepcopy(settings))
+            if getattr(stock_config, "kv_lora_rank", None):  # whether config.json names it or not
+                raise RequestError(
+                    f"{where}: this {family.model_type} checkpoint cannot be compressed, its attention already caches "
+                    "a latent (MLA)"
+                )
+            found = find_geometry(stock_config)
+            settings.pop("model_type")
+            settings["mea"] = {"layers": [_uncomposed(geometry) for geometry in found]}
+        config = classes[0].from_dict(settings)
+        missing = missing_tensors(config, {name: info.shape for name, info in reader.tensors.items()})
+    except RequestError:
+        raise
+    except Exception as error:  # of transformers' configurations and models, any
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{where} is not a usable configuration: {reason}") from error
+    if missing is not None:
+        raise RequestError(
+            f"{reader.directory}: {missing}; complete the download or give the config.json of the weights"
+        )
+    if not native and all(isinstance(geometry, str) for geometry in found):
+        raise RequestError(
+            f"{where}: this {family.model_type} checkpoint cannot be compressed, no layer of it caches keys and values "
+            "per head"
+        )
+    return Checkpoint(reader, family, config, native, raw)
+
+
+def _decoded(value: Any) -> Any:
+    """Return a copy of a setting, with infinite numbers as such: transformers writes them in a form of its own."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return float(value["__float__"]) if value.keys() == {"__float__"} else {key: _decoded(value[key]) for key in value}
+
+
+def _uncomposed(geometry: LayerGeometry | str) -> dict[str, Any] | None:
+    """Return a layer's entry in the ``mea`` section before anything is composed."""
+    return None if isinstance(geometry, str) else asdict(geometry) | every_head(geometry.heads)
 
 
 def _check_task(reader: CheckpointReader, raw: dict[str, Any], where: str) -> None:
@@ -245,6 +372,19 @@ def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -
             "give the config.json that belongs to these weights"
         )
     return info
+
+
+def kept_in_float32(source: Checkpoint) -> re.Pattern[str] | None:
+    """Return what the names of tensors look like that transformers keeps in float32, whatever a model is loaded in."""
+    if not source.at_cache:  # none of the families that are written out has any
+        return None
+    from mea_compress.modeling import family_classes
+
+    names: set[str] = set()
+    for kind in family_classes(source.family.model_type)[1:]:
+        names.update(getattr(kind, "_keep_in_fp32_modules", None) or ())
+        names.update(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+    return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(names))) if names else None
 
 
 def attention_shapes(source: Checkpoint, layer: int) -> Shapes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mea_compress.errors import RequestError
+from mea_compress.modeling.section_mea import rotary_pairs
 
 MEA_PREFIX = "mea_"
 
@@ -57,6 +58,10 @@ class Family:
         mlp: What a layer has but for its attention and its two norms.
         qk_norm: Whether queries and keys pass an RMSNorm over head_dim before RoPE.
         stock_export: Whether a stock checkpoint of this family can hold wider heads with other frequencies.
+        at_cache: Whether its attention blocks stay as they are and are composed at their cache; nothing of the above
+            is known of such a family but its type.
+        class_names: Of its classes here (configuration, base model, causal language model), where they are not made
+            from the stem.
     """
 
     model_type: str
@@ -66,6 +71,14 @@ class Family:
     mlp: Callable[[Any, int], Shapes] = gated
     qk_norm: bool = False
     stock_export: bool = True
+    at_cache: bool = False
+    class_names: tuple[str, str, str] | None = None
+
+    @property
+    def classes(self) -> tuple[str, str, str]:
+        """Names of its classes in emitted code: configuration, base model, causal language model."""
+        stem = f"Mea{self.prefix}"
+        return self.class_names or (f"{stem}Config", f"{stem}Model", f"{stem}ForCausalLM")
 
     @property
     def emitted_type(self) -> str:
@@ -77,6 +90,36 @@ class Family:
         return self.layer.format(layer=layer) + "self_attn."
 
 
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Keys and values of one layer, as the queries see them.
+
+    Attributes:
+        block: Path of the attention block in the causal language model, ``model.layers.0.self_attn``.
+        heads: H, key/value heads.
+        head_dim: d, channels of a key.
+        value_dim: Channels of a value.
+        rotary_dim: Channels of a key that RoPE rotates, 0 where positions are not rotary.
+        interleaved: Whether RoPE rotates neighbouring channels together instead of the halves of the rotated part.
+    """
+
+    block: str
+    heads: int
+    head_dim: int
+    value_dim: int
+    rotary_dim: int
+    interleaved: bool = False
+
+    def dim(self, side: str) -> int:
+        """Return the channels of a head of one side, ``key`` or ``value``."""
+        return self.head_dim if side == "key" else self.value_dim
+
+    @property
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """The two channels of every rotary pair."""
+        return rotary_pairs(self.head_dim, self.rotary_dim, self.interleaved)
+
+
 FAMILIES = (
     Family("llama", "Llama"),
     Family("mistral", "Mistral"),
@@ -86,26 +129,13 @@ FAMILIES = (
     Family("phi3", "Phi3", fused="qkv_proj", mlp=fused_gated, stock_export=False),
 )
 
-# Well-known families whose attention cannot be compressed here, and why.
-_UNSUPPORTED_FAMILIES = {
-    "gemma2": "its attention logits are soft-capped",
-    "gemma3": "its layers rotate at two different bases",
-    "gemma3_text": "its layers rotate at two different bases",
-    "deepseek_v2": "its attention already caches a latent (MLA)",
-    "deepseek_v3": "its attention already caches a latent (MLA)",
-    "kimi_k2": "its attention already caches a latent (MLA)",
-    "gpt_oss": "its attention has sinks",
-    "gpt2": "its positions are not rotary",
-    "opt": "its positions are not rotary",
-    "bloom": "its positions are not rotary",
-}
-
-# Settings under which the attention of a supported family is no longer plain attention over key/value heads.
+# Settings under which keys and values cannot be composed, and why.
 _UNSUPPORTED_SETTINGS = {
-    "attn_logit_softcapping": "its attention logits are soft-capped",
     "kv_lora_rank": "its attention already caches a latent (MLA)",
     "quantization_config": "its weights are quantised; save it unquantised first",
 }
+# The same for families that are written out: at the cache it would not matter.
+_UNSUPPORTED_IN_PROJECTIONS = {"attn_logit_softcapping": "its attention logits are soft-capped"}
 
 
 def find_family(config: dict[str, Any], where: str) -> Family:
@@ -122,20 +152,30 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     if not isinstance(model_type, str):
         raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
     known = {family.model_type: family for family in FAMILIES}
-    family = known.get(model_type.removeprefix(MEA_PREFIX))
-    if family is None and model_type in _UNSUPPORTED_FAMILIES:
-        raise RequestError(
-            f"{where}: {model_type} checkpoints cannot be compressed, {_UNSUPPORTED_FAMILIES[model_type]}; "
-            f"supported are {', '.join(known)}"
-        )
-    if family is None:
-        near = difflib.get_close_matches(model_type, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise RequestError(
-            f"{where}: model_type {model_type!r} cannot be compressed{hint}; supported are {', '.join(known)} "
-            f"and their {MEA_PREFIX} forms"
-        )
-    for key, reason in _UNSUPPORTED_SETTINGS.items():
+    stock_type = model_type.removeprefix(MEA_PREFIX)
+    unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
+    for key, reason in unsupported.items():
         if config.get(key) is not None:
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
-    return family
+    if stock_type in known:
+        return known[stock_type]
+    return _family_at_cache(stock_type, where)
+
+
+def _family_at_cache(model_type: str, where: str) -> Family:
+    """Return any other family that transformers has a causal language model of."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from mea_compress.modeling import family_classes
+
+    try:
+        config, base, model = family_classes(model_type)
+    except ValueError:
+        near = difflib.get_close_matches(model_type, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise RequestError(
+            f"{where}: model_type {model_type!r} cannot be compressed{hint}; give a checkpoint of a causal language "
+            "model that this release of transformers knows"
+        ) from None
+    names = (config.__name__, (base or model).__name__, model.__name__)
+    return Family(model_type, "", stock_export=False, at_cache=True, class_names=names)

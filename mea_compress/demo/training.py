@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from mea_compress.architectures.families import FAMILIES
 from mea_compress.checkpoint.files import write_json
 from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import auto_map
@@ -129,7 +130,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _save(model: PreTrainedModel, directory: Path) -> None:
     """Save weights, configuration, and the code that loads them where this package is not installed."""
     model.config._attn_implementation = None
-    model.config.auto_map = auto_map("Llama")
+    model.config.auto_map = auto_map(FAMILIES[0].classes)
     model.cpu().save_pretrained(directory)
     write_code(directory)
 

@@ -23,6 +23,7 @@ CODE_FILES = (
     "configuration_mea.py",
     "decode_cpu_mea.py",
     "decode_mea.py",
+    "encoded_mea.py",
     "modeling_mea.py",
     "section_mea.py",
 )

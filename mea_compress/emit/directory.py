@@ -75,16 +75,17 @@ def _other_files(reader: CheckpointReader) -> list[Path]:
     return [reader.directory / relative for relative in reader.other_files()]
 
 
-def auto_map(prefix: str) -> dict[str, str]:
+def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
     """Return the section of config.json that tells transformers which of the code files has which class.
 
     Args:
-        prefix: Of the classes of the family, e.g. ``Llama``.
+        classes: Names of a family's configuration, base model and causal language model.
     """
+    config, base, causal = classes
     return {
-        "AutoConfig": f"configuration_mea.Mea{prefix}Config",
-        "AutoModel": f"modeling_mea.Mea{prefix}Model",
-        "AutoModelForCausalLM": f"modeling_mea.Mea{prefix}ForCausalLM",
+        "AutoConfig": f"configuration_mea.{config}",
+        "AutoModel": f"modeling_mea.{base}",
+        "AutoModelForCausalLM": f"modeling_mea.{causal}",
     }
 
 

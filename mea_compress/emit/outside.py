@@ -9,7 +9,7 @@ from typing import Any
 
 from mea_compress import modeling
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import FORM_OF, Form
+from mea_compress.modeling.section_mea import OWN_FORMS, Form
 
 FORM_FILES: dict[str, Path] = {}
 """The files of the forms that were registered in this process, by the form's name."""
@@ -72,8 +72,7 @@ def outside_forms(directory: Path) -> list[str]:
     """Return the forms that a checkpoint's layers have and this release does not bring, as config.json names them."""
     try:
         layers = json.loads((directory / "config.json").read_text(encoding="utf-8"))["mea"]["layers"]
-        names = {layer.get(f"{side}_form") for layer in layers for side in ("key", "value")}
+        names = {layer.get(f"{side}_form") for layer in layers if layer for side in ("key", "value")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    inside = {form.name for form in FORM_OF.values()}
-    return sorted(name for name in names if isinstance(name, str) and _NAME.fullmatch(name) and name not in inside)
+    return sorted(name for name in names if isinstance(name, str) and _NAME.fullmatch(name) and name not in OWN_FORMS)

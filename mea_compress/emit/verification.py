@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint import as_tensor
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.decoding import check_decoding, run_cached
+from mea_compress.emit.cache_verification import check_cached, decode_blocks
+from mea_compress.emit.comparison import DECODED_TOKENS, TOKENS, TOLERANCE, relative_difference
 from mea_compress.errors import VerificationError
 from mea_compress.heads.composed import join_heads
 from mea_compress.layers.read import read_side
@@ -22,11 +23,6 @@ from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.section_mea import every_head
 
-# Largest difference allowed, relative to the largest number compared, when everything is computed in float32.
-TOLERANCE = 1e-4
-_TOKENS = 24
-# Tokens that are decoded greedily after a prompt, with a cache and without.
-_DECODED_TOKENS = 8
 # Sizes of the model that a layer's attention is decoded in, where the whole is too large.
 _SMALL_HIDDEN, _SMALL_MLP, _SMALL_VOCABULARY = 64, 16, 64
 
@@ -53,6 +49,10 @@ def verify(directory: Path, promised_bytes: int, *, whole_model: bool = True, pr
         VerificationError: It does not hold.
     """
     emitted = open_checkpoint(directory)
+    if emitted.at_cache:
+        result = check_cached(emitted, whole_model, progress)
+        _check(result["largest_difference"], result["compared"], result["kv_bytes_per_token"], promised_bytes)
+        return result
     measured, largest, model = 0, 0.0, None
     layers = range(emitted.config.num_hidden_layers)
     for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
@@ -64,12 +64,7 @@ def verify(directory: Path, promised_bytes: int, *, whole_model: bool = True, pr
         difference, measured, model = _check_model(emitted)
         largest = max(largest, difference)
         compared = "logits of the whole model"
-    if not largest <= TOLERANCE:  # also true for NaN
-        raise VerificationError(
-            f"the reloaded checkpoint differs from attention over its reconstructed heads by {largest:.2e} ({compared})"
-        )
-    if measured != promised_bytes:
-        raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised_bytes}")
+    _check(largest, compared, measured, promised_bytes)
     return {
         "compared": compared,
         "largest_difference": largest,
@@ -78,27 +73,31 @@ def verify(directory: Path, promised_bytes: int, *, whole_model: bool = True, pr
     }
 
 
-def relative_difference(measured: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference over the largest expected number; infinite where something is not a number."""
-    error = float((measured - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    return math.inf if math.isnan(error) else error
+def _check(largest: float, compared: str, measured: int, promised: int) -> None:
+    """Raise unless differences are rounding and the cache is as small as the plan says."""
+    if not largest <= TOLERANCE:  # also true for NaN
+        raise VerificationError(
+            f"the reloaded checkpoint differs from attention over its reconstructed heads by {largest:.2e} ({compared})"
+        )
+    if measured != promised:
+        raise VerificationError(f"the cache holds {measured} bytes per token where the plan says {promised}")
 
 
 def _check_layer(emitted: Checkpoint, layer: int) -> tuple[float, int]:
     """Return the largest relative difference of a layer's keys and values, and its cache bytes per token."""
     attention = _keys_and_values_of(emitted, layer)
     generator = torch.Generator().manual_seed(layer)
-    hidden = torch.randn(1, _TOKENS, emitted.config.hidden_size, generator=generator)
-    angles = torch.rand(1, _TOKENS, attention.rotary_dim // 2, generator=generator) * 6
+    hidden = torch.randn(1, TOKENS, emitted.config.hidden_size, generator=generator)
+    angles = torch.rand(1, TOKENS, attention.rotary_dim // 2, generator=generator) * 6
     cos, sin = angles.repeat(1, 1, 2).cos(), angles.repeat(1, 1, 2).sin()
     with torch.no_grad():
-        cached_keys, cached_values = attention.project(hidden, cos, sin, torch.arange(_TOKENS)[None])
+        cached_keys, cached_values = attention.project(hidden, cos, sin, torch.arange(TOKENS)[None])
         keys, values = attention.expand(cached_keys, cached_values, (cos, sin))
         expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _explicit_heads(emitted, layer, "value", hidden)
     difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))
     itemsize = DTYPE_BITS[emitted.reader.info(f"{emitted.family.attention(layer)}k_proj.weight").dtype] // 8
-    return difference, (cached_keys.numel() + cached_values.numel()) * itemsize // _TOKENS
+    return difference, (cached_keys.numel() + cached_values.numel()) * itemsize // TOKENS
 
 
 def _keys_and_values_of(emitted: Checkpoint, layer: int) -> MeaAttention:
@@ -155,6 +154,8 @@ def decode_layers(emitted: Checkpoint) -> float:
     Raises:
         VerificationError: Greedy tokens differ.
     """
+    if emitted.at_cache:
+        return decode_blocks(emitted)
     kinds: dict[str, int] = {}
     windows = getattr(emitted.model_config, "layer_types", None)
     for layer, spec in enumerate(emitted.config.mea["layers"]):
@@ -164,8 +165,8 @@ def decode_layers(emitted: Checkpoint) -> float:
 
 def _decode(model: Any, seed: int) -> float:
     """Decode after a random prompt; see `check_decoding`."""
-    length = min(_TOKENS, model.config.max_position_embeddings)
-    steps = min(_DECODED_TOKENS, length // 2)
+    length = min(TOKENS, model.config.max_position_embeddings)
+    steps = min(DECODED_TOKENS, length // 2)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, model.config.vocab_size, (2, length - steps), generator=generator)
     return check_decoding(model, prompt, steps, TOLERANCE)
@@ -227,7 +228,7 @@ def _check_model(emitted: Checkpoint) -> tuple[float, int, Any]:
     options = {"local_files_only": True, "experts_implementation": "eager"}  # the one that runs in every dtype
     model: Any = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
     generator = torch.Generator().manual_seed(0)
-    length = min(_TOKENS, model.config.max_position_embeddings)
+    length = min(TOKENS, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
         filled = DynamicCache()  # without the configuration, so that no token slides out of a window

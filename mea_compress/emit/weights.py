@@ -6,6 +6,7 @@ are fitted: most of the work is copying, which the system does, and waiting for 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from mea_compress.architectures.checkpoint import FLOATS, SIDES, projection_info
+from mea_compress.architectures.checkpoint import FLOATS, SIDES, kept_in_float32, projection_info
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -60,7 +61,8 @@ def write_weights(plan: Plan, workspace: Workspace, progress: bool) -> None:
             }
     entries, dtype = _entries(plan, fitted), plan.recipe.dtype
     if dtype is not None:
-        entries = [_cast(entry, dtype) for entry in entries]
+        kept = kept_in_float32(plan.source)
+        entries = [_cast(entry, dtype, kept) for entry in entries]
     # Tensors of any size are made where all are cast: one of them in memory at a time.
     write_shards(entries, plan.recipe.shard_bytes, workspace, progress, 1 if dtype is not None else _FILES_AT_ONCE)
 
@@ -105,7 +107,7 @@ def check_written(plan: Plan, workspace: Workspace) -> None:
             continue
         fitted = CheckpointReader(layer_directory(workspace, layer.layer))
         for name in fitted.tensors:
-            found = written.read_array(plan.source.family.attention(layer.layer) + name)
+            found = written.read_array(plan.source.attention(layer.layer) + name)
             if found.tobytes() != fitted.read_array(name).tobytes():
                 raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
@@ -153,7 +155,7 @@ def _deferred_tensors(plan: Plan, layer: LayerPlan, workspace: Workspace, fit: _
     directory = layer_directory(workspace, layer.layer)
     return {
         name: NewTensor(name, plan.source.dtype, shape, _DeferredTensor(directory, name, stored, fit))
-        for name, shape in stored_shapes(plan.source, layer.spec).items()
+        for name, shape in stored_shapes(plan.source, layer.layer, layer.spec).items()
     }
 
 
@@ -229,6 +231,8 @@ def _entries(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entr
         fitted: For each composed layer, its new tensors by their names below ``self_attn.``.
     """
     source, family = plan.source, plan.source.family
+    if source.at_cache:
+        return _entries_at_cache(plan, fitted)
     old: dict[str, list[str]] = {}  # names below each layer's attention
     for name in source.reader.tensors:
         before, stem, own = name.partition("self_attn.")
@@ -256,7 +260,21 @@ def _entries(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entr
     return entries
 
 
-def _cast(info: Entry, dtype: str) -> Entry:
+def _entries_at_cache(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entry]:
+    """Return all tensors of a checkpoint whose attention stays as it is, each layer's new ones behind its others."""
+    entries: list[Entry] = list(plan.source.reader.tensors.values())
+    for layer, tensors in fitted.items():
+        prefix = plan.source.attention(layer)
+        own = [place for place, entry in enumerate(entries) if entry.name.startswith(prefix)]
+        place = own[-1] + 1 if own else len(entries)
+        entries[place:place] = [replace(entry, name=prefix + name) for name, entry in sorted(tensors.items())]
+    return entries
+
+
+def _cast(info: Entry, dtype: str, kept: re.Pattern[str] | None = None) -> Entry:
+    """Return a tensor in another dtype, unless transformers keeps it in float32."""
+    if kept is not None and kept.search(info.name):
+        return info
     if info.dtype not in FLOATS or info.dtype == DTYPE_NAMES[dtype] or isinstance(info, NewTensor):
         return info
 

@@ -130,6 +130,11 @@ def export(
     source = open_checkpoint(checkpoint)
     if not source.native:
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
+    if source.at_cache:
+        raise RequestError(
+            f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock "
+            "checkpoint does; serve it with transformers"
+        )
     form = stock_form(source, source.config.mea["layers"], format)
     model_type = source.family.model_type if format == "stock" else "llama"
     if engine is not None:

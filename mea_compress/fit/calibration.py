@@ -11,68 +11,32 @@ from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import rotary_pairs
 
 # Queries per sequence whose attention is evaluated: each costs as much as a head as wide as the model.
-_SAMPLED_QUERIES = 64
+SAMPLED_QUERIES = 64
+# Attention weights that sum to less leave something to a sink.
+_WHOLE = 0.999
 
 
-class StatisticsAccumulator:
-    """Accumulate the sums of `LayerStatistics` over batches.
+class SensitivityAccumulator:
+    """Accumulate what errors of a layer's keys cost, through the softmax.
 
     Args:
-        attention: The attention whose inputs come.
-        products: What it computes in. Below float32 the sums within a batch are taken in float32; sums over batches
+        heads: H.
+        pairs: The two channels of every rotary pair.
+        products: What is computed in. Below float32 the sums within a batch are taken in float32; sums over batches
             are float64 always.
     """
 
-    def __init__(self, attention: Any, products: torch.dtype = torch.float32) -> None:
-        self.attention, self.products = attention, products
+    metric: torch.Tensor
+    """What the layer makes of errors of each query head's output, JᵀJ, (H, G, d, d)."""
+    head_norm: Any = None
+    """The RMSNorm that follows on each query head's output, or None."""
+
+    def __init__(self, heads: int, pairs: tuple[list[int], list[int]], products: torch.dtype) -> None:
+        self.products, self.pairs = products, pairs
         self.tokens = 0
         self.queries = 0
-        size = attention.q_proj.in_features + 1
-        pairs = (attention.head_dim + 1) // 2
-        self.moment = torch.zeros(size, size, dtype=torch.float64)
-        self.attention_weighted_moment = torch.zeros(size, size, dtype=torch.float64)
-        self.key_covariance = torch.zeros(pairs, attention.heads, attention.heads, dtype=torch.complex128)
-        self.sensitivity = torch.zeros(attention.heads, pairs, dtype=torch.float64)
-        output = attention.o_proj.weight.float().unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
-        if attention.has_head_norm:
-            output = output * attention.head_norm.weight
-        metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
-        self.metric = metric.unflatten(0, (attention.heads, -1))  # (H, G, d, d)
-
-    @torch.no_grad()
-    def add(self, captured: CapturedAttention) -> None:
-        """Add one batch of the attention's inputs."""
-        attention = self.attention
-        cos, sin = captured.position_embeddings
-        x = captured.inputs  # (B, T, D)
-        ones = x.new_ones(*x.shape[:-1], 1)
-        wide = torch.cat((x, ones), dim=-1).float()  # (B, T, D + 1)
-        self.moment += self._second_moment(wide.flatten(0, 1))
-        self.tokens += wide.shape[0] * wide.shape[1]
-
-        length = x.shape[1]
-        at = torch.linspace(0, length - 1, min(length, _SAMPLED_QUERIES), device=x.device).round().long()
-        with torch.autocast(x.device.type, self.products, enabled=self.products != x.dtype):
-            queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))[:, at]  # (B, S, Hq, d)
-            if attention.qk_norm:
-                queries = attention.q_norm(queries)
-            queries = rotate_heads(queries, cos[:, at], sin[:, at]).transpose(1, 2)
-            keys, values = attention.expand(*attention.project(x, cos, sin), (cos, sin))
-        repeated = attention.heads // keys.shape[1]  # pooled heads stand for several
-        keys, values = (side.float().repeat_interleave(repeated, dim=1) for side in (keys, values))  # (B, H, T, d)
-        queries = queries.float().unflatten(1, (attention.heads, -1))  # (B, H, G, S, d)
-        visible = torch.arange(length, device=x.device) <= at[:, None]
-        if attention.sliding_window:
-            visible &= torch.arange(length, device=x.device) > at[:, None] - attention.sliding_window
-        hidden = torch.zeros(visible.shape, device=x.device).masked_fill(~visible, float("-inf"))
-        # One sequence at a time, since each is several A in size.
-        for stream, query, key, value in zip(wide, queries, keys, values, strict=True):
-            logits = query.flatten(1, 2) @ key.mT * attention.scaling  # (H, G S, T)
-            weights = (logits.unflatten(1, query.shape[1:3]) + hidden).softmax(-1)  # (H, G, S, T)
-            averaged = weights.flatten(0, 2) @ stream  # (Hq S, D + 1)
-            self.attention_weighted_moment += self._second_moment(averaged) / attention.query_heads
-            self.accumulate_key_sensitivity(weights, query, key, value)
-        self.queries += len(at) * len(x)
+        self.key_covariance = torch.zeros(len(pairs[0]), heads, heads, dtype=torch.complex128)
+        self.sensitivity = torch.zeros(heads, len(pairs[0]), dtype=torch.float64)
 
     def accumulate_key_sensitivity(
         self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -92,8 +56,10 @@ class StatisticsAccumulator:
             keys: (H, T, d), rotated.
             values: (H, T, d).
         """
-        # Variances do not see it, and in float32 they would be lost beside the square of a large mean.
-        keys = keys - keys.mean(1, keepdim=True)
+        # Variances do not see it, and in float32 they would be lost beside the square of a large mean. Only beside an
+        # attention sink, whose logit no error moves, is what all keys have in common an error as well.
+        if float(weights.sum(-1).mean()) > _WHOLE:
+            keys = keys - keys.mean(1, keepdim=True)
         importance = self._leverage(weights, values)[..., None] * self._energy(queries)  # (H, G, S, P)
         rows = weights.flatten(1, 2)  # (H, G S, T)
         variance = rows @ self._energy(keys) - self._energy(rows @ keys)  # (H, G S, P)
@@ -116,8 +82,8 @@ class StatisticsAccumulator:
         centre = weights @ values  # o, (H, G, S, d)
         along: Any = 1.0
         scale: Any = 1.0
-        if self.attention.has_head_norm:
-            scale = self.attention.head_norm.scale(centre)[..., 0]  # (H, G, S)
+        if self.head_norm is not None:
+            scale = self.head_norm.scale(centre)[..., 0]  # (H, G, S)
             centre = centre / centre.square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
             along = centre @ values.mT  # (H, G, S, T)
         seen = centre @ self.metric  # (H, G, S, d)
@@ -130,12 +96,12 @@ class StatisticsAccumulator:
 
     def _energy(self, heads: torch.Tensor) -> torch.Tensor:
         """Return |z|² of the rotary pairs of heads (..., d): (..., P)."""
-        first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
+        first, second = self.pairs
         return heads[..., first].square() + heads[..., second].square()
 
     def _inner(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the sum over rows of weight (N,) times z[g] conj(z[h]) of heads (H, N, d): (P, H, H)."""
-        first, second = rotary_pairs(self.attention.head_dim, self.attention.rotary_dim)
+        first, second = self.pairs
         wide = (heads * weight.sqrt()[:, None]).double().permute(2, 0, 1)  # (d, H, N)
         pairs = torch.complex(wide[first], wide[second])  # (P, H, N)
         return (pairs @ pairs.mH).cpu()
@@ -146,29 +112,97 @@ class StatisticsAccumulator:
             x = x.double()
         return (x.mT @ x).cpu().double()
 
+    def relative_sensitivity(self) -> torch.Tensor:
+        """Return the squared output error per unit of key error, (H, P)."""
+        size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=0)  # (H, P)
+        # Layers whose keys, values or output are all zero cost nothing.
+        if not (bool(self.sensitivity.max() > 0) and bool(size.max() > 0)):
+            return torch.ones_like(size)
+        return self.sensitivity / size.clamp(min=1e-12 * float(size.max()))
+
+
+class StatisticsAccumulator(SensitivityAccumulator):
+    """Accumulate the sums of `LayerStatistics` over batches.
+
+    Args:
+        attention: The attention whose inputs come.
+        products: As `SensitivityAccumulator` has it.
+    """
+
+    def __init__(self, attention: Any, products: torch.dtype = torch.float32) -> None:
+        super().__init__(attention.heads, rotary_pairs(attention.head_dim, attention.rotary_dim), products)
+        self.attention = attention
+        size = attention.q_proj.in_features + 1
+        self.moment = torch.zeros(size, size, dtype=torch.float64)
+        self.attention_weighted_moment = torch.zeros(size, size, dtype=torch.float64)
+        output = attention.o_proj.weight.float().unflatten(1, (-1, attention.head_dim))  # (D, Hq, d)
+        if attention.has_head_norm:
+            self.head_norm = attention.head_norm
+            output = output * attention.head_norm.weight
+        metric = torch.einsum("xid,xie->ide", output, output).detach()  # W_Oᵀ W_O, (Hq, d, d)
+        self.metric = metric.unflatten(0, (attention.heads, -1))  # (H, G, d, d)
+
+    @torch.no_grad()
+    def add(self, captured: CapturedAttention) -> None:
+        """Add one batch of the attention's inputs."""
+        attention = self.attention
+        cos, sin = captured.position_embeddings
+        x = captured.inputs  # (B, T, D)
+        ones = x.new_ones(*x.shape[:-1], 1)
+        wide = torch.cat((x, ones), dim=-1).float()  # (B, T, D + 1)
+        self.moment += self._second_moment(wide.flatten(0, 1))
+        self.tokens += wide.shape[0] * wide.shape[1]
+
+        length = x.shape[1]
+        at = torch.linspace(0, length - 1, min(length, SAMPLED_QUERIES), device=x.device).round().long()
+        with torch.autocast(x.device.type, self.products, enabled=self.products != x.dtype):
+            queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))[:, at]  # (B, S, Hq, d)
+            if attention.qk_norm:
+                queries = attention.q_norm(queries)
+            queries = rotate_heads(queries, cos[:, at], sin[:, at]).transpose(1, 2)
+            keys, values = attention.expand(*attention.project(x, cos, sin), (cos, sin))
+        repeated = attention.heads // keys.shape[1]  # pooled heads stand for several
+        keys, values = (side.float().repeat_interleave(repeated, dim=1) for side in (keys, values))  # (B, H, T, d)
+        queries = queries.float().unflatten(1, (attention.heads, -1))  # (B, H, G, S, d)
+        visible = torch.arange(length, device=x.device) <= at[:, None]
+        if attention.sliding_window:
+            visible &= torch.arange(length, device=x.device) > at[:, None] - attention.sliding_window
+        hidden = torch.zeros(visible.shape, device=x.device).masked_fill(~visible, float("-inf"))
+        # One sequence at a time, since each is several A in size.
+        for stream, query, key, value in zip(wide, queries, keys, values, strict=True):
+            logits = query.flatten(1, 2) @ key.mT * attention.scaling  # (H, G S, T)
+            weights = (logits.unflatten(1, query.shape[1:3]) + hidden).softmax(-1)  # (H, G, S, T)
+            averaged = weights.flatten(0, 2) @ stream  # (Hq S, D + 1)
+            self.attention_weighted_moment += self._second_moment(averaged) / attention.query_heads
+            self.accumulate_key_sensitivity(weights, query, key, value)
+        self.queries += len(at) * len(x)
+
     def finish(self) -> LayerStatistics:
         """Return the means.
 
         Raises:
             RequestError: Something is not finite.
         """
-        size = self.key_covariance.diagonal(dim1=1, dim2=2).real.T.clamp(min=0)  # (H, P)
-        # Layers whose keys, values or output are all zero cost nothing.
-        nonzero = bool(self.sensitivity.max() > 0) and bool(size.max() > 0)
-        sensitivity = torch.ones_like(size)
-        if nonzero:
-            sensitivity = self.sensitivity / size.clamp(min=1e-12 * float(size.max()))
         means = (
             self.moment / self.tokens,
             self.attention_weighted_moment / self.queries,
             self.key_covariance / self.queries,
-            sensitivity,
+            self.relative_sensitivity(),
         )
-        if not all(torch.isfinite(mean).all() for mean in means):
-            raise RequestError(
-                "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"
-            )
+        check_finite(*means)
         return LayerStatistics(self.tokens, *(mean.numpy() for mean in means))
+
+
+def check_finite(*sums: torch.Tensor) -> None:
+    """Check that calibration met ordinary numbers.
+
+    Raises:
+        RequestError: Something is not finite.
+    """
+    if not all(torch.isfinite(one).all() for one in sums):
+        raise RequestError(
+            "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"
+        )
 
 
 def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:

@@ -1,12 +1,13 @@
 """Closed-form fit of one layer: factor its key and value heads from weights or calibration statistics."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from mea_compress.compositions.base import CompositionOptions, configured, side_choice
 from mea_compress.compositions.groups import cluster, compose_groups
+from mea_compress.fit.observation import CacheStatistics, cached_heads
 from mea_compress.heads.composed import Array, FactoredHeads, join_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads, ComposedLayer
@@ -15,7 +16,9 @@ from mea_compress.layers.store import rounded
 from mea_compress.planning.types import LayerPlan, Plan
 
 
-def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) -> tuple[ComposedLayer, dict[str, float]]:
+def compose(
+    plan: Plan, layer: LayerPlan, statistics: LayerStatistics | CacheStatistics | None
+) -> tuple[ComposedLayer, dict[str, float]]:
     """Fit the closed form of one layer.
 
     Args:
@@ -30,6 +33,8 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
     Raises:
         RequestError: A weight is not finite, or the method cannot do what is asked.
     """
+    if isinstance(statistics, CacheStatistics):
+        return _compose_at_cache(plan, layer, statistics)
     # Weight-only fits change k_proj and v_proj alone: q_proj and o_proj are not read.
     source, recipe = plan.source, plan.recipe
     grouped = recipe.kv_groups > 1
@@ -66,6 +71,38 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
         f"{side}_relative_error": _lost(heads, _as_stored(sides[side], dtype, side), side) for side in ("key", "value")
     }
     return composed, {name: value for name, value in lost.items() if value is not None}
+
+
+def _compose_at_cache(
+    plan: Plan, layer: LayerPlan, statistics: CacheStatistics
+) -> tuple[ComposedLayer, dict[str, float]]:
+    """Fit encoders and decoders of a layer whose attention stays as it is.
+
+    Returns:
+        The composed layer, and for each side the share of the heads' energy under the calibration text that is lost.
+    """
+    recipe, geometry = plan.recipe, plan.source.geometry(layer.layer)
+    assert geometry is not None
+    sides, lost = {}, {}
+    for side in ("key", "value"):
+        spec, moments = layer.spec.side(side), getattr(statistics, side)
+        heads = cached_heads(geometry, side, statistics)
+        if spec == layer.before.side(side):
+            sides[side] = FactoredHeads(spec.form, geometry.heads, geometry.dim(side), join_heads(getattr(heads, side)))
+            lost[f"{side}_relative_error"] = 0.0
+            continue
+        fitter = getattr(configured(side_choice(recipe, side, spec.composition), recipe), f"{side}s")
+        # Real combinations are aligned by changes of basis in q_proj and o_proj, which stay as they are here.
+        fit = "activations" if spec.form.scalar else recipe.fit
+        factored, _ = fitter(heads, moments, CompositionOptions(spec.components, fit))
+        factored = replace(factored, form=spec.form, composition=spec.composition)
+        sides[side] = factored
+        stored = _as_stored(factored, plan.decisions.stored_dtype, side)
+        kept = stored.expansion() @ stored.projection - join_heads(getattr(heads, side))
+        whole = float(moments.moment[:-1, :-1].trace())
+        error = float(((kept @ moments.moment) * kept).sum())
+        lost[f"{side}_relative_error"] = max(0.0, error) / max(whole, 1e-300)
+    return ComposedLayer(sides["key"], sides["value"], block=asdict(geometry)), lost
 
 
 def _as_stored(factored: FactoredHeads, dtype: str, side: str) -> FactoredHeads:

@@ -20,6 +20,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
+from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
 from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
@@ -27,6 +28,7 @@ from mea_compress.fit.split import kv_split_candidates
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
+from mea_compress.layers.blocks import BlockRunner, embed_tokens
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
@@ -135,7 +137,7 @@ class CalibratedFit:
         self.products = fast_products(torch_dtype(plan.source.dtype), self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
-        self.original = embed(plan.source, tokens)
+        self.original = (embed_tokens if plan.source.at_cache else embed)(plan.source, tokens)
         self.compressed = self.original
         self.following: Activations | None = None
         # What o_proj reads in the finished layer, where it was computed.
@@ -179,7 +181,7 @@ class CalibratedFit:
             seed,
             lambda done: self.work.add(STEP * done),
         )
-        refined = refiner.refine(composed, self._composed_runner(layer.layer, composed))
+        refined = refiner.refine(composed, self.runner_of(layer.layer, self._stored(composed, "F32")))
         self.mixed = None
         fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
         return refined.layer, {**report, "refinement": fidelity}
@@ -234,7 +236,15 @@ class CalibratedFit:
         assert self.following is not None
         return self.following
 
-    def pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | None:
+    def _accumulator(self, layer: int) -> StatisticsAccumulator | CacheAccumulator:
+        """Return what takes the statistics of a layer."""
+        geometry = self.plan.source.geometry(layer)
+        if isinstance(self.runner, BlockRunner):
+            assert geometry is not None
+            return CacheAccumulator(geometry, self.runner, self.plan.recipe.fit == "aligned")
+        return StatisticsAccumulator(self.runner.attention, self.products)
+
+    def pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | CacheStatistics | None:
         """Run the original layer once over the text, and keep everything that is wanted of it.
 
         Afterwards `following` is the stream behind the layer, and `original` that behind its attention.
@@ -243,7 +253,7 @@ class CalibratedFit:
             The layer's statistics, where they are asked for.
         """
         sequential = self.plan.recipe.statistics == "sequential"
-        accumulator = StatisticsAccumulator(self.runner.attention, self.products) if with_statistics else None
+        accumulator = self._accumulator(layer) if with_statistics and layer is not None else None
         self.following = Activations(self.original.shape, torch.float32)
         if layer is not None:
             self.work.say(layer, "statistics" if accumulator else "targets")
@@ -251,7 +261,10 @@ class CalibratedFit:
             hidden = self.original[part]
             behind, captured = self.runner.run(hidden)
             if accumulator and part.start >= self.held_out:
-                accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
+                if isinstance(accumulator, CacheAccumulator):
+                    accumulator.observe(self.compressed[part] if sequential else hidden)
+                else:
+                    accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
             self.following[part] = behind
             self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
             self.work.add(1.0 + (STATISTICS if accumulator else 0.0))
@@ -271,9 +284,9 @@ class CalibratedFit:
             The layer, and the squared error that is left of its attention's output; see `OutputRegression.solve`.
         """
         source = self.plan.source
-        runner = self.runner_of(
-            layer, store_layer(composed, source.config.mea["bias"], self.plan.decisions.stored_dtype)
-        )
+        if composed.block is not None:
+            return composed, self._remaining_error(layer, composed, sample)
+        runner = self.runner_of(layer, self._stored(composed))
         weight, bias = runner.attention.o_proj.weight, runner.attention.o_proj.bias
         regression = OutputRegression(weight.shape[1], weight.shape[0])
         if sample is None:
@@ -293,17 +306,42 @@ class CalibratedFit:
         heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
 
+    def _remaining_error(self, layer: int, composed: ComposedLayer, sample: Sequence[slice] | None) -> float:
+        """Return the squared error behind a composed layer's attention, over that of sending nothing.
+
+        Args:
+            layer: Its number.
+            composed: The layer, whose block stays as it is.
+            sample: Batches to look at; all of the text without.
+        """
+        runner = self.runner_of(layer, self._stored(composed))
+        error = whole = 0.0
+        self.work.say(layer, "looking" if sample is None else "dividing the budget")
+        for part in self.parts() if sample is None else sample:
+            with torch.no_grad():
+                sent = runner.send(self.compressed[part])
+            if part.start >= self.held_out:
+                stream = self.original[part].to(sent.device)
+                missing = stream - self.compressed[part].to(sent.device)
+                size = stream.square().mean(-1, keepdim=True).clamp(min=1e-12)
+                error += float(((missing - sent).square() / size).sum())
+                whole += float((missing.square() / size).sum())
+            self.work.add(ATTENTION)
+        return error / max(whole, 1e-300)
+
+    def _stored(self, composed: ComposedLayer, dtype: str | None = None) -> StoredLayer:
+        """Return a composed layer as it is stored, or in another dtype."""
+        return store_layer(composed, self.plan.source.config.mea["bias"], dtype or self.plan.decisions.stored_dtype)
+
     def parts(self) -> Iterator[slice]:
         """Yield batches of the text; what is held out comes in batches of its own, which no statistic looks at."""
         yield from batches(self.held_out, self.batch)
         yield from batches(self.original.shape[0], self.batch, self.held_out)
 
-    def _composed_runner(self, layer: int, composed: ComposedLayer) -> LayerRunner:
-        return self.runner_of(layer, store_layer(composed, self.plan.source.config.mea["bias"], "F32"))
-
-    def runner_of(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
+    def runner_of(self, layer: int, stored: StoredLayer | None = None) -> Any:
         """Return a layer to run, the original's or as it was stored."""
-        return LayerRunner(self.plan.source, layer, stored, device=self.device, products=self.products)
+        kind = BlockRunner if self.plan.source.at_cache else LayerRunner
+        return kind(self.plan.source, layer, stored, device=self.device, products=self.products)
 
 
 def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:

@@ -17,8 +17,10 @@ import torch
 from mea_compress.checkpoint import as_array
 from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import ComposedLayer
+from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.modeling.encoded_mea import EncodedAttention
 
 _WARM_UP = 5
 
@@ -92,7 +94,7 @@ class Refiner:
         self.inputs, self.targets, self.settings = inputs, targets, settings
         self.seed, self.tick = seed, tick
 
-    def refine(self, composed: ComposedLayer, runner: LayerRunner) -> Refined:
+    def refine(self, composed: ComposedLayer, runner: LayerRunner | BlockRunner) -> Refined:
         """Refine a composed layer.
 
         Every step size is tried for a few steps, and the best is continued for as long as the held-out error gains;
@@ -150,7 +152,7 @@ class _Best:
 class _Run:
     """One layer's weights, where they began, and the best of them so far."""
 
-    def __init__(self, refiner: Refiner, runner: LayerRunner) -> None:
+    def __init__(self, refiner: Refiner, runner: LayerRunner | BlockRunner) -> None:
         self.runner, self.refiner, self.settings = runner, refiner, refiner.settings
         self.inputs, self.targets = refiner.inputs, refiner.targets
         self.parameters = trainable_parameters(runner.attention)
@@ -230,7 +232,15 @@ def _size(target: torch.Tensor) -> torch.Tensor:
 
 
 def trainable_parameters(attention: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the attention's weights but for norms and what a form promises to keep, with gradients from now on."""
+    """Return the attention's weights but for norms and what a form promises to keep, with gradients from now on.
+
+    Of a block that stays as it is, those are its encoders and decoders.
+    """
+    if isinstance(attention, EncodedAttention):
+        coded = {name: parameter for name, parameter in attention.named_parameters() if "_composition." in name}
+        for parameter in coded.values():
+            parameter.requires_grad_(True)
+        return coded
     frozen: list[str] = []
     for side, form in (("key", attention.key_form), ("value", attention.value_form)):
         names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}
@@ -268,6 +278,16 @@ def _set(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
 def _read_back(composed: ComposedLayer, attention: Any) -> ComposedLayer:
     def exact(parameter: torch.Tensor) -> Array:
         return as_array(parameter).astype(np.float64)
+
+    if composed.block is not None:
+
+        def coded(old: FactoredHeads, composition: Any) -> FactoredHeads:
+            if composition is None:
+                return old
+            return replace(old, weight=exact(composition.weight)).with_encoder(exact(composition.encoder))
+
+        key = coded(composed.key, attention.key_composition)
+        return replace(composed, key=key, value=coded(composed.value, attention.value_composition))
 
     def rows(projection: Any) -> Array:
         weight = exact(projection.weight)

@@ -13,12 +13,15 @@ def kv_split_candidates(layer: LayerPlan, plan: Plan) -> list[LayerPlan]:
     key, value = layer.spec.key, layer.spec.value
     total = key.components + value.components
     fractional = key.form.fractional
-    step = 2 / plan.source.head_dim if fractional else 1
+    geometry = plan.source.geometry(layer.layer)
+    if geometry is None or geometry.head_dim != geometry.value_dim:
+        return []
+    step = 2 / geometry.head_dim if fractional else 1
     tried, candidates = {key.components}, []
     for share in _KEY_SHARES:
         count = max(1, round(total * share / step)) * step
         keys = count if fractional else int(count)
-        if keys not in tried and total - keys > 0 and max(keys, total - keys) <= plan.source.config.num_key_value_heads:
+        if keys not in tried and total - keys > 0 and max(keys, total - keys) <= geometry.heads:
             tried.add(keys)
             spec = LayerSpec(replace(key, components=keys), replace(value, components=total - keys))
             candidates.append(replace(layer, spec=spec))

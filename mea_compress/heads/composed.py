@@ -1,7 +1,7 @@
 """Keys or values of one layer, factored into component projections and the weight that rebuilds the heads."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from mea_compress.modeling.section_mea import (
     COMPLEX,
+    ENCODED_COMPLEX,
+    ENCODED_LOW_RANK,
+    ENCODED_REAL,
     HEADS,
     KEPT,
     LOW_RANK,
@@ -74,6 +77,15 @@ class FactoredHeads:
         """
         return EXPANSIONS[self.form.name](self)
 
+    def encoder(self) -> Array:
+        """Return the encoder as a checkpoint stores it, of a projection whose inputs are the heads themselves."""
+        return ENCODERS[self.form.name][0](self)
+
+    def with_encoder(self, stored: Array) -> "FactoredHeads":
+        """Return the side with another encoder, as a checkpoint stores it."""
+        projection = ENCODERS[self.form.name][1](self, stored)
+        return replace(self, projection=np.concatenate((projection, np.zeros((len(projection), 1))), axis=1))
+
     def each_head(self) -> Iterator[Array]:
         """Yield the heads as the queries see them, one after another, (d, D + 1) each."""
         if self.form.scalar:
@@ -136,8 +148,56 @@ def _low_rank(side: FactoredHeads) -> Array:
 
 EXPANSIONS: dict[str, Callable[[FactoredHeads], Array]] = {
     **dict.fromkeys((HEADS.name, POOLED.name), _repeated),
-    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), _real),
-    COMPLEX.name: _complex,
-    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name, ENCODED_REAL.name), _real),
+    **dict.fromkeys((COMPLEX.name, ENCODED_COMPLEX.name), _complex),
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name, ENCODED_LOW_RANK.name), _low_rank),
 }
 """The linear map of each form, (H * d, width)."""
+
+
+def _real_encoder(side: FactoredHeads) -> Array:
+    rows = side.projection[:, :-1].reshape(-1, side.head_dim, side.heads, side.head_dim)
+    return rows[:, 0, :, 0].copy()
+
+
+def _from_real_encoder(side: FactoredHeads, stored: Array) -> Array:
+    return np.kron(stored, np.eye(side.head_dim))
+
+
+def _complex_encoder(side: FactoredHeads) -> Array:
+    first, _, places = _pairs_of_components(side)
+    rows = side.projection[:, :-1].reshape(2, len(places), side.heads, side.head_dim)
+    # A complex number e for each component and head: its real part reads Re(e) of a pair's first channel.
+    return np.stack([rows[part, places, :, first] for part in (0, 1)])
+
+
+def _from_complex_encoder(side: FactoredHeads, stored: Array) -> Array:
+    first, second, places = _pairs_of_components(side)
+    rows = np.zeros((2, len(places), side.heads, side.head_dim))
+    rows[0, places, :, first], rows[0, places, :, second] = stored[0], -stored[1]
+    rows[1, places, :, first], rows[1, places, :, second] = stored[1], stored[0]
+    return rows.reshape(2 * len(places), -1)
+
+
+def _pairs_of_components(side: FactoredHeads) -> tuple[Array, Array, Array]:
+    """Return the two channels of each complex component, and the components' places."""
+    assert side.pairs is not None and side.rotary_components is not None
+    first, second = (np.repeat(channels, side.rotary_components) for channels in side.pairs)
+    return first, second, np.arange(len(first))
+
+
+def _low_rank_encoder(side: FactoredHeads) -> Array:
+    return side.projection[:, :-1]
+
+
+def _from_low_rank_encoder(side: FactoredHeads, stored: Array) -> Array:
+    return stored
+
+
+ENCODERS: dict[str, tuple[Callable[[FactoredHeads], Array], Callable[[FactoredHeads, Array], Array]]] = {
+    ENCODED_REAL.name: (_real_encoder, _from_real_encoder),
+    ENCODED_COMPLEX.name: (_complex_encoder, _from_complex_encoder),
+    ENCODED_LOW_RANK.name: (_low_rank_encoder, _from_low_rank_encoder),
+}
+"""For each form with an encoder: what is stored of its projection (width, H * d + 1), and the projection (width, H * d)
+of what is stored."""

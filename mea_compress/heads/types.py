@@ -1,6 +1,8 @@
 """One layer's attention as heads, before and after its keys and values were factored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mea_compress.heads.composed import Array, FactoredHeads
 from mea_compress.modeling.section_mea import rotary_pairs
@@ -19,6 +21,7 @@ class AttentionHeads:
         head_norm: (d,) or None: weight of the RMSNorm on each query head's output.
         rotary_dim: Channels of a head that RoPE rotates.
         norm_eps: Epsilon of the norms.
+        interleaved: Whether RoPE rotates neighbouring channels together.
     """
 
     query: Array
@@ -29,6 +32,7 @@ class AttentionHeads:
     head_norm: Array | None
     rotary_dim: int
     norm_eps: float
+    interleaved: bool = False
 
     @property
     def group(self) -> int:
@@ -38,7 +42,7 @@ class AttentionHeads:
     @property
     def pairs(self) -> tuple[list[int], list[int]]:
         """The two channels of every rotary pair."""
-        return rotary_pairs(self.query.shape[1], self.rotary_dim)
+        return rotary_pairs(self.key.shape[1], self.rotary_dim, self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class ComposedLayer:
         query: (Hq, d, D + 1), or None where q_proj stays as it is.
         output: (Hq, D, d), or None where o_proj stays as it is.
         head_norm: (d,), or None where the head norm stays as it is.
+        block: Where the layer's attention stays as it is and is composed at its cache: what its entry in the ``mea``
+            section says of that. Component projections are encoders then, whose inputs are the heads.
     """
 
     key: FactoredHeads
@@ -58,3 +64,4 @@ class ComposedLayer:
     query: Array | None = None
     output: Array | None = None
     head_norm: Array | None = None
+    block: Mapping[str, Any] | None = None

@@ -1,5 +1,7 @@
 """Read a layer of a checkpoint as heads: projections in float64, compositions multiplied out."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from mea_compress.architectures import Checkpoint
@@ -8,7 +10,7 @@ from mea_compress.checkpoint import TensorInfo, read_array
 from mea_compress.errors import RequestError
 from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import AttentionHeads
-from mea_compress.modeling.section_mea import rotary_pairs, side_form
+from mea_compress.modeling.section_mea import cached_width, rotary_pairs, side_form
 
 
 def read_composed(source: Checkpoint, layer: int, side: str) -> FactoredHeads:
@@ -40,6 +42,33 @@ def read_composed(source: Checkpoint, layer: int, side: str) -> FactoredHeads:
         groups=spec.get("groups", 1),
         composition=spec[f"{side}_composition"],
     )
+
+
+def read_coded(source: Checkpoint, layer: int, side: str) -> FactoredHeads:
+    """Return keys or values of a layer that is composed at its cache: encoder and decoder, whose inputs are the heads.
+
+    Raises:
+        RequestError: A weight is not finite.
+    """
+    spec, geometry = source.config.mea["layers"][layer], source.geometry(layer)
+    assert geometry is not None
+    form, heads, dim = side_form(spec, side), geometry.heads, geometry.dim(side)
+    width = cached_width(spec[f"{side}_components"], dim)
+    first, second = geometry.pairs
+    factored = FactoredHeads(
+        form,
+        heads,
+        dim,
+        np.eye(width, heads * dim + 1),  # of a side that is cached as it is
+        rotary_components=tuple(spec["rotary_components"]) if form.per_pair else None,
+        pairs=(tuple(first), tuple(second)) if form.per_pair else None,
+        composition=spec[f"{side}_composition"],
+    )
+    if form.encoder_shape is None:
+        return factored
+    name = f"{source.attention(layer)}{side}_composition."
+    factored = replace(factored, weight=_read(source, f"{name}weight"))
+    return factored.with_encoder(_read(source, f"{name}encoder"))
 
 
 def _latent(source: Checkpoint, layer: int) -> Array:

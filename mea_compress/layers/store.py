@@ -67,10 +67,11 @@ def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Arra
         if has_bias:
             tensors[f"{name}.bias"] = rows[:, -1]
 
+    if layer.block is None:
+        put("k_proj", layer.key.projection, bias["key"])
+        put("v_proj", layer.value.projection, bias["value"])
     if layer.query is not None:
         put("q_proj", join_heads(layer.query), bias["query"])
-    put("k_proj", layer.key.projection, bias["key"])
-    put("v_proj", layer.value.projection, bias["value"])
     if layer.output is not None:
         tensors["o_proj.weight"] = layer.output.swapaxes(0, 1).reshape(layer.output.shape[1], -1)
     if layer.head_norm is not None:
@@ -78,12 +79,14 @@ def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Arra
     for side, factored in (("key", layer.key), ("value", layer.value)):
         if factored.weight is not None:
             tensors[f"{side}_composition.weight"] = factored.weight
+        if factored.form.encoder_shape is not None:
+            tensors[f"{side}_composition.encoder"] = factored.encoder()
     return tensors
 
 
 def layer_section(layer: ComposedLayer) -> dict[str, Any]:
     """Return the layer's entry in the ``mea`` section of config.json."""
-    section: dict[str, Any] = {}
+    section: dict[str, Any] = dict(layer.block or {})
     for side, factored in (("key", layer.key), ("value", layer.value)):
         name = factored.composition or factored.form.name
         section |= side_section(side, name, factored.components, factored.form)

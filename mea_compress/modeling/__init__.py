@@ -29,6 +29,65 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, getattr(modeling_mea, f"Mea{family}Model"), exist_ok=True)
         AutoModelForCausalLM.register(config, getattr(modeling_mea, f"Mea{family}ForCausalLM"), exist_ok=True)
+    _register_other_families()
+
+
+def family_classes(stock_type: str) -> tuple[Any, Any, Any]:
+    """Register the classes of a family that is not written out, and return them.
+
+    Args:
+        stock_type: ``model_type`` of the family's own checkpoints.
+
+    Returns:
+        Its configuration, its base model or None, and its causal language model.
+
+    Raises:
+        ValueError: Transformers has no causal language model of that type.
+    """
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+    )
+
+    from mea_compress.modeling.configuration_mea import family_config
+    from mea_compress.modeling.modeling_mea import family_model
+
+    try:
+        stock: Any = CONFIG_MAPPING[stock_type]
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+    except KeyError:
+        raise ValueError(f"transformers has no causal language model of model_type {stock_type!r}") from None
+    config = family_config(stock)
+    AutoConfig.register(f"mea_{stock_type}", config, exist_ok=True)
+    AutoModelForCausalLM.register(config, family_model(causal), exist_ok=True)
+    base: Any = MODEL_MAPPING.get(stock, None)
+    if base is not None:
+        AutoModel.register(config, family_model(base), exist_ok=True)
+    return config, base and family_model(base), family_model(causal)
+
+
+def _register_other_families() -> None:
+    """Have the classes of every other family made when one of its configurations is read; importing all takes long."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    def deferred(stock_type: str) -> type[PretrainedConfig]:
+        class Deferred(PretrainedConfig):
+            model_type = f"mea_{stock_type}"
+
+            @classmethod
+            def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+                return family_classes(stock_type)[0].from_dict(config_dict, **kwargs)
+
+        return Deferred
+
+    for stock_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if f"mea_{stock_type}" not in CONFIG_MAPPING and not stock_type.startswith("mea_"):
+            AutoConfig.register(f"mea_{stock_type}", deferred(stock_type))
 
 
 def register_with_transformers() -> None:

@@ -34,10 +34,13 @@ from .decode_mea import (
 )
 from .section_mea import (
     COMPLEX,
-    FORM_OF,
+    ENCODED_COMPLEX,
+    ENCODED_LOW_RANK,
+    ENCODED_REAL,
     FORMS,
     KEPT,
     LOW_RANK,
+    OWN_FORMS,
     POSITION_DIGITS,
     REAL,
     SELECTED,
@@ -113,6 +116,7 @@ class SideSizes:
         head_dim: d.
         rotary_dim: Channels of a head that RoPE rotates.
         rotary_components: Complex components of each rotary pair; empty where pairs have none of their own.
+        interleaved: Whether RoPE rotates neighbouring channels together.
     """
 
     width: int
@@ -120,6 +124,7 @@ class SideSizes:
     head_dim: int
     rotary_dim: int
     rotary_components: tuple[int, ...] = ()
+    interleaved: bool = False
 
 
 class Composition(nn.Module):
@@ -128,12 +133,15 @@ class Composition(nn.Module):
     Args:
         sizes: Of the side.
         shape: Of the weight.
+        encoder_shape: Of the weight that makes components of heads; None where the projection makes them.
     """
 
-    def __init__(self, sizes: SideSizes, shape: tuple[int, ...]):
+    def __init__(self, sizes: SideSizes, shape: tuple[int, ...], encoder_shape: tuple[int, ...] | None = None):
         super().__init__()
         self.sizes = sizes
         self.weight = nn.Parameter(torch.empty(shape))
+        if encoder_shape is not None:
+            self.encoder = nn.Parameter(torch.empty(encoder_shape))
 
     def reset(self) -> None:
         """Set the weight at which training from scratch begins, and refill what no checkpoint stores."""
@@ -149,6 +157,10 @@ class Composition(nn.Module):
 
     def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """Rebuild the heads: (B, T, width) -> (B, T, H, d)."""
+        raise NotImplementedError
+
+    def encode(self, heads: torch.Tensor) -> torch.Tensor:
+        """Make components of final heads, where the form has an encoder: (B, H, T, d) -> (B, T, width)."""
         raise NotImplementedError
 
     def rotate(
@@ -180,6 +192,12 @@ class HeadComposition(Composition):
         start = torch.zeros(components, heads)
         start[torch.arange(heads) % components, torch.arange(heads)] = 1.0
         init.copy_(self.weight, start)
+        if hasattr(self, "encoder"):
+            init.copy_(self.encoder, torch.eye(components, heads))
+
+    def encode(self, heads: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, d) -> (B, T, C * d)."""
+        return torch.einsum("bhtd,ch->btcd", heads, self.encoder).flatten(-2)
 
     def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, C * d) -> (B, T, H, d)."""
@@ -210,10 +228,10 @@ class FrequencyComposition(Composition):
     imaginary.
     """
 
-    def __init__(self, sizes: SideSizes, shape: tuple[int, ...]):
-        super().__init__(sizes, shape)
+    def __init__(self, sizes: SideSizes, shape: tuple[int, ...], encoder_shape: tuple[int, ...] | None = None):
+        super().__init__(sizes, shape, encoder_shape)
         self.rotary_components = list(sizes.rotary_components)
-        self.first, self.second = rotary_pairs(sizes.head_dim, sizes.rotary_dim)
+        self.first, self.second = rotary_pairs(sizes.head_dim, sizes.rotary_dim, sizes.interleaved)
         pair, slot = self._tables()
         self.pair_of_component = nn.Buffer(pair, persistent=False)  # (N,)
         self.slot_of_component = nn.Buffer(slot, persistent=False)  # (N,): pair * most + position within the pair
@@ -247,6 +265,20 @@ class FrequencyComposition(Composition):
         for head in range(heads):
             start[0, slot % most == head % most, head] = 1.0
         init.copy_(self.weight, start)
+        if hasattr(self, "encoder"):
+            init.copy_(self.encoder, start / start.sum(-1, keepdim=True).clamp(min=1))
+
+    def encode(self, heads: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, d) -> (B, T, 2N), real parts before imaginary ones."""
+        real, imaginary = heads[..., self.channels_of_component].unbind(-2)  # (B, H, T, N)
+        weight_real, weight_imaginary = self.encoder.mT[:, :, None]  # (H, 1, N)
+        return torch.cat(
+            (
+                (real * weight_real - imaginary * weight_imaginary).sum(1),
+                (imaginary * weight_real + real * weight_imaginary).sum(1),
+            ),
+            dim=-1,
+        )
 
     def rotate(
         self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None
@@ -301,10 +333,21 @@ class LatentComposition(Composition):
 
         start = torch.eye(self.weight.shape[1]).repeat(-(-self.weight.shape[0] // self.weight.shape[1]), 1)
         init.copy_(self.weight, start[: self.weight.shape[0]])
+        if hasattr(self, "encoder"):
+            init.copy_(self.encoder, torch.eye(*self.encoder.shape))
+
+    def encode(self, heads: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, d) -> (B, T, m)."""
+        return nn.functional.linear(heads.transpose(1, 2).flatten(2), self.encoder)
 
     def rebuild(self, components: torch.Tensor) -> torch.Tensor:
         """(B, T, m) -> (B, T, H, d)."""
         return nn.functional.linear(components, self.weight).unflatten(-1, (self.sizes.heads, -1))
+
+    def absorb(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries of heads as queries of latents: (B, H, rows, d) -> (B, H, rows, m); for keys cached after RoPE."""
+        weight = self.weight.to(queries.dtype).unflatten(0, (self.sizes.heads, -1))
+        return torch.einsum("bhrd,hdm->bhrm", queries, weight)
 
     def contract(self, outputs: torch.Tensor) -> torch.Tensor:
         """Weighted sums of latents as those of heads: (B, H, rows, m) -> (B, H, rows, d)."""
@@ -313,9 +356,9 @@ class LatentComposition(Composition):
 
 
 MODULES: dict[str, type[Composition]] = {
-    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), HeadComposition),
-    COMPLEX.name: FrequencyComposition,
-    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), LatentComposition),
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name, ENCODED_REAL.name), HeadComposition),
+    **dict.fromkeys((COMPLEX.name, ENCODED_COMPLEX.name), FrequencyComposition),
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name, ENCODED_LOW_RANK.name), LatentComposition),
 }
 """The class that reads each form with a weight."""
 
@@ -326,7 +369,7 @@ def register_form(form: Form, module: type[Composition]) -> None:
     Raises:
         ValueError: The name is that of a form of this file.
     """
-    if any(form.name == known.name for known in FORM_OF.values()):
+    if form.name in OWN_FORMS:
         raise ValueError(f"the name {form.name} is taken by another form; choose another name")
     FORMS[form.name], MODULES[form.name] = form, module
 

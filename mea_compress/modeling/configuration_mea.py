@@ -4,8 +4,10 @@ Every class is the configuration of a stock family plus one section, ``mea``, wh
 This file needs nothing but transformers and is copied into every checkpoint that uses it.
 """
 
+from functools import cache as remember
 from typing import Any
 
+import transformers
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from .section_mea import complete_section
@@ -95,4 +97,37 @@ CONFIGS = (MeaLlamaConfig, MeaMistralConfig, MeaPhi3Config, MeaQwen2Config, MeaQ
 for _config in CONFIGS:
     _config.register_for_auto_class()  # save_pretrained writes the code beside what names it
 
-__all__ = ["CONFIGS", *(config.__name__ for config in CONFIGS)]
+
+@remember
+def family_config(stock: Any) -> Any:
+    """Return the configuration of any other family with a ``mea`` section, whose attention blocks stay as they are.
+
+    Args:
+        stock: The family's own configuration class, ``Gemma3TextConfig``.
+    """
+
+    class Config(stock):
+        model_type = f"mea_{stock.model_type}"
+        base_model_tp_plan = {}  # type: ignore[var-annotated]
+        mea: dict | None = None
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            super().__post_init__(**kwargs)
+            none = {"query": False, "key": False, "value": False, "output": False}
+            self.mea = complete_section(self.mea, self, qk_norm=False, bias=none)
+
+    Config.__name__ = Config.__qualname__ = f"Mea{stock.__name__}"
+    Config.__doc__ = f"{stock.__name__} with a ``mea`` section."
+    Config.register_for_auto_class()
+    return Config
+
+
+def __getattr__(name: str) -> Any:
+    """Return the configuration of a family that is not written out above, by its name."""
+    stock = getattr(transformers, name.removeprefix("Mea"), None) if name.startswith("Mea") else None
+    if not (isinstance(stock, type) and name.endswith("Config")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return family_config(stock)
+
+
+__all__ = ["CONFIGS", "family_config", *(config.__name__ for config in CONFIGS)]

@@ -5,15 +5,18 @@ components only. This file needs nothing but torch and transformers and is copie
 """
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from functools import cache as remember
+from typing import Any
 
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .attention_mea import Composition, MeaAttention
-from .configuration_mea import CONFIGS
+from .configuration_mea import CONFIGS, family_config
+from .encoded_mea import compose_block
 from .section_mea import TESTED_TRANSFORMERS
 
 
@@ -100,17 +103,71 @@ def _add_family(config: type) -> None:
     model.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
     globals().update({kind.__name__: kind for kind in (decoder, model)})
     __all__.extend((decoder.__name__, model.__name__))
-    # How a family's checkpoints are stored (experts one by one) and run (fused) holds under this model type too.
     stock_type = config.model_type.removeprefix("mea_")  # type: ignore[attr-defined]
-    conversion = get_checkpoint_conversion_mapping(stock_type)
+    _store_like(stock_type, f"mea_{stock_type}")
+
+
+def _store_like(stock_name: str, name: str) -> None:
+    """Have checkpoints of a model type or class stored and run (experts one by one, or fused) as a stock one's are."""
+    conversion = get_checkpoint_conversion_mapping(stock_name)
     if conversion is not None:
-        register_checkpoint_conversion_mapping(f"mea_{stock_type}", conversion, overwrite=True)
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
+
+
+class MeaEncodedMixin(MeaMixin):
+    """A stock model, some of whose attention blocks compose keys and values at their cache."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        prefix: Any = self.base_model_prefix
+        causal = hasattr(self, prefix)
+        for spec in config.mea["layers"]:
+            if spec is not None and "block" in spec:
+                path = spec["block"] if causal else spec["block"].removeprefix(f"{prefix}.")
+                compose_block(self.get_submodule(path), spec)
+        for module in self.modules():  # each model within initialises its own parts
+            kind: Any = type(module)
+            if issubclass(kind, PreTrainedModel) and not issubclass(kind, MeaEncodedMixin):
+                module.__class__ = family_model(kind)
+        self.post_init()  # type: ignore[operator]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse at once what `generate_batch` would begin; see `MeaForCausalLMMixin`.
+
+        Raises:
+            ValueError: Always.
+        """
+        return MeaForCausalLMMixin.init_continuous_batching(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+@remember
+def family_model(stock: Any) -> type:
+    """Return the class of any other family's model with components at the cache of its attention blocks.
+
+    Args:
+        stock: The family's own class, ``Gemma3ForCausalLM`` or ``Gemma3TextModel``.
+    """
+    config = family_config(stock.config_class)
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} with components in its cache.",
+        "config_class": config,
+    }
+    model: Any = type(f"Mea{stock.__name__}", (MeaEncodedMixin, stock), fields)
+    model.register_for_auto_class("AutoModelForCausalLM" if stock.can_generate() else "AutoModel")
+    _store_like(stock.config_class.model_type, config.model_type)
+    _store_like(stock.__name__, model.__name__)
+    return model
 
 
 __all__: list[str] = []
 for _config in CONFIGS:
     _add_family(_config)
 
-if TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any: ...
+def __getattr__(name: str) -> Any:
+    """Return the class of a family that is not written out above, by its name."""
+    stock = getattr(transformers, name.removeprefix("Mea"), None) if name.startswith("Mea") else None
+    if not (isinstance(stock, type) and hasattr(stock, "base_model_prefix")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return family_model(stock)

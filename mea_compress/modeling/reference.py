@@ -6,7 +6,18 @@ from typing import Any
 import torch
 
 from mea_compress.modeling.attention_mea import rotate_heads
-from mea_compress.modeling.section_mea import COMPLEX, KEPT, LOW_RANK, REAL, SELECTED, SHARED_LATENT, Form
+from mea_compress.modeling.section_mea import (
+    COMPLEX,
+    ENCODED_COMPLEX,
+    ENCODED_LOW_RANK,
+    ENCODED_REAL,
+    KEPT,
+    LOW_RANK,
+    REAL,
+    SELECTED,
+    SHARED_LATENT,
+    Form,
+)
 
 
 def reconstruct(form: Form, composition: Any, components: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
@@ -52,9 +63,9 @@ def _low_rank(composition: Any, components: torch.Tensor, heads: int) -> torch.T
 
 
 RECONSTRUCT: dict[str, Callable[[Any, torch.Tensor, int], torch.Tensor]] = {
-    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name), _real),
-    COMPLEX.name: _complex,
-    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name), _low_rank),
+    **dict.fromkeys((REAL.name, KEPT.name, SELECTED.name, ENCODED_REAL.name), _real),
+    **dict.fromkeys((COMPLEX.name, ENCODED_COMPLEX.name), _complex),
+    **dict.fromkeys((LOW_RANK.name, SHARED_LATENT.name, ENCODED_LOW_RANK.name), _low_rank),
 }
 """The formula of each form with a weight."""
 

@@ -23,6 +23,16 @@ cached and read (see `Form`). `FORM_OF` knows the forms of format 1's compositio
 both read whole). The last three may have part of a head as components: their width is any number of channels. Any
 other composition names its form as well, in ``key_form`` or ``value_form``. A layer whose keys have a matrix for each
 rotary pair also lists ``rotary_components``, the number of complex components of each pair.
+
+A layer whose attention is the stock family's own, with components at its cache, names that ``block`` and says what the
+block hands to a cache: ``heads``, ``head_dim``, ``value_dim``, ``rotary_dim`` and whether RoPE pairs are
+``interleaved``. Its forms are encoded ones, in which a second matrix makes components of the heads. A layer that caches
+no keys and values per head is null::
+
+    {"block": "model.layers.3.self_attn", "heads": 4, "head_dim": 8, "value_dim": 8, "rotary_dim": 8,
+     "interleaved": false, "key_composition": "frequency", "key_components": 2, "key_form": "encoded-complex",
+     "rotary_components": [2, 2, 2, 2],
+     "value_composition": "latent", "value_components": 2, "value_form": "encoded-low-rank"}
 """
 
 from collections.abc import Callable, Mapping
@@ -66,6 +76,10 @@ def _complex_by_heads(width: int, both: int, heads: int, head_dim: int) -> tuple
 
 def _channels_by_rank(width: int, both: int, heads: int, head_dim: int) -> tuple[int, ...]:
     return heads * head_dim, width
+
+
+def _rank_by_channels(width: int, both: int, heads: int, head_dim: int) -> tuple[int, ...]:
+    return width, heads * head_dim
 
 
 def _channels_by_shared_rank(width: int, both: int, heads: int, head_dim: int) -> tuple[int, ...]:
@@ -197,8 +211,22 @@ SHARED_LATENT = replace(
     weight_shape=_channels_by_shared_rank,
     joint=True,
 )
-FORMS = {form.name: form for form in (HEADS, POOLED, REAL, KEPT, SELECTED, COMPLEX, LOW_RANK, SHARED_LATENT)}
+# The same at the cache of an attention block that stays as it is: an encoder makes the components of final heads, so
+# that keys are cached after whatever norm and RoPE the block has.
+ENCODED_REAL = replace(REAL, name="encoded-real", encoder_shape=_components_by_heads)
+ENCODED_COMPLEX = replace(COMPLEX, name="encoded-complex", encoder_shape=_complex_by_heads, weighted_keys=False)
+ENCODED_LOW_RANK = replace(
+    LOW_RANK, name="encoded-low-rank", encoder_shape=_rank_by_channels, commutes_with_rope=True, absorbs=SIDES
+)
+ENCODED = {REAL.name: ENCODED_REAL, COMPLEX.name: ENCODED_COMPLEX, LOW_RANK.name: ENCODED_LOW_RANK}
+"""The encoded form of those that have one, by the name of the form whose encoder is folded into the projection."""
+FORMS = {
+    form.name: form
+    for form in (HEADS, POOLED, REAL, KEPT, SELECTED, COMPLEX, LOW_RANK, SHARED_LATENT, *ENCODED.values())
+}
 """Every form by its name; `register_form` of attention_mea.py adds one."""
+OWN_FORMS = frozenset(FORMS)
+"""The names of the forms that this file brings."""
 FORM_OF = {
     "none": HEADS,
     "pool": POOLED,
@@ -225,7 +253,7 @@ def side_form(layer: Mapping[str, Any], side: str) -> Form:
     composition, name = layer.get(f"{side}_composition"), layer.get(f"{side}_form")
     form = None
     if isinstance(composition, str):
-        form = FORM_OF.get(composition) or (FORMS.get(name) if isinstance(name, str) else None)
+        form = FORM_OF.get(composition) if name is None else FORMS.get(name) if isinstance(name, str) else None
         if form is None and name is not None:
             raise ValueError(f"unknown {side}_form {name!r}; import the module that registers it")
     if form is None or side not in form.sides:
@@ -234,9 +262,9 @@ def side_form(layer: Mapping[str, Any], side: str) -> Form:
 
 
 def side_section(side: str, composition: str, components: float, form: Form) -> dict[str, Any]:
-    """Return the entries of one side of a layer; the form is named where the composition is not of format 1."""
+    """Return the entries of one side of a layer; the form is named where it is not the composition's of format 1."""
     entries = {f"{side}_composition": composition, f"{side}_components": components}
-    return entries if composition in FORM_OF else entries | {f"{side}_form": form.name}
+    return entries if FORM_OF.get(composition) == form else entries | {f"{side}_form": form.name}
 
 
 def every_head(heads: int) -> dict[str, Any]:
@@ -257,9 +285,17 @@ def uniform_components(total: int, pairs: int) -> list[int]:
     return [total // pairs + (pair < total % pairs) for pair in range(pairs)]
 
 
-def rotary_pairs(head_dim: int, rotary_dim: int) -> tuple[list[int], list[int]]:
-    """The two channels of every pair of a head: RoPE rotates (p, p + rotary_dim/2); what it leaves is paired alike."""
+def rotary_pairs(head_dim: int, rotary_dim: int, interleaved: bool = False) -> tuple[list[int], list[int]]:
+    """The two channels of every pair of a head: RoPE rotates (p, p + rotary_dim/2); what it leaves is paired alike.
+
+    Args:
+        head_dim: d.
+        rotary_dim: Channels that RoPE rotates.
+        interleaved: Whether it rotates (2p, 2p + 1) instead.
+    """
     half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    if interleaved:
+        return [*range(0, head_dim, 2)], [*range(1, head_dim, 2)]
     first = [*range(half), *range(rotary_dim, rotary_dim + rest)]
     second = [*range(half, rotary_dim), *range(rotary_dim + rest, head_dim)]
     return first, second
@@ -289,12 +325,16 @@ def complete_section(
         raise ValueError(f"mea section: decode is one of {', '.join(DECODE)}, not {section['decode']!r}")
     if not isinstance(section.get("cpu_kernel", True), bool):
         raise ValueError(f"mea section: cpu_kernel is true or false, not {section['cpu_kernel']!r}")
-    heads, depth = config.num_key_value_heads, config.num_hidden_layers
+    heads, depth = getattr(config, "num_key_value_heads", config.num_attention_heads), config.num_hidden_layers
     whole = {"key_composition": "head", "key_components": heads, "value_composition": "head", "value_components": heads}
     layers = section.setdefault("layers", [dict(whole) for _ in range(depth)])
     if len(layers) != depth:
         raise ValueError(f"mea section describes {len(layers)} layers, the model has {depth}")
     for index, layer in enumerate(layers):
+        if layer is None and any(other and "block" in other for other in layers):
+            continue  # it caches no keys and values per head
+        if "block" in layer:
+            _check_block(index, layer)
         forms = [_checked_form(index, layer, side, config) for side in SIDES]
         groups = layer.get("groups", 1)
         if not isinstance(groups, int) or groups < 1 or heads % groups:
@@ -311,7 +351,9 @@ def _checked_form(index: int, layer: dict[str, Any], side: str, config: Any) -> 
     except ValueError as error:
         raise ValueError(f"mea layer {index}: {error}") from None
     components: Any = layer.get(f"{side}_components")
-    heads = config.num_key_value_heads
+    heads = layer.get("heads") or config.num_key_value_heads
+    if not form.plain and ("block" in layer) != (form.encoder_shape is not None):
+        raise ValueError(f"mea layer {index}: {side}_form {form.name} does not go with the layer's attention")
     numeric = isinstance(components, int | float) and not isinstance(components, bool)
     least = 1 / 1024 if form.fractional else 1
     if not numeric or not least <= components <= heads or (components % 1 and not form.fractional):
@@ -320,15 +362,27 @@ def _checked_form(index: int, layer: dict[str, Any], side: str, config: Any) -> 
         composition = layer[f"{side}_composition"]
         raise ValueError(f"mea layer {index}: composition {composition} caches all {heads} heads, not {components}")
     if form.per_pair:
-        _check_rotary_components(index, layer.get("rotary_components"), components, config)
+        head_dim = layer.get("head_dim") or getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        _check_rotary_components(index, layer.get("rotary_components"), components, head_dim)
     if form.repeats and heads % components:
         raise ValueError(f"mea layer {index}: {components} pooled components do not divide {heads} heads")
     return form
 
 
-def _check_rotary_components(index: int, counts: Any, components: float, config: Any) -> None:
+def _check_block(index: int, layer: dict[str, Any]) -> None:
+    """Raise unless a layer says where its attention block is and what that hands to a cache."""
+    block, sizes = layer["block"], [layer.get(name) for name in ("heads", "head_dim", "value_dim")]
+    rotary_dim = layer.get("rotary_dim")
+    whole = all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes)
+    if not isinstance(block, str) or not whole or not isinstance(layer.get("interleaved", False), bool):
+        raise ValueError(f"mea layer {index}: block, heads, head_dim and value_dim do not say what its block caches")
+    if type(rotary_dim) is not int or not 0 <= rotary_dim <= layer["head_dim"] or rotary_dim % 2:
+        raise ValueError(f"mea layer {index}: RoPE cannot rotate {rotary_dim!r} of {layer['head_dim']} channels")
+
+
+def _check_rotary_components(index: int, counts: Any, components: float, head_dim: int) -> None:
     """Every rotary pair has a whole number of complex components, and they fill the width that the layer caches."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs, total = head_dim // 2, cached_width(components, head_dim) // 2
     whole = isinstance(counts, list | tuple) and all(type(count) is int and count >= 0 for count in counts)
     if not whole or len(counts) != pairs or sum(counts) != total:

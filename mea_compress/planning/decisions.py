@@ -8,6 +8,7 @@ from fractions import Fraction
 from math import ceil
 
 from mea_compress.architectures import Checkpoint
+from mea_compress.architectures.families import LayerGeometry
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.checkpoint.system import memory_bytes
 from mea_compress.compositions.base import (
@@ -19,7 +20,7 @@ from mea_compress.compositions.base import (
     side_choice,
 )
 from mea_compress.errors import RequestError
-from mea_compress.modeling.section_mea import cached_width
+from mea_compress.modeling.section_mea import ENCODED, Form, cached_width
 from mea_compress.planning.sizes import healing_batch, healing_bytes
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
 from mea_compress.recipe import Recipe, budget_file
@@ -45,7 +46,7 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     healing = healing_steps(source, recipe, layers, sequences, length)
     steps = refinement_steps(source, recipe, healing > 0)
     calibrated = recipe.fit != "weights" or steps > 0
-    measured = measures_budget(recipe) and any(layer.compressed for layer in layers)
+    measured = measures_budget(recipe, source.at_cache) and any(layer.compressed for layer in layers)
     searched = (
         not measured
         and budget_file(recipe) is None
@@ -82,13 +83,18 @@ def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
     return bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
 
 
-def measures_budget(recipe: Recipe) -> bool:
+def measures_budget(recipe: Recipe, at_cache: bool = False) -> bool:
     """Return whether widths are chosen by a measured profile: where that was asked for, or nothing speaks against it.
+
+    Args:
+        recipe: What was asked for.
+        at_cache: Whether heads are composed at the cache of attention blocks that stay as they are.
 
     Raises:
         RequestError: It was asked for and the rest of the recipe leaves nothing to choose, or no text to measure on.
     """
     obstacles = [
+        (at_cache, "profiles are of projections, and this model is composed at its cache"),
         (recipe.fit == "weights", "--fit weights reads no text to measure on"),
         (recipe.kv_ratio is None, "there is no --kv-ratio to divide"),
         (
@@ -116,7 +122,7 @@ def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     Raises:
         RequestError: The recipe's sequences are longer than the model's context.
     """
-    context = source.config.max_position_embeddings or _CALIBRATION_SEQUENCE
+    context = getattr(source.config, "max_position_embeddings", None) or _CALIBRATION_SEQUENCE
     length = recipe.sequence_length or min(context, _CALIBRATION_SEQUENCE)
     if length > context:
         raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
@@ -151,6 +157,13 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
         length: Tokens of each.
     """
     if not isinstance(recipe.heal, str) or not any(layer.compressed for layer in layers):
+        return 0
+    if source.at_cache:
+        if recipe.heal not in ("auto", "0"):
+            raise RequestError(
+                f"--heal {recipe.heal} distils projections, and those of {source.family.model_type} stay as they are; "
+                "use `mea-compress heal` afterwards"
+            )
         return 0
     if recipe.heal != "auto":
         return int(recipe.heal)
@@ -196,6 +209,8 @@ def choose_compositions(source: Checkpoint, recipe: Recipe) -> tuple[str, str, s
     chosen = (recipe.key_composition, recipe.value_composition)
     keys, values = (None if choice is None else method_name(choice) for choice in chosen)
     reasons = []
+    if source.at_cache:
+        reasons.append(_at_cache(source, recipe))
     if keys is None:
         keys = DEFAULT_METHODS["key"]
         extra = ", with one norm scalar a head cached beside them" if source.config.mea["qk_norm"] else ""
@@ -206,16 +221,46 @@ def choose_compositions(source: Checkpoint, recipe: Recipe) -> tuple[str, str, s
     return keys, values, "; ".join(reasons)
 
 
-def decide_layer(source: Checkpoint, recipe: Recipe, keys: str, values: str, before: LayerSpec) -> LayerSpec:
+def _at_cache(source: Checkpoint, recipe: Recipe) -> str:
+    """Say that components are made at the cache, and of which layers they are not.
+
+    Raises:
+        RequestError: The recipe asks for what cannot be had there.
+    """
+    name, config = source.family.model_type, source.config
+    if recipe.fit == "weights":
+        raise RequestError(
+            f"--fit weights looks at k_proj and v_proj, and the attention of {name} is composed at its cache; leave "
+            "--fit out, or choose activations"
+        )
+    if recipe.kv_groups > 1:
+        raise RequestError(f"--kv-groups divides projections, and those of {name} stay as they are; leave it out")
+    if recipe.rotary_allocation == "shared" or budget_file(recipe) is not None:
+        raise RequestError(
+            f"--rotary-allocation shared and a --budget from a file are for projections, and those of {name} stay as "
+            "they are; leave them out"
+        )
+    sentence = f"composed at the cache: the attention of {name} and its weights stay as they are"
+    left = [str(layer) for layer in range(config.num_hidden_layers) if source.geometry(layer) is None]
+    if left:
+        sentence += f"; no keys and values per head are cached in layers {', '.join(left)}, which are left alone"
+    return sentence
+
+
+def decide_layer(
+    source: Checkpoint, recipe: Recipe, geometry: LayerGeometry, keys: str, values: str, before: LayerSpec
+) -> LayerSpec:
     """Decide how a chosen layer is cached afterwards.
 
     Raises:
         RequestError: Components, compositions or groups do not fit the layer.
     """
-    heads = source.config.num_key_value_heads
+    heads = geometry.heads
+    if source.at_cache and recipe.key_composition is None and not geometry.rotary_dim:
+        keys = values  # no positions are rotated, so keys are free to be whatever values are
     spec = LayerSpec(
-        _decide_side("key", keys, recipe.key_components, recipe.kv_ratio, before.key, source),
-        _decide_side("value", values, recipe.value_components, recipe.kv_ratio, before.value, source),
+        _decide_side("key", keys, recipe.key_components, recipe.kv_ratio, before.key, source, geometry),
+        _decide_side("value", values, recipe.value_components, recipe.kv_ratio, before.value, source, geometry),
     )
     if spec.key.form.joint != spec.value.form.joint:
         raise RequestError(
@@ -227,25 +272,51 @@ def decide_layer(source: Checkpoint, recipe: Recipe, keys: str, values: str, bef
 
 
 def _decide_side(
-    side: str, composition: str, count: int | None, ratio: float | None, before: SideSpec, source: Checkpoint
+    side: str,
+    composition: str,
+    count: int | None,
+    ratio: float | None,
+    before: SideSpec,
+    source: Checkpoint,
+    geometry: LayerGeometry,
 ) -> SideSpec:
     """Decide composition and components of one side; a side that nothing is said about stays as it is."""
     if count is None and ratio is None:
         return before
-    heads = source.config.num_key_value_heads
+    heads, head_dim = geometry.heads, geometry.dim(side)
     form = method_form(composition)
-    components = _components(count, side, ratio, before.components, heads, form.step(source.head_dim))
+    if source.at_cache:
+        form = _form_at_cache(side, composition, form, source, before)
+    components = _components(count, side, ratio, before.components, heads, form.step(head_dim))
     extra = form.beside(heads, False) - before.form.beside(heads, False)
     if side == "key" and extra > 0 and count is None and components < before.components:
         # The ratio is one of bytes: what positions take beside these keys is taken from the keys.
-        channels = max(cached_width(components, source.head_dim) - extra, form.step_channels or source.head_dim)
-        components = channels / source.head_dim
+        channels = max(cached_width(components, head_dim) - extra, form.step_channels or head_dim)
+        components = channels / head_dim
     if form.repeats and heads % components:
         raise RequestError(
             f"--{side}-composition {composition} needs a number of components that divides the {heads} key/value "
             f"heads, not {components}"
         )
     return SideSpec(composition, components, form)
+
+
+def _form_at_cache(side: str, composition: str, form: Form, source: Checkpoint, before: SideSpec) -> Form:
+    """Return the form that a composition has at the cache of an attention block that stays as it is.
+
+    Raises:
+        RequestError: It has none, or the side has been composed before.
+    """
+    if not before.form.identity:
+        raise RequestError(
+            f"{source.reader.directory} has been composed at its cache already; compress the original instead"
+        )
+    if form.name not in ENCODED:
+        raise RequestError(
+            f"--{side}-composition {composition} changes projections, and the attention of {source.family.model_type} "
+            "stays as it is; choose a composition whose form has an encoder, such as the default"
+        )
+    return ENCODED[form.name]
 
 
 def _components(

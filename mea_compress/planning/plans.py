@@ -15,7 +15,7 @@ from mea_compress.planning.budget import allocate, explicit, is_profile, read_wi
 from mea_compress.planning.decisions import choose_compositions, decide, decide_layer, needs_queries, stored_dtype
 from mea_compress.planning.profiles import Profile, read_profile
 from mea_compress.planning.sizes import cached_bytes, layer_parameters, layer_window, whole_costs
-from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, cache_sizes
+from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, cache_sizes, composed_at
 from mea_compress.recipe import Recipe, budget_file, make_recipe, select_layers
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import inspection_report
@@ -58,8 +58,10 @@ def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
     keys, values, choice = choose_compositions(source, recipe)
     layers = []
     for layer, section in enumerate(source.config.mea["layers"]):
-        before = LayerSpec.of(section)
-        spec = decide_layer(source, recipe, keys, values, before) if layer in chosen else before
+        before, geometry = LayerSpec.of(section), source.geometry(layer)
+        spec = before
+        if layer in chosen and geometry is not None:
+            spec = decide_layer(source, recipe, geometry, keys, values, before)
         layers.append(_layer_plan(source, recipe, layer, before, spec))
     decisions = decide(source, recipe, layers, choice)
     planned = Plan(source, recipe, tuple(layers), decisions, whole_costs(source, recipe, decisions, layers))
@@ -124,10 +126,10 @@ def _layer_plan(source: Checkpoint, recipe: Recipe, layer: int, before: LayerSpe
         layer,
         before,
         spec,
-        bytes_before=cached_bytes(source, before, source.dtype),
-        bytes_after=cached_bytes(source, spec, stored_dtype(source, recipe)),
-        parameters_before=layer_parameters(source, before),
-        parameters_after=layer_parameters(source, spec),
+        bytes_before=cached_bytes(source, layer, before, source.dtype),
+        bytes_after=cached_bytes(source, layer, spec, stored_dtype(source, recipe)),
+        parameters_before=layer_parameters(source, layer, before),
+        parameters_after=layer_parameters(source, layer, spec),
         needs_queries=needs_queries(recipe, spec),
         window=layer_window(source, layer),
     )
@@ -164,13 +166,14 @@ class Inspection(Shown):
             "layers": len(self.layers),
             "hidden_size": config.hidden_size,
             "query_heads": config.num_attention_heads,
-            "key_value_heads": config.num_key_value_heads,
+            "key_value_heads": source.first_geometry.heads,
             "head_dim": source.head_dim,
             "rotary_dim": source.rotary_dim,
             "qk_norm": config.mea["qk_norm"],
             "head_norm": config.mea["head_norm"],
             "dtype": TORCH_NAMES[source.dtype],
-            "context_length": config.max_position_embeddings,
+            "context_length": getattr(config, "max_position_embeddings", None),
+            "composed_at": composed_at(source),
             "parameters": self.parameters,
             "weight_bytes": source.weight_bytes,
             "weight_files": len(source.reader.files),

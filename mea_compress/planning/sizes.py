@@ -7,7 +7,7 @@ from math import prod
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
-from mea_compress.architectures.families import Shapes
+from mea_compress.architectures.families import LayerGeometry, Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
@@ -36,36 +36,48 @@ def layer_window(source: Checkpoint, layer: int) -> int | None:
     return getattr(config, "sliding_window", None) if sliding else None
 
 
-def cached_bytes(source: Checkpoint, spec: LayerSpec, dtype: str) -> int:
-    """Return the cache bytes per token of a layer in a dtype (as safetensors calls it)."""
-    beside = spec.key.form.beside(source.config.num_key_value_heads, source.config.mea["qk_norm"])
-    return DTYPE_BITS[dtype] // 8 * (sum(_widths(source, spec)) + beside)
+def cached_bytes(source: Checkpoint, layer: int, spec: LayerSpec, dtype: str) -> int:
+    """Return the cache bytes per token of a layer in a dtype (as safetensors calls it), 0 if it caches no heads."""
+    geometry = source.geometry(layer)
+    if geometry is None:
+        return 0
+    beside = spec.key.form.beside(geometry.heads, source.config.mea["qk_norm"])
+    return DTYPE_BITS[dtype] // 8 * (sum(_widths(geometry, spec)) + beside)
 
 
-def layer_parameters(source: Checkpoint, spec: LayerSpec) -> int:
+def layer_parameters(source: Checkpoint, layer: int, spec: LayerSpec) -> int:
     """Return how many numbers the tensors hold that make a layer's keys and values."""
-    return sum(prod(shape) for shape in stored_shapes(source, spec).values())
+    return sum(prod(shape) for shape in stored_shapes(source, layer, spec).values())
 
 
-def stored_shapes(source: Checkpoint, spec: LayerSpec) -> Shapes:
-    """Return the tensors that keys and values are stored as, in order, by their names below ``self_attn.``."""
-    config, heads, head_dim = source.config, source.config.num_key_value_heads, source.head_dim
-    widths = dict(zip(("key", "value"), _widths(source, spec), strict=True))
+def stored_shapes(source: Checkpoint, layer: int, spec: LayerSpec) -> Shapes:
+    """Return the tensors that keys and values are stored as, in order, by their names below the attention block."""
+    config, geometry = source.config, source.geometry(layer)
+    if geometry is None:
+        return {}
+    widths = dict(zip(("key", "value"), _widths(geometry, spec), strict=True))
     shapes: Shapes = {}
     for side, width in widths.items():
+        if source.at_cache:  # what makes heads of the layer's input stays as it is
+            continue
         shapes[f"{side[0]}_proj.weight"] = (width, config.hidden_size)
         if config.mea["bias"][side]:
             shapes[f"{side[0]}_proj.bias"] = (width,)
     for side, width in widths.items():
-        shape = spec.side(side).form.shape(width, sum(widths.values()), heads, head_dim)
+        form, sizes = spec.side(side).form, (sum(widths.values()), geometry.heads, geometry.dim(side))
+        shape = form.shape(width, *sizes)
         if shape is not None:
             shapes[f"{side}_composition.weight"] = shape
+        if form.encoder_shape is not None:
+            shapes[f"{side}_composition.encoder"] = form.encoder_shape(width, *sizes)
     return shapes
 
 
-def _widths(source: Checkpoint, spec: LayerSpec) -> tuple[int, int]:
-    key, value = (cached_width(side.components, source.head_dim) for side in (spec.key, spec.value))
-    return key, value
+def _widths(geometry: LayerGeometry, spec: LayerSpec) -> tuple[int, int]:
+    return (
+        cached_width(spec.key.components, geometry.head_dim),
+        cached_width(spec.value.components, geometry.value_dim),
+    )
 
 
 def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
@@ -79,11 +91,10 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
     scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
-    pairs = 2 * config.num_key_value_heads * source.head_dim * config.hidden_size  # keys and values
+    pairs = 2 * source.first_geometry.heads * source.head_dim * config.hidden_size  # keys and values
     memory = 8 * 4 * pairs
     if decisions.needs_calibration:  # one decoder layer in float32, its statistics, and the hidden states of the text
-        prefix = source.family.layer.format(layer=0)
-        decoder = sum(prod(info.shape) for info in infos if info.name.startswith(prefix))
+        decoder = largest_layer(source)
         memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
         # The text as the original has it before and behind a layer, and as the compressed layers send it.
         tokens = decisions.sequences * decisions.sequence_length
@@ -109,6 +120,23 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         memory_bytes=memory + _WORKING_BYTES,
         stock_export=_stock_export(source, recipe, layers, size),
     )
+
+
+def largest_layer(source: Checkpoint) -> int:
+    """Return the numbers of the largest decoder layer."""
+    if not source.at_cache:
+        prefixes = [source.family.layer.format(layer=0)]
+    else:
+        stem = source.first_geometry.block.split(".")
+        place = next(place for place, part in enumerate(stem) if part.isdecimal())
+        depth = source.config.num_hidden_layers
+        prefixes = [".".join([*stem[:place], str(layer), ""]) for layer in range(depth)]
+    sizes = dict.fromkeys(prefixes, 0)
+    for info in source.reader.tensors.values():
+        for prefix in prefixes:
+            if info.name.startswith(prefix):
+                sizes[prefix] += prod(info.shape)
+    return max(sizes.values())
 
 
 def step_bytes(source: Checkpoint, gradients: bool) -> int:
@@ -153,6 +181,8 @@ def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int) 
 
 def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:
     """Return what a stock export of the planned layers costs and saves, or why there can be none."""
+    if source.at_cache:
+        return {"reason": f"the attention of {source.family.model_type} stays as it is and is composed at its cache"}
     sections = []
     for layer, spec in zip(layers, source.config.mea["layers"], strict=True):
         section = dict(spec)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mea_compress.architectures import Checkpoint
-from mea_compress.modeling.section_mea import Form, side_form, side_section
+from mea_compress.modeling.section_mea import Form, every_head, side_form, side_section
 from mea_compress.planning.profiles import Profile
 from mea_compress.recipe import Recipe
 from mea_compress.report.showing import Shown
@@ -40,8 +40,10 @@ class LayerSpec:
     value: SideSpec
 
     @staticmethod
-    def of(section: Mapping[str, Any]) -> LayerSpec:
-        """Return the spec of a layer's entry in the ``mea`` section."""
+    def of(section: Mapping[str, Any] | None) -> LayerSpec:
+        """Return the spec of a layer's entry in the ``mea`` section; None where it caches nothing per head."""
+        if section is None:
+            section = every_head(0)
         key, value = (
             SideSpec(section[f"{side}_composition"], section[f"{side}_components"], side_form(section, side))
             for side in ("key", "value")
@@ -201,6 +203,7 @@ class Plan(Shown):
             "cache": cache_sizes(((one.bytes_before, one.bytes_after, one.window) for one in self.layers), batch),
             "output_bytes": self.costs.output_bytes,
             "memory_bytes": self.costs.memory_bytes,
+            "composed_at": composed_at(self.source),
             "stock_export": self.costs.stock_export,
             **({} if self.predicted_kl is None else {"predicted_kl": self.predicted_kl}),
         }
@@ -210,6 +213,11 @@ class Plan(Shown):
         data = self.to_json(batch)
         choice = [f"Composition: {self.decisions.choice}"] if self.decisions.choice else []
         return "\n\n".join([plan_report(data), *choice, stock_outlook(data["stock_export"])])
+
+
+def composed_at(source: Checkpoint) -> str:
+    """Return where keys and values are composed: in the projections (k_proj makes components), or at the cache."""
+    return "cache" if source.at_cache else "projections"
 
 
 def cache_sizes(layers: Iterable[tuple[int, int, int | None]], batch: int) -> list[dict[str, int]]:
