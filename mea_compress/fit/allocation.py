@@ -58,7 +58,9 @@ def _energies(plan: Plan, layers: list[LayerPlan], workspace: Workspace, progres
         for layer in plan.layers[: layers[-1].layer + 1]:
             stream.compressed = stream.original.copy()
             if layer in layers:
-                found.append(_layer_energies(plan, layer, stream.pass_original(layer.layer, with_statistics=True)))
+                statistics = stream.pass_original(layer.layer, with_statistics=True)
+                assert isinstance(statistics, LayerStatistics)
+                found.append(_layer_energies(plan, layer, statistics))
                 bar.update(1)
             if layer is not layers[-1]:
                 stream.compressed = stream.original

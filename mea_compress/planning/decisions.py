@@ -63,7 +63,7 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         sequence_length=length,
         refinement_steps=steps,
         measures_budget=measured,
-        shares_rotary_allocation=_shares_allocation(recipe, layers),
+        shares_rotary_allocation=_shares_allocation(recipe, layers, source.at_cache),
         searches_kv_split=searched,
         stored_dtype=stored_dtype(source, recipe),
         has_static_shapes=not calibrated
@@ -77,10 +77,20 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     )
 
 
-def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
-    """Return whether rotary pairs get the same components in all layers, chosen for all of them together."""
+def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan], at_cache: bool) -> bool:
+    """Return whether rotary pairs get the same components in all layers, chosen for all of them together.
+
+    Raises:
+        RequestError: It was asked for, and the model is composed at its cache.
+    """
     keys = [layer.spec.key for layer in layers if layer.compressed and layer.spec.key.form.per_pair]
-    return bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
+    shares = bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
+    if shares and at_cache:
+        raise RequestError(
+            "--rotary-allocation shared is for stock exports, and a model that is composed at its cache has none; use "
+            "energy"
+        )
+    return shares
 
 
 def measures_budget(recipe: Recipe, at_cache: bool = False) -> bool:
