@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "latent + latent (whitened joint SVD: Palu, SVD-LLM, CARE)": {"key": "latent", "value": "latent", **CLOSED},
     "latent + latent, refined": {"key": "latent", "value": "latent"},
     "joint": {"key": "joint", "value": "joint", **CLOSED},
-    "joint, refined (best-quality)": {"key": "joint", "value": "joint"},
+    "joint, refined": {"key": "joint", "value": "joint"},
 }
 PEER = "peer: cacheshrink, separate, calibrated"
 

@@ -12,6 +12,7 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
     mc.export("OUT", "STOCK")                         # a plain checkpoint of its family
     mc.refresh("OUT")                                 # this version's code in an older checkpoint
     mc.run("recipe.yaml")                             # all of it
+    mc.validate("recipe.yaml")                        # whether it can be done
     model, tokenizer = mc.load("OUT")
 
 Every verb takes paths first and keywords behind them: ``recipe=`` or the recipe's own fields. Results print
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from mea_compress.loading import load
     from mea_compress.measure.evaluation import evaluate
     from mea_compress.measure.results import Evaluation, Evaluations
-    from mea_compress.pipeline import PipelineResult, run
+    from mea_compress.pipeline import PipelineResult, Validation, run, validate
     from mea_compress.planning.plans import Inspection, open, plan
     from mea_compress.planning.types import Plan
     from mea_compress.recipe import Recipe
@@ -52,6 +53,7 @@ _ROOMS = {
     "Recipe": "recipe",
     "RefreshResult": "emit.code",
     "RequestError": "errors",
+    "Validation": "pipeline",
     "compress": "compression",
     "evaluate": "measure.evaluation",
     "export": "exporting.stock",
@@ -61,6 +63,7 @@ _ROOMS = {
     "plan": "planning.plans",
     "refresh": "emit.code",
     "run": "pipeline",
+    "validate": "pipeline",
 }
 """Where each name of the API lives; loaded when it is first used."""
 
@@ -88,6 +91,7 @@ __all__ = [
     "export",
     "refresh",
     "run",
+    "validate",
     "load",
     "register",
     "CompressionResult",
@@ -101,5 +105,6 @@ __all__ = [
     "Recipe",
     "RefreshResult",
     "RequestError",
+    "Validation",
     "__version__",
 ]

@@ -30,6 +30,7 @@ from mea_compress.recipe import (
     from_flags,
     given_settings,
     load_recipe,
+    read_changes,
     value_type,
 )
 from mea_compress.report.showing import Shown
@@ -123,6 +124,7 @@ class _Program(_Group):
 def _with_flags(message: str, parameters: Sequence[click.Parameter]) -> str:
     """Replace parameters of functions, `sequence_length` in backquotes, by flags of a command: --sequence-length."""
     flags = {option.name: option.opts[0] for option in parameters if isinstance(option, click.Option)}
+    flags |= {"set": flags["changes"]} if "changes" in flags else {}
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message)
 
 
@@ -195,6 +197,16 @@ def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
 def _recipe_option(function: Function) -> Function:
     return click.option(
         "--recipe", metavar="NAME|FILE", help="Start from a built-in or YAML recipe; flags given here win over it."
+    )(function)
+
+
+def _set_option(function: Function) -> Function:
+    return click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A value that wins over the recipe's, such as kv_ratio=0.25 or heal.steps=100; may be given again.",
     )(function)
 
 
@@ -371,14 +383,38 @@ def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path
 @cli.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
-@click.option("--out", metavar="OUT", type=_PATH, help="Where the result goes, instead of the recipe's.")
+@click.option(
+    "--out",
+    metavar="OUT",
+    type=_PATH,
+    help="Where the result goes, instead of the recipe's; beside SRC, called SRC-RECIPE, where neither says so.",
+)
+@_set_option
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
-def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_file: Path | None) -> None:
+def run(
+    recipe: str, source: Path | None, out: Path | None, changes: tuple[str, ...], resume: bool, json_file: Path | None
+) -> None:
     """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
     from mea_compress.pipeline import run as run_recipe
 
-    _show(run_recipe(recipe, source=source, out=out, resume=resume), json_file)
+    settings = read_changes(changes, {"source": source, "out": out})
+    _show(run_recipe(recipe, resume=resume, **settings), json_file)
+
+
+@cli.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
+@click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
+@_set_option
+@_json_option
+def validate(recipes: tuple[str, ...], source: Path | None, changes: tuple[str, ...], json_file: Path | None) -> None:
+    """Say of recipes, in a sentence each, whether run would refuse them; the exit status is 2 where it would."""
+    from mea_compress.pipeline import validate as validate_recipes
+
+    result = validate_recipes(recipes, **read_changes(changes, {"source": source}))
+    _show(result, json_file)
+    if result.faults:
+        raise RequestError(f"{len(result.faults)} of {len(result.recipes)} cannot be carried out: see above")
 
 
 @cli.group(invoke_without_command=True)
