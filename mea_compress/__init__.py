@@ -13,6 +13,7 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
     mc.refresh("OUT")                                 # this version's code in an older checkpoint
     mc.run("recipe.yaml")                             # all of it
     mc.validate("recipe.yaml")                        # whether it can be done
+    mc.sweep("SRC", "SWEEP", text="held-out.txt")     # many ways to compress, measured, on one page
     model, tokenizer = mc.load("OUT")
 
 Every verb takes paths first and keywords behind them: ``recipe=`` or the recipe's own fields. Results print
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from mea_compress.planning.plans import Inspection, open, plan
     from mea_compress.planning.types import Plan
     from mea_compress.recipe import Recipe
+    from mea_compress.sweeping.results import Sweep
+    from mea_compress.sweeping.run import sweep
 
 __version__ = "0.2.0"
 
@@ -53,6 +56,7 @@ _ROOMS = {
     "Recipe": "recipe",
     "RefreshResult": "emit.code",
     "RequestError": "errors",
+    "Sweep": "sweeping.results",
     "Validation": "pipeline",
     "compress": "compression",
     "evaluate": "measure.evaluation",
@@ -63,6 +67,7 @@ _ROOMS = {
     "plan": "planning.plans",
     "refresh": "emit.code",
     "run": "pipeline",
+    "sweep": "sweeping.run",
     "validate": "pipeline",
 }
 """Where each name of the API lives; loaded when it is first used."""
@@ -92,6 +97,7 @@ __all__ = [
     "refresh",
     "run",
     "validate",
+    "sweep",
     "load",
     "register",
     "CompressionResult",
@@ -105,6 +111,7 @@ __all__ = [
     "Recipe",
     "RefreshResult",
     "RequestError",
+    "Sweep",
     "Validation",
     "__version__",
 ]
