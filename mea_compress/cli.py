@@ -41,6 +41,22 @@ from mea_compress.report.tables import format_seconds, table
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
+# Settings that say what a profile measures.
+_PROFILED = (
+    "layers",
+    "key_composition",
+    "value_composition",
+    "rotary_allocation",
+    "prune_by",
+    "fit",
+    "text",
+    "bos",
+    "sequence_length",
+    "sequences",
+    "statistics",
+    "seed",
+    "device",
+)
 
 
 class _Option(click.Option):
@@ -182,13 +198,18 @@ def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
         raise click.BadParameter(f"should be whole numbers such as 1024,4096, not {value!r}") from None
 
 
-def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
-    """Return a decorator that adds an option for every field with a group; unset flags are None: the recipe's apply."""
+def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Return a decorator that adds options for fields; unset flags are None: the recipe's apply.
+
+    Args:
+        settings: Whose fields; those without a group have no flag.
+        names: The fields; all without it.
+    """
 
     def decorate(function: Function) -> Function:
         for name, field in reversed(settings.model_fields.items()):
             extra = field.json_schema_extra
-            if not isinstance(extra, dict) or "group" not in extra:
+            if not isinstance(extra, dict) or "group" not in extra or (names and name not in names):
                 continue
             kind = value_type(field.annotation)
             help_text = field.description or ""
@@ -323,6 +344,30 @@ def plan(source: Path, recipe: str | None, time: bool, batch: int, json_file: Pa
         data["seconds"] = estimate_seconds(planned)
         text += f"\n\nTime of the fit on this machine: about {format_seconds(data['seconds'])}"
     _print(text, data, json_file)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@_recipe_option
+@_options(Recipe, _PROFILED)
+@click.option("--plot", metavar="FILE", type=_PATH, help="Draw the costs as a heat map: .png, .svg or .pdf.")
+@_json_option
+def profile(source: Path, recipe: str | None, plot: Path | None, json_file: Path | None, **flags: Any) -> None:
+    """Measure what each width of each layer costs, on held-out text; --budget of compress takes the --json FILE.
+
+    One side of one layer at a time is compressed. What is measured is kept beside FILE as it comes, and a run that was
+    interrupted goes on there.
+    """
+    from mea_compress.fit.profile import profile as profile_checkpoint
+    from mea_compress.report.plots import check_file, draw_profile
+
+    if plot is not None:
+        check_file(plot)
+    file = None if json_file is None or str(json_file) == "-" else json_file
+    found = profile_checkpoint(source, out=file, recipe=recipe, **flags)
+    if plot is not None:
+        draw_profile(found.to_json(), plot)
+    _print(found.report(), found.to_json(), json_file)
 
 
 @cli.command()

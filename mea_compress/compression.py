@@ -14,9 +14,9 @@ from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint,
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_source
+from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
-from mea_compress.recipe import Recipe, make_recipe, to_yaml
+from mea_compress.recipe import Recipe, budget_file, make_recipe, to_yaml
 from mea_compress.report.cards import model_card
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import before_after, fidelity_report
@@ -93,6 +93,14 @@ def compress(
     check_free(out, source)
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
+        if plan.decisions.measures_budget:
+            from mea_compress.fit.profile import profile_in
+
+            plan = plan_budget(plan, profile_in(plan, workspace, progress))
+        if plan.decisions.shares_rotary_allocation:
+            from mea_compress.fit.allocation import share_rotary_components
+
+            plan = share_rotary_components(plan, workspace, progress)
         plan = _fit_and_write(plan, workspace, progress)
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
@@ -101,6 +109,7 @@ def compress(
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
+            **_budget_fidelity(plan, workspace),
             "verification": _verified(plan, workspace.path, progress),
         }
         _write_documents(plan, config, fidelity, workspace.path)
@@ -124,11 +133,12 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
 
 def _fingerprint(plan: Plan) -> dict[str, Any]:
     """Return what must be the same for an interrupted run to be taken up again, by what to call it."""
-    text = plan.recipe.text
+    text, budget = plan.recipe.text, budget_file(plan.recipe)
     return {
         "the source": fingerprint(plan.source.reader, plan.source.raw_config),
         "the recipe": to_yaml(plan.recipe),
         "the calibration text": text_state(text) if text else None,
+        "the budget": None if budget is None else budget.read_text(encoding="utf-8"),
         "a library version": versions(),
     }
 
@@ -179,6 +189,14 @@ def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     }
 
 
+def _budget_fidelity(plan: Plan, workspace: Workspace) -> dict[str, Any]:
+    """Return what the profile predicted of the whole, and what was measured of it on the same text after the fit."""
+    if plan.profile is None:
+        return {}
+    measured = workspace.result_of("budget", "kl")
+    return {"budget": {"predicted_kl": plan.predicted_kl, "measured_kl": measured, "tokens": plan.profile.tokens}}
+
+
 def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     """Write config.json of the emitted checkpoint, and the code that loads it where this package is not installed."""
     source, family = plan.source, plan.source.family
@@ -209,6 +227,7 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
             "model_type": config["model_type"],
             "plan": plan.to_json(),
             "fidelity": fidelity,
+            **({} if plan.profile is None else {"profile": plan.profile.to_json()}),
             "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"source", "out"}),
             "versions": versions(),
         },

@@ -61,7 +61,7 @@ def _blocks(composed: FactoredHeads, form: StockForm, order: list[int] | None = 
     if blocks[~diagonal].any():
         raise RequestError(
             "heads are composed across the groups that config.json says; set groups to 1 in its mea section, or "
-            "compress again with --kv-groups and --rotary-budget uniform"
+            "compress again with --kv-groups and --rotary-allocation uniform"
         )
     return split_heads(join_heads(blocks[diagonal]), composed.head_dim)
 

@@ -27,7 +27,7 @@ _LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn", "proportional
 # The frequency of a channel that RoPE leaves alone; its wavelength must be a finite float32.
 _NO_ROTATION = 1e-30
 _SERVE = "serve the compressed checkpoint itself with trust_remote_code"
-_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-budget uniform --split even --layers all)"
+_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-allocation shared --split even --layers all)"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def side_groups(spec: Mapping[str, Any], side: str) -> int:
 
 
 def uniform_rotary_components(components: float, head_dim: int) -> list[int]:
-    """Return the complex components of each rotary pair under ``rotary_budget: uniform``, (head_dim / 2,).
+    """Return the complex components of each rotary pair under ``rotary_allocation: uniform``, (head_dim / 2,).
 
     Args:
         components: Component heads that keys cache; part of a head is possible.

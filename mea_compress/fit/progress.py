@@ -25,7 +25,27 @@ TRIAL_TOKENS = 1 << 13
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
 
 
-class FitProgress:
+class Work:
+    """Is told what goes on and how much is done; this one tells nobody, and knows no limit of time."""
+
+    def begin_fit(self) -> None:
+        """Say that the present layer is fitted, and not only passed through."""
+
+    def say(self, layer: int, what: str) -> None:
+        """Say what is going on."""
+
+    def add(self, units: float) -> None:
+        """Count work."""
+
+    def finish_layer(self) -> None:
+        """Say that the present layer is done."""
+
+    def steps_allowed(self, steps: int, trials: int) -> int:
+        """Return how many of some steps there is time for, with others beside them that are not kept."""
+        return steps
+
+
+class FitProgress(Work):
     """One bar over all layers of a fit.
 
     Args:

@@ -7,7 +7,14 @@ from fractions import Fraction
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
-from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
+from mea_compress.compositions.base import (
+    DEFAULT_METHODS,
+    method_form,
+    method_name,
+    method_needs_queries,
+    method_shares_allocation,
+    side_choice,
+)
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
@@ -25,7 +32,14 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     steps = refinement_steps(source, recipe)
     sequences, length = calibration_shape(source, recipe)
     calibrated = recipe.fit != "weights" or steps > 0
-    searched = recipe.fit == "aligned" and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    measured = measures_budget(recipe) and any(layer.compressed for layer in layers)
+    searched = (
+        not measured
+        and recipe.fit == "aligned"
+        and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    )
+    if measured:
+        choice = "; ".join([*filter(None, [choice]), "widths of layers, keys and values by what each of them costs"])
     if searched:
         choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
     return Decisions(
@@ -33,6 +47,8 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         sequences=sequences,
         sequence_length=length,
         refinement_steps=steps,
+        measures_budget=measured,
+        shares_rotary_allocation=_shares_allocation(recipe, layers),
         searches_kv_split=searched,
         stored_dtype=stored_dtype(source, recipe),
         has_static_shapes=not calibrated
@@ -41,6 +57,35 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES,
         choice=choice,
     )
+
+
+def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
+    """Return whether rotary pairs get the same components in all layers, chosen for all of them together."""
+    keys = [layer.spec.key for layer in layers if layer.compressed and layer.spec.key.form.per_pair]
+    return bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
+
+
+def measures_budget(recipe: Recipe) -> bool:
+    """Return whether widths are chosen by a measured profile: where that was asked for, or nothing speaks against it.
+
+    Raises:
+        RequestError: It was asked for and the rest of the recipe leaves nothing to choose, or no text to measure on.
+    """
+    obstacles = [
+        (recipe.fit == "weights", "--fit weights reads no text to measure on"),
+        (recipe.kv_ratio is None, "there is no --kv-ratio to divide"),
+        (
+            recipe.key_components is not None or recipe.value_components is not None,
+            "--key-components and --value-components say the widths",
+        ),
+        (recipe.kv_groups > 1, "--kv-groups needs widths that are alike"),
+        (recipe.split == "even", "--split even says how keys and values divide it"),
+        (recipe.rotary_allocation != "energy", "--rotary-allocation is for widths that are alike"),
+    ]
+    found = [reason for holds, reason in obstacles if holds]
+    if recipe.budget == "measured" and found:
+        raise RequestError(f"--budget measured cannot be: {found[0]}; leave one of them out")
+    return not found and recipe.budget in (None, "measured") and recipe.kv_ratio != 1
 
 
 def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:

@@ -7,12 +7,13 @@ point, so that an interrupted sweep goes on where it stopped.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from mea_compress.compression import compress
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.planning.plans import plan_source
-from mea_compress.recipe import Recipe, given_settings, make_recipe, to_yaml
+from mea_compress.recipe import Recipe, budget_file, given_settings, make_recipe, to_yaml
 from mea_compress.report.page import sweep_page
 from mea_compress.report.plots import check_matplotlib, draw_sweep
 from mea_compress.report.sweeps import sweep_csv
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _AT_ONCE, _RESIDENT_BYTES = 4, 8 << 30
 # Tokens on which heads are looked at.
 _LOOKED_AT = 1 << 13
-_JSON = "sweep.json"
+_JSON, _PROFILES = "sweep.json", "profiles"
 
 
 def sweep(
@@ -59,8 +60,9 @@ def sweep(
 ) -> Sweep:
     """Compress a checkpoint in many ways, measure each, and write figures and a page of what they cost and keep.
 
-    OUT gets ``sweep.json``, ``sweep.csv``, ``sweep.png`` and ``index.html``, a page that needs no network. The
-    checkpoints are not kept: the page has the commands that make each again.
+    OUT gets ``sweep.json``, ``sweep.csv``, ``sweep.png`` and ``index.html``, a page that needs no network, and the
+    profiles that budgets were measured by, one a method. The checkpoints are not kept: the page has the commands that
+    make each again.
 
     Args:
         source: Checkpoint directory.
@@ -90,15 +92,19 @@ def sweep(
     points = grid(common, methods, shares, budgets)
     assert common.evaluate is not None
     evaluation = common.evaluate.model_dump(mode="json", exclude_none=True)
-    shown = {point.name: commands(point, source, evaluation) for point in points}
     command = _command(source, out, common, methods, shares, budgets)
     checkpoint = open_checkpoint(Path(source))
-    reasons = _refused(checkpoint, points)
+    reasons, profiled = _look_ahead(checkpoint, points)
+    # A method is profiled once, and the commands of its points take the file that OUT gets.
+    files = {point.name: out / _PROFILES / _profile_name(point) for point in points if point.name in profiled}
+    shown = {point.name: commands(_with_budget(point, files), source, evaluation) for point in points}
     check_matplotlib("`sweep` draws a picture")
     if resume and (already_published(out) or (out / _JSON).is_file()):
         return _load_finished_sweep(out, command)
     check_free(out, Path(source))
     texts = {"the text": text, **({} if common.text is None else {"the calibration text": common.text})}
+    read = sorted({str(file) for point in points if (file := budget_file(point.recipe))})
+    texts |= {"a budget": read} if read else {}
     made_from = {
         "the source": fingerprint(checkpoint.reader, checkpoint.raw_config),
         "the sweep": {"recipe": to_yaml(common), "points": ", ".join(point.name for point in points)},
@@ -109,7 +115,7 @@ def sweep(
         run = _Run(checkpoint, common, workspace, progress)
         run.look_at_heads()
         run.check_measuring()
-        rows = run.rows(points, shown, reasons)
+        rows = run.rows([_with_budget(point, run.profile_files(files)) for point in points], shown, reasons)
         result = Sweep(
             out=out,
             source=checkpoint.reader.directory.resolve().name,
@@ -123,6 +129,10 @@ def sweep(
             versions=versions(),
         )
         _write(result, workspace.path)
+        for file in sorted(set(run.profile_files(files).values())):
+            if file.is_file():
+                (workspace.path / _PROFILES).mkdir(exist_ok=True)
+                shutil.copyfile(file, workspace.path / _PROFILES / file.name)
         workspace.publish(out)
     return result
 
@@ -183,21 +193,35 @@ def _command(
     return shlex.join(words)
 
 
-def _refused(checkpoint: Checkpoint, points: Sequence[GridPoint]) -> dict[str, str]:
-    """Return why points cannot be made, by name, from headers alone.
+def _look_ahead(checkpoint: Checkpoint, points: Sequence[GridPoint]) -> tuple[dict[str, str], set[str]]:
+    """Return why points cannot be made, by name, and the names of those whose widths a profile chooses.
+
+    From headers alone.
 
     Raises:
-        RequestError: None of them can.
+        RequestError: None of them can be made.
     """
-    reasons = {}
+    reasons, profiled = {}, set()
     for point in points:
         try:
-            plan_source(checkpoint, point.recipe)
+            if plan_source(checkpoint, point.recipe).decisions.measures_budget:
+                profiled.add(point.name)
         except RequestError as error:
             reasons[point.name] = str(error)
     if len(reasons) == len(points):
         raise RequestError(f"nothing of the sweep can be made: {reasons[points[0].name]}")
-    return reasons
+    return reasons, profiled
+
+
+def _profile_name(point: GridPoint) -> str:
+    return re.sub(r"[^\w.+-]", "_", point.method) + ".json"
+
+
+def _with_budget(point: GridPoint, files: Mapping[str, Path]) -> GridPoint:
+    """Return a point that takes its widths from a profile's file, where there is one for it."""
+    if point.name not in files:
+        return point
+    return replace(point, recipe=point.recipe.model_copy(update={"budget": str(files[point.name])}))
 
 
 def _load_finished_sweep(out: Path, command: str) -> Sweep:
@@ -268,6 +292,24 @@ class _Run:
 
             evaluate(self.directory, **self.options | {"limit": 1, "progress": False})
 
+    def profile_files(self, files: Mapping[str, Path]) -> dict[str, Path]:
+        """Return where the profiles of points lie while the sweep is at work."""
+        return {name: self.workspace.work / _PROFILES / file.name for name, file in files.items()}
+
+    def _profile(self, point: GridPoint) -> None:
+        """Measure the profile that a point takes its widths from, unless that was done.
+
+        Raises:
+            RequestError: As `profile`.
+        """
+        file = budget_file(point.recipe)
+        if file is None or file.parent != self.workspace.work / _PROFILES or file.is_file():
+            return
+        from mea_compress.fit.profile import profile
+
+        file.parent.mkdir(exist_ok=True)
+        profile(self.directory, out=file, recipe=point.recipe, progress=self.progress)
+
     def rows(
         self, points: Sequence[GridPoint], shown: dict[str, list[str]], reasons: dict[str, str]
     ) -> list[SweepPoint]:
@@ -306,14 +348,17 @@ class _Run:
             return None
         target = self._place(point)
         begun = target.exists() or partial_path(target).exists()
-        start = time.monotonic()
         try:
+            self._profile(point)
+            start = time.monotonic()
             result = compress(self.directory, target, recipe=point.recipe, resume=True, progress=self.progress)
         except DiskFullError:
             raise
         except RequestError as error:
             return str(error)
         layers = result.plan.layers
+        if result.plan.profile is not None:
+            self.workspace.commit("profiles", point.method, result.plan.profile.to_json())
         self.workspace.commit(
             "made",
             point.name,
@@ -322,6 +367,7 @@ class _Run:
                 "seconds": None if begun else round(time.monotonic() - start, 1),
                 "key_composition": next((one.spec.key.composition for one in layers if one.compressed), None),
                 "value_composition": next((one.spec.value.composition for one in layers if one.compressed), None),
+                "predicted_kl": result.plan.predicted_kl,
                 "parameters": result.plan.costs.parameters_after,
                 "widths": [[one.spec.key.components, one.spec.value.components] for one in layers],
             },

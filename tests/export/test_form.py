@@ -105,7 +105,8 @@ def test_neither_format_is_proposed_where_none_holds_wide_heads(format, tmp_path
 )
 def test_uniform_budgets_that_leave_some_pairs_one_more_are_exported_as_planned(case, ratio, traits, tmp_path):
     source = stock_checkpoint(tmp_path / "source", case, **traits)
-    recipe = load_recipe("serve-anywhere", {"kv_ratio": ratio, "fit": "weights", "refine": 0})
+    settings = {"kv_ratio": ratio, "rotary_allocation": "uniform", "fit": "weights", "refine": 0}
+    recipe = load_recipe("serve-anywhere", settings)
     planned = make_plan(source, recipe).costs.stock_export
     compress(source, tmp_path / "out", recipe=recipe, progress=False)
     opened = open_checkpoint(tmp_path / "out")
@@ -167,11 +168,11 @@ def test_energy_budgets_are_refused_before_and_after(tmp_path):
     with torch.no_grad():  # the first rotary pair has most of the energy, so that it gets most of the components
         model.model.layers[0].self_attn.k_proj.weight.unflatten(0, (4, 8))[:, ::4] *= 10
     save(model, tmp_path / "source")
-    kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
+    kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_allocation": "energy"}
     recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
     assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
     compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    with pytest.raises(RequestError, match="--rotary-budget uniform"):
+    with pytest.raises(RequestError, match="--rotary-allocation uniform"):
         export(tmp_path / "out", tmp_path / "export", progress=False)
 
 
