@@ -8,7 +8,6 @@ backquotes; a command shows those that it has a flag for as this flag.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
-from mea_compress.checkpoint.files import to_json, write_json
+from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.recipe import (
     EvaluateRecipe,
@@ -434,18 +433,34 @@ def evaluate(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["stock", "llama"]),
+    type=click.Choice(["stock", "llama", "gguf"]),
     default="stock",
     show_default=True,
-    help="The base family's own format, or Llama's, which more engines take with wide heads.",
+    help="The base family's own format, Llama's, which more engines take with wide heads, or a file for llama.cpp.",
+)
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    help="What is to serve it: refuse what that engine would get wrong.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["stored", "f32", "f16", "bf16", "q8_0"]),
+    default="stored",
+    show_default=True,
+    help="Type of matrices in the file for llama.cpp.",
 )
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
-def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
+def export(
+    checkpoint: Path, out: Path, form: str, engine: str | None, weights: str, resume: bool, json_file: Path | None
+) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    _show(export_checkpoint(checkpoint, out, format=form, resume=resume), json_file)
+    result = export_checkpoint(checkpoint, out, format=form, engine=engine, weights=weights, resume=resume)
+    _show(result, json_file)
 
 
 @cli.command()
@@ -592,8 +607,7 @@ def copy_recipe(name: str, file: Path | None) -> None:
         target /= origin.name
     if target.exists():
         raise RequestError(f"{target} exists already: name another file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(origin, target)
+    write_text(target, origin.read_text(encoding="utf-8"))
     click.echo(f"Copied to {target}")
 
 

@@ -14,6 +14,8 @@ from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint,
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
+from mea_compress.layers.read import check_finite
+from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
 from mea_compress.recipe import Recipe, budget_file, make_recipe, to_yaml
@@ -93,15 +95,8 @@ def compress(
     check_free(out, source)
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
-        if plan.decisions.measures_budget:
-            from mea_compress.fit.profile import profile_in
-
-            plan = plan_budget(plan, profile_in(plan, workspace, progress))
-        if plan.decisions.shares_rotary_allocation:
-            from mea_compress.fit.allocation import share_rotary_components
-
-            plan = share_rotary_components(plan, workspace, progress)
-        plan = _fit_and_write(plan, workspace, progress)
+        deadline = deadline_of(plan.recipe)
+        plan = _fit_and_write(_allocated(plan, workspace, progress), workspace, progress, deadline)
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
         copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
@@ -110,6 +105,7 @@ def compress(
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
             **_budget_fidelity(plan, workspace),
+            **workspace.manifest.get("healing", {}),
             "verification": _verified(plan, workspace.path, progress),
         }
         _write_documents(plan, config, fidelity, workspace.path)
@@ -143,7 +139,20 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
+def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
+    """Return the plan with the widths and the rotary components that measurements choose before the fit."""
+    if plan.decisions.measures_budget:
+        from mea_compress.fit.profile import profile_in
+
+        plan = plan_budget(plan, profile_in(plan, workspace, progress))
+    if plan.decisions.shares_rotary_allocation:
+        from mea_compress.fit.allocation import share_rotary_components
+
+        plan = share_rotary_components(plan, workspace, progress)
+    return plan
+
+
+def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None) -> Plan:
     """Fit the layers and write all weights; return the plan with what the fit chose."""
     if plan.decisions.has_static_shapes:
         with writing_concurrently(plan, workspace, progress) as stored:
@@ -156,7 +165,11 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
         return plan
     from mea_compress.fit.layers import fit_layers
 
-    fit_layers(plan, workspace, progress)
+    fit_layers(plan, workspace, progress, deadline=deadline)
+    if plan.decisions.healing_steps:
+        from mea_compress.fit.healing import heal_layers
+
+        heal_layers(plan, workspace, progress, deadline)
     plan = plan_after_fit(plan, _sections(plan, workspace))
     write_weights(plan, workspace, progress)
     return plan
@@ -169,6 +182,20 @@ def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
 
 def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     """Check the written checkpoint, and return what was compared and what came of it.
+
+    Raises:
+        RequestError: It fails because the source holds NaN or infinite numbers.
+        VerificationError: It fails.
+    """
+    try:
+        return _compared(plan, directory, progress)
+    except VerificationError:
+        check_finite(plan.source)
+        raise
+
+
+def _compared(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
+    """Compare the written checkpoint with what it should be.
 
     What a large checkpoint holds that was fitted from weights alone is compared bit for bit with what was fitted, its
     shapes with what its configuration says, and the heads' errors were taken from what is stored. Every checkpoint
@@ -234,7 +261,8 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     )
     card = source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    text = model_card(name, plan.to_json(), fidelity["verification"], recipe_yaml, versions(), original)
+    measured = {name: fidelity[name] for name in ("healing",) if name in fidelity}
+    text = model_card(name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
 
 

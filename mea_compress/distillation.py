@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
+from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +45,8 @@ class DistillationSettings:
         rates: Step sizes to try, as a share of a tensor's root mean square.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
+        deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
+            as those of the trials took; None for whenever. Without trials it is not heeded.
     """
 
     steps: int
@@ -50,6 +55,7 @@ class DistillationSettings:
     rates: tuple[float, ...] = _RATES
     products: torch.dtype = torch.float32
     seed: int = 0
+    deadline: float | None = None
 
     @property
     def trial_steps(self) -> int:
@@ -69,10 +75,14 @@ class Distillation:
     Attributes:
         rate: Step size of the full run, as a share of a tensor's root mean square; None where one was given.
         curve: KL on held-out text in nats per token by optimiser step, from 0 on.
+        steps: Optimiser steps of the full run.
+        all_steps: Optimiser steps, those of trials among them.
     """
 
     rate: float | None
     curve: tuple[tuple[int, float], ...]
+    steps: int
+    all_steps: int
 
 
 def distil(
@@ -104,16 +114,25 @@ def distil(
 
     best = _Best(parameters, look())
     start = best.weights
-    curve, rate = [(0, best.value)], None
+    curve, rate, steps, taken = [(0, best.value)], None, settings.steps, 0
+
+    def count(loss: float) -> None:
+        nonlocal taken
+        taken += 1
+        tick(loss)
+
     if settings.learning_rate is None:
-        found = {}
+        began, found = time.monotonic(), {}
         for tried in settings.rates:
+            if not _steps_left(settings, began, taken):
+                break
             _set(parameters, start)
-            _run(model, teacher, training, _group(parameters, tried), settings, settings.trial_steps, tick)
+            _run(model, teacher, training, _group(parameters, tried), settings, settings.trial_steps, count)
             found[tried] = look()
             best.offer(found[tried], parameters)
         finite = {tried: value for tried, value in found.items() if math.isfinite(value)}
-        rate = min(finite or settings.rates, key=lambda tried: found[tried])
+        rate = min(finite or found or settings.rates, key=lambda tried: found.get(tried, math.inf))
+        steps = _steps_left(settings, began, taken) if len(found) == len(settings.rates) else 0
         _set(parameters, start)
         groups = _group(parameters, rate)
     else:
@@ -124,9 +143,27 @@ def distil(
         curve.append((step, value))
         best.offer(value, parameters)
 
-    _run(model, teacher, training, groups, settings, settings.steps, tick, on_step)
+    if steps:
+        _run(model, teacher, training, groups, settings, steps, count, on_step)
     _set(parameters, best.weights)
-    return Distillation(rate, tuple(curve))
+    return Distillation(rate, tuple(curve), steps, taken)
+
+
+def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
+    """Return the steps of the full run that are left the time for.
+
+    Args:
+        settings: With the deadline.
+        began: When the first trial began.
+        taken: Steps since then.
+    """
+    if settings.deadline is None:
+        return settings.steps
+    now = time.monotonic()
+    left = settings.deadline - now
+    if not taken:
+        return settings.steps if left > 0 else 0
+    return max(0, min(settings.steps, int(left * taken / (now - began))))
 
 
 @torch.no_grad()
@@ -267,13 +304,15 @@ class _SlicedDivergence(torch.autograd.Function):
         tokens = hidden.shape[0] * hidden.shape[1]
         total = hidden.new_zeros((), dtype=torch.float32)
         for row, (own, other) in enumerate(zip(hidden, target, strict=True)):  # (T, D) each
-            log_q = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias).float().log_softmax(-1)
-            logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
-            log_p = logits.float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            difference = (log_q.exp() - p) / tokens  # the gradient of the logits, (T, V)
-            gradient[row] = (difference.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
+            logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
+            expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
+            difference = expected_logits.to(wide, copy=True).sub_(logits)
+            # KL = sum of p (a - b) - log-sum of a + log-sum of b.
+            total += (torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)).sum()
+            gradient[row] = (q.sub_(p).to(head.weight.dtype) @ head.weight).to(gradient.dtype)  # of logits: q - p
+        gradient /= tokens
         ctx.save_for_backward(gradient)
         return total / tokens
 
@@ -281,6 +320,12 @@ class _SlicedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0], None, None, None
+
+
+def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Return log Σ exp of logits (T, V) whose softmax is known: (T,)."""
+    largest = probabilities.amax(-1)
+    return logits.amax(-1).to(largest.dtype) - largest.log()
 
 
 @torch.no_grad()
@@ -297,6 +342,13 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
 
 
+def _share_of_peak(steps: int, step: int) -> float:
+    """Return the step size of a step as a share of its peak: a short warm-up, and a cosine to a twentieth."""
+    warm_up = max(1, min(8, steps // 5))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * cosine)
+
+
 def _run(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -307,12 +359,14 @@ def _run(
     tick: Callable[[float], object],
     look: Callable[[int], object] | None = None,
 ) -> None:
-    """Train a model in place on ids (N, T): AdamW without decay, a short warm-up and a cosine to zero."""
+    """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`."""
     device = next(model.parameters()).device
     sample = ids[:1, :8].to(device)
     with _autocast(model, settings.products):
         sliced = all(_head_alone_makes_logits(one, sample) for one in (model, teacher))
     micro = settings.batch_size
+    if device.type == "cpu":  # what is kept for gradients should stay small, and products are no faster with more
+        micro = min(micro, max(1, HEALING_MICRO_TOKENS // ids.shape[1]))
     if not sliced:
         micro = min(micro, max_batch_size(ids.shape[1], vocabulary_size(teacher)))
     while settings.batch_size % micro:
@@ -324,8 +378,6 @@ def _run(
             max_steps=steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=settings.batch_size // micro,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, min(10, steps // 5)),
             max_grad_norm=1.0,
             seed=settings.seed,
             data_seed=settings.seed,
@@ -349,7 +401,7 @@ def _run(
             args=arguments,
             train_dataset=_Rows(ids),
             callbacks=[reporter],
-            optimizers=(optimiser, None),
+            optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_peak, steps))),
         )
         distiller.remove_callback(PrinterCallback)
         distiller.train()

@@ -93,10 +93,10 @@ def run(
     compression = compress(wanted.source, target, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
-    if wanted.heal and not (resume and (target / "healing.json").is_file()):
+    if wanted.healing_settings and not (resume and (target / "healing.json").is_file()):
         from mea_compress.healing import heal
 
-        options = {"seed": wanted.seed} | shared | given_settings(wanted.heal)
+        options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
         healing = heal(target, teacher=wanted.source, **options)
     if wanted.evaluate:
         from mea_compress.measure.evaluation import evaluate
@@ -190,7 +190,7 @@ def _default_out(source: Path, recipe: Recipe | Path | str) -> Path:
 
 def _check_texts(recipe: Recipe, name: str) -> None:
     """Raise `RequestError` for texts that are not there, before hours of work that come before they are read."""
-    sections = (recipe, recipe.heal, recipe.evaluate)
+    sections = (recipe, recipe.healing_settings, recipe.evaluate)
     texts = [section.text for section in sections if section is not None and section.text]
     if sum(STDIN in text for text in texts) > 1:
         raise RequestError(f"{name} reads standard input (-) more than once: give it to one text only")

@@ -152,6 +152,20 @@ class TestFiles:
     def test_an_empty_file_leaves_all_to_the_flags(self, tmp_path):
         assert load_recipe(write(tmp_path, "# nothing\n"), {"kv_ratio": 0.5}) == Recipe(kv_ratio=0.5)
 
+    @pytest.mark.parametrize(("written", "steps"), [("40", "40"), ("'40'", "40"), ("auto", "auto"), ("0", "0")])
+    def test_healing_is_steps_or_settings(self, tmp_path, written, steps):
+        recipe = load_recipe(write(tmp_path, f"kv_ratio: 0.5\nheal: {written}\n"))
+        assert recipe.heal == steps and recipe.healing_settings is None
+        assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+        settings = load_recipe(write(tmp_path, "kv_ratio: 0.5\nheal: {steps: 3}\n")).healing_settings
+        assert settings is not None and settings.steps == 3
+        assert Recipe(kv_ratio=0.5).heal == "auto" and Recipe(kv_ratio=0.5, heal=settings).healing_settings == settings
+
+    @pytest.mark.parametrize("written", ["-1", "1.5", "some", "true", "[3]"])
+    def test_what_is_no_healing(self, tmp_path, written):
+        message = refusal(tmp_path, f"kv_ratio: 0.5\nheal: {written}\n")
+        assert message.startswith("heal in ") and "auto or a number of steps" in message
+
     @pytest.mark.parametrize(
         "text, told",
         [
@@ -251,9 +265,9 @@ class TestExtends:
 
     def test_a_section_can_be_taken_away_and_filled(self, tmp_path):
         base = "kv_ratio: 0.5\nheal: {steps: 5}\nevaluate: {limit: 4}\n"
-        mine = self.files(tmp_path, mine="extends: base.yaml\nheal: null\nevaluate: {text: a.txt}\n", base=base)
+        mine = self.files(tmp_path, mine="extends: base.yaml\nheal: 0\nevaluate: {text: a.txt}\n", base=base)
         recipe = load_recipe(mine)
-        assert recipe.heal is None and (recipe.evaluate.limit, recipe.evaluate.text) == (4, ("a.txt",))
+        assert recipe.heal == "0" and (recipe.evaluate.limit, recipe.evaluate.text) == (4, ("a.txt",))
 
     def test_a_circle_is_refused(self, tmp_path):
         mine = self.files(tmp_path, mine="extends: base.yaml\nkv_ratio: 1\n", base="extends: ./mine.yaml\n")
@@ -326,7 +340,7 @@ class TestChanges:
             ("kv_ratio=half", "`kv_ratio` should be a number, not 'half'"),
             ("heal.steps=0", "`heal.steps` should be greater than or equal to 1, not 0"),
             ("heal.steps=1.5", "`heal.steps` should be a whole number, not '1.5'"),
-            ("heal=null", "`heal` should hold settings"),
+            ("heal=null", "`heal` should be auto or a number of steps"),
             ("evaluate.limit=3", "says nothing to measure on"),
         ],
     )
@@ -334,6 +348,10 @@ class TestChanges:
         with pytest.raises(RequestError) as caught:
             load_recipe("paper-half", read_changes([change]))
         assert told in str(caught.value)
+
+    def test_steps_of_healing_and_settings_of_its_own(self):
+        assert load_recipe("paper-half", read_changes(["heal=20"])).heal == "20"
+        assert load_recipe("paper-half", read_changes(["heal={steps: 20}"])).heal.steps == 20
 
     def test_two_values_for_one_key(self):
         for changes, others in ((["seed=1", "seed=2"], {}), (["out=a"], {"out": Path("b"), "source": None})):

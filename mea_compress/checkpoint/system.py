@@ -91,6 +91,17 @@ def share_page(source: int, target: int, offset: int, position: int) -> bool:
     return True
 
 
+def memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the container that this process runs in; None where nobody says."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path(file).read_text(encoding="ascii")))
+    return min((limit for limit in limits if limit > 0), default=None)
+
+
 def advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
     """Tell the system how a range of a file will be used, by the name of a constant of `os`, where it listens."""
     with contextlib.suppress(AttributeError, OSError):
@@ -102,6 +113,7 @@ __all__ = [
     "advise",
     "allocate",
     "exchange_paths",
+    "memory_bytes",
     "raise_trim_threshold",
     "share_page",
     "start_writeback",

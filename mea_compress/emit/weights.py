@@ -44,8 +44,9 @@ _FILES_AT_ONCE = 2
 
 
 def layer_directory(workspace: Workspace, layer: int) -> Path:
-    """Where the tensors of a fitted layer are kept."""
-    return workspace.work / f"layer-{layer:05d}"
+    """Where the tensors of a fitted layer are kept, those that distillation made of them once it is through."""
+    healing = workspace.result_of("healing", "healing")
+    return workspace.work / f"{'healed' if healing and healing['kept'] == 'healed' else 'layer'}-{layer:05d}"
 
 
 def write_weights(plan: Plan, workspace: Workspace, progress: bool) -> None:

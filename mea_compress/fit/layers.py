@@ -20,7 +20,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
-from mea_compress.fit.progress import ATTENTION, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
+from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.split import kv_split_candidates
@@ -30,7 +30,7 @@ from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
-from mea_compress.planning.sizes import TOKENS_PER_STEP
+from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sampling import sample_sequences
@@ -38,8 +38,6 @@ from mea_compress.text.sequences import token_sequences
 
 # Sequences, and tokens, that are held out to choose by.
 _HELD_OUT, _HELD_OUT_TOKENS = 64, 1 << 14
-# Tokens that costs are measured on, of a profile and of the whole.
-MEASURED_TOKENS = 1 << 11
 
 
 @contextmanager
@@ -52,7 +50,11 @@ def reserve_one_blas_thread() -> Iterator[None]:
 
 
 def fit_layers(
-    plan: Plan, workspace: Workspace, progress: bool, stored: Callable[[int], object] = lambda layer: None
+    plan: Plan,
+    workspace: Workspace,
+    progress: bool,
+    stored: Callable[[int], object] = lambda layer: None,
+    deadline: float | None = None,
 ) -> None:
     """Fit every layer that is to be compressed, and store its tensors in a directory of its own.
 
@@ -60,6 +62,7 @@ def fit_layers(
         plan: What to do.
         workspace: Where to, and what is finished.
         progress: Show bars on stderr.
+        deadline: See `deadline_of`.
         stored: Called with the number of each layer whose tensors have been stored.
 
     Raises:
@@ -73,12 +76,12 @@ def fit_layers(
         if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and plan.decisions.needs_calibration:
-        tokens = stored_tokens(plan, workspace, progress)
-        held_out = held_out_sequences(plan, tokens)
+        tokens = stored_tokens(plan, workspace, progress)[: plan.decisions.sequences]
+        held_out = choosing_sequences(plan, tokens)
         calibrated = CalibratedFit(plan, tokens, held_out)
         steps = Settings(calibrated.steps, calibrated.batch, held_out).all_steps
         parts, sampled = len(list(calibrated.parts())), len(calibrated.sample)
-        calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), progress)
+        calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), deadline, progress)
     own_bar = calibrated is not None or not progress
     for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=own_bar):
         if layer.layer > max(unfinished, default=-1):
@@ -100,7 +103,7 @@ def fit_layers(
             stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if calibrated and layer.layer < unfinished[-1]:
             calibrated.advance(layer.layer, stored_layer)
-    if calibrated and plan.decisions.measures_budget and stored_layer is not None:
+    if calibrated and plan.profile is not None and stored_layer is not None:
         kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
         workspace.commit("budget", "kl", kl)
     if work:
@@ -304,32 +307,43 @@ class CalibratedFit:
 
 
 def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
-    """Return the calibration sequences, (N, T), int64: of the recipe's text, or sampled from the model itself.
+    """Return the sequences of calibration and distillation, (N, T), int64, those of the calibration in front.
+
+    They are of the recipe's text, of which distillation gets other sequences where there are enough, or sampled from
+    the model itself, which makes no more than calibration asks for and some to hold out.
 
     Raises:
         RequestError: There is too little text, or the model cannot be loaded to sample from.
     """
-    directory, recipe = plan.source.reader.directory, plan.recipe
-    count, length = plan.decisions.sequences, plan.decisions.sequence_length
+    directory, recipe, decisions = plan.source.reader.directory, plan.recipe, plan.decisions
+    count, length = decisions.sequences, decisions.sequence_length
     if recipe.text is not None:
         tokenizer = load_tokenizer(directory)
         documents = read_documents(recipe.text)
-        tokens = token_sequences(documents, tokenizer, length, limit=count, seed=recipe.seed, bos=recipe.bos)
+        limit = count + healing_sequences(plan)
+        tokens = token_sequences(documents, tokenizer, length, limit=limit, seed=recipe.seed, bos=recipe.bos)
         check_ids(tokens, plan.source.config.vocab_size, directory)
+        if len(tokens) > count:  # what lies at the front of a text is no fair sample of it
+            tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))]
         return tokens
     model, own = load_model(directory, device=recipe.device), None
     with suppress(RequestError):
         own = load_tokenizer(directory)
-    return sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
+    tokens = sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
+    if not decisions.healing_steps:
+        return tokens
+    extra = _extra_sequences(count, length)  # by another seed, so that calibration has the same text without them
+    others = sample_sequences(model, own, extra, length, recipe.seed + 1, bos=recipe.bos, progress=progress)
+    return torch.cat((tokens, others))
 
 
-def held_out_sequences(plan: Plan, tokens: torch.Tensor) -> int:
+def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
     """Return how many of the calibration sequences (N, T), at the front, no statistic and no step may look at.
 
     Raises:
         RequestError: There are too few sequences to hold one out.
     """
-    held_out = measured_sequences(tokens) if plan.decisions.measures_budget else 0
+    held_out = measured_sequences(tokens) if plan.profile is not None else 0
     if not plan.decisions.refinement_steps:
         return held_out
     if len(tokens) < 2:
@@ -355,8 +369,27 @@ def measured_sequences(tokens: torch.Tensor) -> int:
     return max(1, min(MEASURED_TOKENS // length, count // 4))
 
 
+def healing_sequences(plan: Plan) -> int:
+    """Return the sequences beside the calibration's that distillation asks for: each seen once, and some held out."""
+    decisions = plan.decisions
+    if not decisions.healing_steps:
+        return 0
+    seen = decisions.healing_steps * healing_batch(decisions.sequence_length)
+    return seen + _extra_sequences(decisions.sequences + seen, decisions.sequence_length)
+
+
+def held_out_sequences(total: int, length: int) -> int:
+    """Return how many of all sequences distillation holds out to choose by."""
+    return max(1, min(_HELD_OUT, _HELD_OUT_TOKENS // length, total // 9))
+
+
+def _extra_sequences(count: int, length: int) -> int:
+    """Return how many sequences are to be had beside others, so that as many can be held out."""
+    return max(1, min(_HELD_OUT, _HELD_OUT_TOKENS // length, count // 8))
+
+
 def stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:
-    """Return the calibration sequences, (N, T), kept in the workspace so that a resumed run has the same."""
+    """Return what `calibration_tokens` does, kept in the workspace so that a resumed run has the same."""
     directory = workspace.work / "calibration"
     if not workspace.result_of("calibration", "tokens"):
         tokens = calibration_tokens(plan, progress)

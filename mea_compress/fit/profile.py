@@ -27,7 +27,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
-from mea_compress.fit.progress import ATTENTION, STATISTICS, Work
+from mea_compress.fit.progress import FITTED_TOKENS, Work, profile_units
 from mea_compress.layers.runner import HeadRunner, LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
@@ -37,8 +37,6 @@ from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.text.reading import text_state
 
-# Tokens that candidates are fitted to; a model wider than half of these takes more.
-FITTED_TOKENS = 1 << 14
 # Decoder layers stay in memory, in float32, up to this many bytes.
 _RESIDENT_BYTES = 4 << 30
 # Relative noise that changes nothing but the roundings behind it.
@@ -129,7 +127,7 @@ def profile_in(plan: Plan, workspace: Workspace, progress: bool) -> Profile:
     commit = Commit(
         dict(workspace.manifest.get("profile", {})), lambda layer, result: workspace.commit("profile", layer, result)
     )
-    return measure_profile(plan, stored_tokens(plan, workspace, progress), commit, progress)
+    return measure_profile(plan, stored_tokens(plan, workspace, progress)[: plan.decisions.sequences], commit, progress)
 
 
 class _Bar(Work):
@@ -180,19 +178,8 @@ class _Profiler:
         first = source.family.layer.partition("{layer}")[0]
         size = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(first))
         self.keeps_layers = 4 * size <= _RESIDENT_BYTES
-        self.fit.work = self.bar = _Bar(self._units(missing), progress)
-
-    def _units(self, missing: Sequence[int]) -> float:
-        """Return the work on the layers that are missing."""
-        plan, fit = self.plan, self.fit
-        own = len(list(fit.parts())) * (1.0 + (STATISTICS if plan.recipe.fit != "weights" else 0.0))
-        total = (missing[-1] + 1) * own
-        regressed = len(fit.sample) * ATTENTION if plan.recipe.fit == "aligned" else 0.0
-        for number in missing:
-            count = sum(len(counts) for counts in candidates(plan.layers[number], plan).values())
-            above = (count + 2) * len(self.tokens) / fit.batch * (len(plan.layers) - number - 1)
-            total += count * regressed + above
-        return total
+        parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
+        self.fit.work = self.bar = _Bar(profile_units(plan, missing, parts, sampled, share), progress)
 
     def profile(self, layer: LayerPlan) -> dict[str, Any]:
         """Measure every candidate of the present layer."""
@@ -275,7 +262,7 @@ def profile(
         ['key', 'value']
     """
     share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
-    wanted = make_recipe(recipe, settings | share | {"budget": "uniform"})
+    wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
     plan = plan_source(open_checkpoint(Path(source)), wanted)
     file = None if out is None else Path(out)
     kept, commit = None, Commit({})

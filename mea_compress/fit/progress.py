@@ -7,7 +7,8 @@ into steps of refinement by the seconds that a unit has taken so far.
 
 import sys
 import time
-from math import ceil
+from collections.abc import Sequence
+from math import ceil, prod
 
 import torch
 from tqdm.auto import tqdm
@@ -15,13 +16,23 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint import torch_dtype
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
+from mea_compress.planning.budget import candidates
 from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import Plan
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
 STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
+# Of a step of distillation: each layer in teacher and student with its gradients, and the logits of both, which cost
+# as many layers as have their numbers.
+_HEAL_LAYER, _HEAL_LOGITS = 4.0, 5.0
+HEALING_TRIALS = 1.15
+"""All steps of a distillation, those of the trials of step sizes among them, for each of the full run."""
 TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
+MEASURED_TOKENS = 1 << 11
+"""Tokens that costs are measured on, of a profile and of the whole."""
+FITTED_TOKENS = 1 << 14
+"""Tokens that a profile's candidates are fitted to; a model wider than half of these takes more."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
 
 
@@ -54,13 +65,22 @@ class FitProgress(Work):
         trial_batches: Batches that ways to divide a layer's budget are tried on.
         steps: Optimiser steps of a layer at most, trials of step sizes among them.
         unfinished: Layers to be fitted; an earlier run may have finished others.
+        deadline: When all is to be over, distillation behind the fit included; see `deadline_of`.
         progress: Show the bar on stderr.
     """
 
     def __init__(
-        self, plan: Plan, batches: int, trial_batches: int, steps: int, unfinished: int, progress: bool = False
+        self,
+        plan: Plan,
+        batches: int,
+        trial_batches: int,
+        steps: int,
+        unfinished: int,
+        deadline: float | None = None,
+        progress: bool = False,
     ) -> None:
-        self.deadline = None if plan.recipe.time_limit is None else time.monotonic() + 60 * plan.recipe.time_limit
+        self.deadline = deadline
+        self.behind = healing_units(plan)
         self.began = time.monotonic()
         self.left = unfinished
         self.without_steps = _closed_units(plan, batches, trial_batches)
@@ -111,7 +131,8 @@ class FitProgress(Work):
             return steps
         now = time.monotonic()
         units = (self.deadline - now) / ((now - self.began) / self.done)
-        share = (units - self.left * self.without_steps) / (self.left + 1)
+        # What distillation gains, end to end, comes before what a layer gains by itself.
+        share = (units - self.behind - self.left * self.without_steps) / (self.left + 1)
         allowed = int(share / STEP) - trials
         return min(steps, allowed) if allowed > trials else 0
 
@@ -131,6 +152,37 @@ def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     return units
 
 
+def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batches: int, measured: float) -> float:
+    """Return the work of a profile.
+
+    Args:
+        plan: What is profiled.
+        missing: Layers that are still to be measured, ascending.
+        batches: Batches of the text that candidates are fitted to.
+        trial_batches: Those of them that o_proj is fitted again to.
+        measured: Batches that costs are measured on, part of one as well.
+    """
+    recipe = plan.recipe
+    units = (missing[-1] + 1) * batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0))
+    for number in missing:
+        count = sum(len(counts) for counts in candidates(plan.layers[number], plan).values())
+        units += count * trial_batches * ATTENTION if recipe.fit == "aligned" else 0.0
+        units += (count + 2) * measured * (len(plan.layers) - number - 1)
+    return units
+
+
+def healing_units(plan: Plan) -> float:
+    """Return the work of the distillation behind a fit, its trials of step sizes included."""
+    steps = plan.decisions.healing_steps
+    if not steps:
+        return 0.0
+    source = plan.source
+    prefix = source.family.layer.format(layer=0)
+    layer = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(prefix))
+    logits = source.config.vocab_size * source.config.hidden_size / layer
+    return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * logits)
+
+
 def estimate_seconds(plan: Plan) -> float:
     """Return how long the fit of a plan takes on this machine, without sampling text and writing files.
 
@@ -142,7 +194,7 @@ def estimate_seconds(plan: Plan) -> float:
         True
     """
     decisions, recipe = plan.decisions, plan.recipe
-    if not decisions.needs_calibration:
+    if not decisions.needs_calibration and not decisions.healing_steps:
         return 0.0
     device = resolve_device(recipe.device)
     runner = LayerRunner(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
@@ -156,6 +208,11 @@ def estimate_seconds(plan: Plan) -> float:
     batches = ceil(decisions.sequences / size)
     compressed = sum(layer.compressed for layer in plan.layers)
     layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
-    units = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
-    seconds = unit * units
+    fit = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
+    if decisions.measures_budget:
+        fitted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
+        profiled = [layer.layer for layer in plan.layers if layer.compressed]
+        share = MEASURED_TOKENS / TOKENS_PER_STEP
+        fit += profile_units(plan, profiled, ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP, share)
+    seconds = unit * (fit * decisions.needs_calibration + healing_units(plan))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

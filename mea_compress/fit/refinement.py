@@ -153,7 +153,7 @@ class _Run:
     def __init__(self, refiner: Refiner, runner: LayerRunner) -> None:
         self.runner, self.refiner, self.settings = runner, refiner, refiner.settings
         self.inputs, self.targets = refiner.inputs, refiner.targets
-        self.parameters = _trainable(runner.attention)
+        self.parameters = trainable_parameters(runner.attention)
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         first = self.settings.held_out
         reach = slice(first, first + self.settings.batch)
@@ -229,8 +229,8 @@ def _size(target: torch.Tensor) -> torch.Tensor:
     return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
-def _trainable(attention: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the attention's weights but for norms and what a form promises to keep."""
+def trainable_parameters(attention: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the attention's weights but for norms and what a form promises to keep, with gradients from now on."""
     frozen: list[str] = []
     for side, form in (("key", attention.key_form), ("value", attention.value_form)):
         names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}

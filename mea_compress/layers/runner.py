@@ -124,7 +124,8 @@ class LayerRunner:
         state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size, dtype=dtype)
         state["norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
         base = getattr(modeling_mea, f"Mea{source.family.prefix}Model")
-        self.model: Any = base.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval().to(device)
+        with without_bars():
+            self.model: Any = base.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval().to(device)
         self.model.norm = nn.Identity()
         self.model.requires_grad_(False)
         self.attention: Any = self.model.layers[0].self_attn
@@ -236,8 +237,9 @@ class HeadRunner:
             if source.reader.has(bias):
                 state[bias] = source.reader.read(bias).float()
         causal = getattr(modeling_mea, f"Mea{source.family.prefix}ForCausalLM")
-        self.model: Any = causal.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
-        self.model = self.model.to(device).requires_grad_(False)
+        with without_bars():
+            model = causal.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+        self.model: Any = model.eval().to(device).requires_grad_(False)
         self.device, self.products = torch.device(device), products
         if products != torch.float32:
             self.model.lm_head.to(products)
@@ -249,6 +251,20 @@ class HeadRunner:
         with torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32):
             logits = self.model(inputs_embeds=embeds, use_cache=False).logits
         return logits[0].float().log_softmax(-1)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Load models without transformers' bar; a layer takes no time, and hundreds of them are loaded."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fast_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -299,4 +315,13 @@ def _layer_state(source: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-__all__ = ["Activations", "HeadRunner", "LayerRunner", "CapturedAttention", "batches", "embed", "fast_products"]
+__all__ = [
+    "Activations",
+    "HeadRunner",
+    "LayerRunner",
+    "CapturedAttention",
+    "batches",
+    "embed",
+    "fast_products",
+    "without_bars",
+]

@@ -22,6 +22,10 @@ _WORKING_BYTES = 100 << 20
 SPILL_BYTES = 4 << 30
 # Tokens that a layer is run on at once.
 TOKENS_PER_STEP = 4096
+# Tokens of a step of distillation that are run at once through the whole model; gradients of several add up.
+HEALING_MICRO_TOKENS = 1024
+# Sequences of such a step at most.
+_HEALING_SEQUENCES = 16
 
 
 def layer_window(source: Checkpoint, layer: int) -> int | None:
@@ -93,6 +97,8 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
             memory += 5 * 4 * (attention + pairs)
         if recipe.text is None:  # text is sampled from the whole model, before the fit
             memory = max(memory, sum(info.nbytes for info in infos))
+    if decisions.healing_steps:
+        memory = max(memory, healing_bytes(source, layers, decisions.sequence_length))
     largest = max((prod(info.shape) for info in infos), default=0)
     memory += (4 + size) * largest if recipe.dtype else 0
     return Costs(
@@ -119,6 +125,30 @@ def step_bytes(source: Checkpoint, gradients: bool) -> int:
     # Channels a token that are alive at once: of the stream and the heads, and of the MLP.
     channels = 18 * hidden + 8 * inner if gradients else 8 * hidden + 3 * inner
     return 4 * TOKENS_PER_STEP * channels
+
+
+def healing_batch(length: int) -> int:
+    """Return the sequences of a given length in a step of distillation."""
+    return max(1, min(_HEALING_SEQUENCES, TOKENS_PER_STEP // length))
+
+
+def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int) -> int:
+    """Return the memory that a distillation takes: the original once, and what the compressed layers have beside it.
+
+    Args:
+        source: The checkpoint.
+        layers: The plan of every layer.
+        length: Tokens of a sequence; the logits of one are in memory at a time.
+    """
+    config = source.config
+    wide = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
+    trained = sum(layer.parameters_after + attention for layer in layers if layer.compressed)
+    # Weights, gradients, Adam's two moments, where they began and were best; and once as products take them.
+    memory = wide * sum(prod(info.shape) for info in source.reader.tensors.values()) + (6 * 4 + wide) * trained
+    step = step_bytes(source, True) * HEALING_MICRO_TOKENS // TOKENS_PER_STEP  # float32
+    memory += len(layers) * step * wide // 4
+    return memory + 5 * 4 * length * config.vocab_size
 
 
 def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], itemsize: int) -> dict[str, object]:

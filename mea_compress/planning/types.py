@@ -119,6 +119,8 @@ class Decisions:
         verifies_whole_model: Whether the result is loaded and run whole before it appears.
         choice: Why these compositions, where the recipe left it open; empty where it named them.
         rotary_components: The components of each rotary pair, where all layers share them and they have been chosen.
+        healing_steps: Optimiser steps of the distillation behind the fit at most, 0 for none.
+        healing_asked_for: Whether the recipe names these steps, so that they are taken or refused.
     """
 
     needs_calibration: bool
@@ -133,6 +135,8 @@ class Decisions:
     verifies_whole_model: bool
     choice: str
     rotary_components: tuple[int, ...] | None = None
+    healing_steps: int = 0
+    healing_asked_for: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from mea_compress.errors import RequestError
-from mea_compress.recipe.settings import EXTENDS, Recipe, field_hint, validated, value_type
+from mea_compress.recipe.settings import EXTENDS, Recipe, field_hint, settings_in, validated, value_type
 
 _COUNTS = ("key_components", "value_components")
 
@@ -104,14 +104,16 @@ def read_changes(changes: Sequence[str], given: Mapping[str, Any] | None = None)
 def _field_type(name: str) -> Any:
     """Return the type of the field that a dotted name leads to."""
     keys = name.split(".")
-    kind: Any = Recipe
+    inside: type[BaseModel] | None = Recipe
+    annotation: Any = None
     for count, key in enumerate(keys, start=1):
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        if inside is None:
             raise RequestError(f"`set` {name} leads nowhere: {'.'.join(keys[: count - 1])} has one value, without keys")
-        if key not in kind.model_fields:
+        if key not in inside.model_fields:
             raise RequestError(f"`set` names the unknown key {name}: {field_hint(keys[:count])}")
-        kind = value_type(kind.model_fields[key].annotation)
-    return kind
+        annotation = inside.model_fields[key].annotation
+        inside = next(iter(settings_in(annotation)), None)
+    return value_type(annotation)
 
 
 def _typed(kind: Any, text: str) -> Any:
@@ -165,11 +167,7 @@ def _read_chain(path: Path, below: tuple[Path, ...] = ()) -> tuple[dict[str, Any
     return _changed(base, changes), origins | said
 
 
-_SECTIONS = tuple(
-    name
-    for name, field in Recipe.model_fields.items()
-    if isinstance(value_type(field.annotation), type) and issubclass(value_type(field.annotation), BaseModel)
-)
+_SECTIONS = tuple(name for name, field in Recipe.model_fields.items() if settings_in(field.annotation))
 
 
 def _find_base(name: object, path: Path) -> Path:

@@ -17,8 +17,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -123,6 +125,26 @@ class HealRecipe(_Settings):
     device: str | None = Field(
         None, pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
     )
+
+
+def _heal_tag(value: object) -> str:
+    """Name the kind of `heal`: settings of its own, or steps. Tags have no place in messages; see `_explain`."""
+    return "<settings>" if isinstance(value, Mapping | BaseModel) else "<steps>"
+
+
+def _heal_steps(value: object) -> object:
+    """Steps as text, of what YAML, flags and calls in Python give."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch(r"auto|\d{1,9}", text):
+        raise ValueError(f"should be auto or a number of steps, or settings of its own, not {value!r}")
+    return text
+
+
+Heal = Annotated[
+    Annotated[Annotated[str, BeforeValidator(_heal_steps)], Tag("<steps>")] | Annotated[HealRecipe, Tag("<settings>")],
+    Discriminator(_heal_tag),
+]
+"""Steps of a distillation behind the fit, or how `run` heals what was written."""
 
 
 class EvaluateRecipe(_Settings):
@@ -326,6 +348,12 @@ class Recipe(_Settings):
         "machine.",
         json_schema_extra=_group("How to compose", "MINUTES"),
     )
+    heal: Heal = Field(
+        "auto",
+        description="Steps of distillation from the source behind the fit, end to end, 0 for none; auto: as --effort "
+        "says, where both fit in memory together. In a recipe also the settings of heal, for `run`.",
+        json_schema_extra=_group("How to compose", "STEPS"),
+    )
     text: Texts | None = Field(
         None,
         description=f"Calibration text ({_TEXT_HELP}); without it text is sampled from the model.",
@@ -364,7 +392,6 @@ class Recipe(_Settings):
         "auto", pattern=_DEVICE, description="auto, cpu, cuda, cuda:N or mps.", json_schema_extra=_group("Run", "D")
     )
 
-    heal: HealRecipe | None = Field(None, description="Distil from the source afterwards (for `run`).")
     evaluate: EvaluateRecipe | None = Field(None, description="Measure against the source at the end (for `run`).")
 
     @field_validator("key_composition", "value_composition", mode="before")
@@ -413,6 +440,11 @@ class Recipe(_Settings):
     def shard_bytes(self) -> int:
         """`shard_size` in bytes."""
         return parse_size(self.shard_size)
+
+    @property
+    def healing_settings(self) -> HealRecipe | None:
+        """How `run` heals what was written, None where `heal` says nothing of it."""
+        return self.heal if isinstance(self.heal, HealRecipe) else None
 
 
 def budget_file(recipe: Recipe) -> Path | None:
@@ -562,7 +594,7 @@ def validated(
 def _explain(error: ValidationError, where: str, flags: Collection[str], origins: Mapping[str, str]) -> str:
     """The first validation error in one sentence that names the flag or the key."""
     first = error.errors(include_url=False)[0]
-    keys = [str(part) for part in first["loc"]]
+    keys = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     name = ".".join(keys)
     names = [".".join(keys[:count]) for count in range(len(keys), 0, -1)]
     where = next((origins[key] for key in names if key in origins), where)
@@ -598,8 +630,15 @@ def _nested_fields(keys: list[str]) -> list[str]:
     """Names of the fields of the settings that a path of keys leads to."""
     model: type[BaseModel] = Recipe
     for key in keys:
-        model = value_type(model.model_fields[key].annotation)
+        (model,) = settings_in(model.model_fields[key].annotation)
     return list(model.model_fields)
+
+
+def settings_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings among the types of a field's value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [settings for part in get_args(annotation) for settings in settings_in(part)]
 
 
 def value_type(annotation: Any) -> Any:

@@ -59,7 +59,7 @@ def grid(
         for value in asked:
             if list(asked).count(value) > 1:
                 raise RequestError(f"`{name}` has {value} twice: give it once")
-    common = recipe.model_copy(update={"source": None, "out": None, "heal": None, "evaluate": None})
+    common = recipe.model_copy(update={"source": None, "out": None, "evaluate": None})
     points: list[GridPoint] = []
     for method, budget, share in product(methods, budgets, shares):
         settings = _sides(method) | {"kv_ratio": share, "budget": budget}

@@ -156,8 +156,8 @@ def _common_recipe(
     if retrieval:
         asked["evaluate.retrieval"] = list(retrieval)
     common = make_recipe(recipe, settings | asked)
-    if common.heal is not None:
-        raise RequestError("a sweep does not heal what it compresses: leave the recipe's section heal out")
+    if common.healing_settings is not None:
+        raise RequestError("a sweep does not heal what was written: leave the recipe's section heal out, or give steps")
     for side in ("key_composition", "value_composition"):
         if isinstance(getattr(common, side), dict):
             raise RequestError(f"`{side}` with options of its own has no place in a sweep: give its name alone")

@@ -16,7 +16,7 @@ from mea_compress.layers.read import read_heads
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
-SHARED = {"kv_ratio": 0.5, "rotary_allocation": "shared", "split": "even", "budget": "uniform"}
+SHARED = {"kv_ratio": 0.5, "heal": "0", "rotary_allocation": "shared", "split": "even", "budget": "uniform"}
 FITS = [{"fit": "weights"}, {"refine": 0, "sequence_length": 32, "sequences": 16}]
 
 

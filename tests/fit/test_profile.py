@@ -86,7 +86,7 @@ def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch):
 
 def test_compress_measures_chooses_and_says_what_came_of_it(tmp_path):
     source = stock_checkpoint(tmp_path / "source")
-    result = mc.compress(source, tmp_path / "out", kv_ratio=0.5, refine=0, progress=False, **QUICK)
+    result = mc.compress(source, tmp_path / "out", kv_ratio=0.5, refine=0, heal="0", progress=False, **QUICK)
     budget = result.fidelity["budget"]
     assert budget["predicted_kl"] == result.plan.predicted_kl > 0
     assert result.plan.bytes_after <= result.plan.bytes_before // 2

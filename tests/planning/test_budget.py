@@ -163,7 +163,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path):
     again = make_plan(plan.source.reader.directory, Recipe(kv_ratio=0.5, budget=str(file)))
     assert [layer.spec for layer in again.layers] == [layer.spec for layer in plan_budget(plan, profile).layers]
     assert again.to_json()["predicted_kl"] == pytest.approx(again.predicted_kl)
-    assert not again.decisions.measures_budget
+    assert not again.decisions.measures_budget and not again.decisions.searches_kv_split
     for text, said in (('{"points": 1}', "profile"), ("{", "budget"), ('{"layers": 3}', "budget")):
         file.write_text(text)
         with pytest.raises(RequestError, match=said):

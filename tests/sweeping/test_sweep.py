@@ -138,7 +138,7 @@ def test_what_cannot_be_made_has_a_reason_and_the_rest_is_made(place):
     "settings, told",
     [
         ({"kv_ratio": 0.5}, "`kv_ratio` is what a sweep varies"),
-        ({"recipe": Recipe(kv_ratio=0.5, heal={"steps": 3})}, "does not heal"),
+        ({"recipe": Recipe(kv_ratio=0.5, heal={"steps": 3})}, "does not heal what was written"),
         ({"key_composition": {"method": "prune", "by": "pivot"}}, "options of its own"),
         ({"shares": []}, "shares"),
         ({"evaluate.limit": 0}, "limit"),

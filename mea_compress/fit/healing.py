@@ -1,0 +1,220 @@
+"""Brief healing, the last step of a fit: the composed layers are distilled from the original, end to end (METHOD §11).
+
+Teacher and student are in memory together and share every tensor but the attention of the layers that were composed.
+What the student learns is stored where the layers are, in directories of its own, before any file of the checkpoint is
+written.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, as_tensor, torch_dtype, write_checkpoint
+from mea_compress.checkpoint.system import trim_heap
+from mea_compress.checkpoint.workspace import Workspace
+from mea_compress.distillation import DistillationSettings, distil, measure
+from mea_compress.emit.weights import layer_directory
+from mea_compress.errors import RequestError
+from mea_compress.fit.layers import held_out_sequences, stored_tokens
+from mea_compress.fit.refinement import trainable_parameters
+from mea_compress.layers.read import read_projection
+from mea_compress.layers.runner import fast_products
+from mea_compress.loading import load_model, resolve_device, seeded
+from mea_compress.planning.decisions import HEALING_EPOCHS
+from mea_compress.planning.sizes import healing_batch
+from mea_compress.planning.types import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SIDES = {"q_proj.weight": "query", "k_proj.weight": "key", "v_proj.weight": "value"}
+
+
+def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None = None) -> None:
+    """Distil the composed layers from the original, and store what they have become; nothing ends worse than it began.
+
+    What was done is committed to the workspace as the result ``healing``: KL before and after on sequences that are
+    held out, its curve, what text was used.
+
+    Args:
+        plan: What to do; every layer has been fitted.
+        workspace: Where the layers are.
+        progress: Show a bar on stderr.
+        deadline: See `deadline_of`; there are no more steps than fit.
+
+    Raises:
+        RequestError: Steps were asked for, and the text has one sequence.
+    """
+    if workspace.result_of("healing", "healing"):
+        return
+    tokens, length = stored_tokens(plan, workspace, progress), plan.decisions.sequence_length
+    if len(tokens) < 2:
+        if plan.decisions.healing_asked_for:
+            raise RequestError(
+                "distillation holds a sequence out and there is only one; give a longer --text, a smaller "
+                "--sequence-length, or --heal 0"
+            )
+        return
+    held_out = held_out_sequences(len(tokens), length)
+    training, held_out_ids = _training(plan, tokens[:-held_out]), tokens[-held_out:]
+    batch = min(healing_batch(length), len(training))
+    steps = plan.decisions.healing_steps
+    if not plan.decisions.healing_asked_for:
+        steps = min(steps, ceil(HEALING_EPOCHS * len(training) / batch))
+
+    device = resolve_device(plan.recipe.device)
+    stored = torch_dtype(plan.source.dtype)
+    products = fast_products(stored, device)
+    wide = torch.float64 if stored == torch.float64 else torch.float32
+    teacher = load_model(plan.source.reader.directory, products if products != torch.float32 else wide, device)
+    student, trained = make_student(plan, workspace, teacher, wide)
+    settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
+    before = measure(student, teacher, held_out_ids, products)
+    with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
+
+        def tick(loss: float) -> None:
+            bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
+            bar.update(1)
+
+        distillation = distil(student, teacher, training, held_out_ids, settings, tick)
+    kept = torch_dtype(plan.decisions.stored_dtype)
+    with torch.no_grad():
+        for weights in trained.values():
+            for weight in weights.values():
+                weight.copy_(weight.to(kept))
+    after = measure(student, teacher, held_out_ids, products)
+    better = after.kl < before.kl
+    if better:
+        for layer, weights in trained.items():
+            _store(plan, workspace, layer, weights)
+    workspace.commit(
+        "healing",
+        "healing",
+        {
+            "kept": "healed" if better else "unhealed",
+            "kl_before": before.kl / before.tokens,
+            "kl_after": (after if better else before).kl / before.tokens,
+            "steps": distillation.steps,
+            "tokens": distillation.all_steps * batch * length,
+            "relative_rate": distillation.rate,
+            "text": "of the recipe" if plan.recipe.text else "sampled from the original",
+            "sequences": len(training),
+            "held_out_tokens": before.tokens,
+            "curve": [list(point) for point in distillation.curve],
+        },
+    )
+    del student, teacher, trained
+    trim_heap()
+
+
+def _training(plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the sequences to train on: others than the calibration's, and these too where there are not enough."""
+    calibrated = plan.decisions.sequences if plan.decisions.needs_calibration else 0
+    others = tokens[calibrated:]
+    wanted = plan.decisions.healing_steps * healing_batch(plan.decisions.sequence_length)
+    return others if len(others) >= wanted else torch.cat((others, tokens[:calibrated]))[:wanted]
+
+
+def make_student(
+    plan: Plan, workspace: Workspace, teacher: PreTrainedModel, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[int, dict[str, nn.Parameter]]]:
+    """Return the compressed model, which shares with the original whatever was not composed.
+
+    Args:
+        plan: What was done.
+        workspace: Where the fitted layers are.
+        teacher: The original; its weights get no gradients.
+        dtype: Of the weights that are trained.
+
+    Returns:
+        The student, in evaluation mode; and for each composed layer its trained weights by their names below
+        ``self_attn.``.
+    """
+    from mea_compress.modeling import modeling_mea
+    from mea_compress.modeling.attention_mea import MeaAttention
+
+    source = plan.source
+    readers = {
+        layer.layer: CheckpointReader(layer_directory(workspace, layer.layer))
+        for layer in plan.layers
+        if layer.compressed
+    }
+    layers = [
+        workspace.result_of("layers", str(layer)) if layer in readers else section
+        for layer, section in enumerate(source.config.mea["layers"])
+    ]
+    config = copy.deepcopy(source.model_config)
+    config.mea = {**config.mea, "layers": layers}
+    config._attn_implementation = "sdpa"
+    teacher.requires_grad_(False)
+    with torch.device("meta"):
+        student: Any = getattr(modeling_mea, f"Mea{source.family.prefix}ForCausalLM")(config)
+    original: Any = teacher
+    student.model.rotary_emb = copy.deepcopy(original.model.rotary_emb)
+    with seeded(plan.recipe.seed, torch.device("cpu")):  # weights are drawn, which are replaced
+        for index, layer in enumerate(student.model.layers):
+            layer.self_attn = MeaAttention(config, index)  # with its tables, which no checkpoint has
+            object.__setattr__(layer.self_attn, "rotary", student.model.rotary_emb)
+            layer.self_attn.to(teacher.device)
+    shared = dict(original.named_parameters(remove_duplicate=False))
+    for name, parameter in list(student.named_parameters(remove_duplicate=False)):
+        module, _, own = name.rpartition(".")
+        weight = _attention_weight(plan, name, readers, shared)
+        if weight is None:
+            parameter = shared[name]
+        else:
+            parameter.data = weight.to(teacher.device, dtype)
+        setattr(student.get_submodule(module), own, parameter)
+    student.requires_grad_(False)
+    trained = {index: trainable_parameters(student.model.layers[index].self_attn) for index in readers}
+    for parameter in student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(teacher.dtype)
+    return student.eval(), trained
+
+
+def _attention_weight(
+    plan: Plan, name: str, readers: Mapping[int, CheckpointReader], shared: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Return a weight of the student's attention that is not the original's own tensor, None for all others."""
+    prefix, stem, own = name.partition("self_attn.")
+    if not stem:
+        return None
+    layer = int(prefix.removesuffix(".").rpartition(".")[2])
+    if layer in readers:
+        if own in readers[layer].tensors:
+            return readers[layer].read(own)
+        if name in shared:  # trained, so a copy
+            return shared[name].detach().clone()
+    elif name in shared:
+        return None
+    return as_tensor(read_projection(plan.source, layer, _SIDES[own])[:, :-1])  # of a fused projection
+
+
+def _store(plan: Plan, workspace: Workspace, layer: int, weights: Mapping[str, nn.Parameter]) -> None:
+    """Store a healed layer: what was trained, and what was stored of it beside that."""
+    reader = CheckpointReader(layer_directory(workspace, layer))
+    entries = [
+        NewTensor(name, info.dtype, info.shape, partial(reader.read_array, name))
+        for name, info in reader.tensors.items()
+        if name not in weights
+    ]
+    dtype = plan.decisions.stored_dtype
+    for name, weight in weights.items():
+        array = as_array(weight.detach().to("cpu", torch_dtype(dtype)).contiguous())
+        entries.append(NewTensor(name, dtype, array.shape, partial(np.asarray, array)))
+    entries.sort(key=lambda entry: entry.name)
+    write_checkpoint(workspace.work / f"healed-{layer:05d}", entries)
+
+
+__all__ = ["heal_layers", "make_student"]
