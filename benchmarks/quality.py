@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "latent + latent (whitened joint SVD: Palu, SVD-LLM, CARE)": {"key": "latent", "value": "latent", **CLOSED},
     "latent + latent, refined": {"key": "latent", "value": "latent"},
     "joint": {"key": "joint", "value": "joint", **CLOSED},
-    "joint, refined (best-quality)": {"key": "joint", "value": "joint"},
+    "joint, refined": {"key": "joint", "value": "joint"},
     "frequency + latent, measured budget": {"key": "frequency", "value": "latent", **CLOSED, **MEASURED},
     "frequency + latent, measured budget, refined": {"key": "frequency", "value": "latent", **MEASURED},
     "frequency + latent, measured budget, healed": {
