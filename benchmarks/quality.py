@@ -72,8 +72,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "heal": "auto",
         **MEASURED,
     },
+    "joint, measured budget": {"key": "joint", "value": "joint", **CLOSED, **MEASURED},
+    "joint, measured budget, refined, healed (best-50)": {
+        "key": "joint",
+        "value": "joint",
+        "effort": "best",
+        "heal": "auto",
+        **MEASURED,
+    },
     "latent + latent, measured budget": {"key": "latent", "value": "latent", **CLOSED, **MEASURED},
-    "latent + latent, measured budget, refined, healed (best-50)": {
+    "latent + latent, measured budget, refined, healed": {
         "key": "latent",
         "value": "latent",
         "heal": "auto",
