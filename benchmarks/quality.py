@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "latent + latent (whitened joint SVD: Palu, SVD-LLM, CARE)": {"key": "latent", "value": "latent", **CLOSED},
     "latent + latent, refined": {"key": "latent", "value": "latent"},
     "joint": {"key": "joint", "value": "joint", **CLOSED},
-    "joint, refined (best-quality)": {"key": "joint", "value": "joint"},
+    "joint, refined": {"key": "joint", "value": "joint"},
     "frequency + latent, measured budget": {"key": "frequency", "value": "latent", **CLOSED, **MEASURED},
     "frequency + latent, measured budget, refined": {"key": "frequency", "value": "latent", **MEASURED},
     "frequency + latent, measured budget, healed": {
@@ -72,8 +72,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "heal": "auto",
         **MEASURED,
     },
+    "joint, measured budget": {"key": "joint", "value": "joint", **CLOSED, **MEASURED},
+    "joint, measured budget, refined, healed (best-50)": {
+        "key": "joint",
+        "value": "joint",
+        "effort": "best",
+        "heal": "auto",
+        **MEASURED,
+    },
     "latent + latent, measured budget": {"key": "latent", "value": "latent", **CLOSED, **MEASURED},
-    "latent + latent, measured budget, refined, healed (best-50)": {
+    "latent + latent, measured budget, refined, healed": {
         "key": "latent",
         "value": "latent",
         "heal": "auto",

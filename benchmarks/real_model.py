@@ -63,9 +63,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "latent + latent, equal widths, activations (whitened SVD: SVD-LLM, Palu, CARE)": both("latent")
     | EQUAL
     | {"fit": "activations"},
-    "latent + latent (best-50)": both("latent"),
+    "latent + latent": both("latent"),
     "latent + latent, closed form": both("latent") | CLOSED,
     "latent + latent, closed form, equal widths": both("latent") | EQUAL | CLOSED,
+    "joint (best-50)": both("joint") | {"effort": "best"},
     "joint, closed form": both("joint") | CLOSED,
     "joint, refined, equal widths": both("joint") | EQUAL,
     "pool, weights (GQA, heads averaged)": both("pool") | {"fit": "weights"},

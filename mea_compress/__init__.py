@@ -13,6 +13,8 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
     mc.export("OUT", "STOCK")                         # a plain checkpoint of its family
     mc.refresh("OUT")                                 # this version's code in an older checkpoint
     mc.run("recipe.yaml")                             # all of it
+    mc.validate("recipe.yaml")                        # whether it can be done
+    mc.sweep("SRC", "SWEEP", text="held-out.txt")     # many ways to compress, measured, on one page
     model, tokenizer = mc.load("OUT")
 
 Every verb takes paths first and keywords behind them: ``recipe=`` or the recipe's own fields. Results print
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
     from mea_compress.loading import load
     from mea_compress.measure.evaluation import evaluate
     from mea_compress.measure.results import Evaluation, Evaluations
-    from mea_compress.pipeline import PipelineResult, run
+    from mea_compress.pipeline import PipelineResult, Validation, run, validate
     from mea_compress.planning.plans import Inspection, open, plan
     from mea_compress.planning.profiles import Profile
     from mea_compress.planning.types import Plan
     from mea_compress.recipe import Recipe
+    from mea_compress.sweeping.results import Sweep
+    from mea_compress.sweeping.run import sweep
 
 __version__ = "0.2.0"
 
@@ -56,6 +60,8 @@ _ROOMS = {
     "Recipe": "recipe",
     "RefreshResult": "emit.code",
     "RequestError": "errors",
+    "Sweep": "sweeping.results",
+    "Validation": "pipeline",
     "compress": "compression",
     "evaluate": "measure.evaluation",
     "export": "exporting.stock",
@@ -66,6 +72,8 @@ _ROOMS = {
     "profile": "fit.profile",
     "refresh": "emit.code",
     "run": "pipeline",
+    "sweep": "sweeping.run",
+    "validate": "pipeline",
 }
 """Where each name of the API lives; loaded when it is first used."""
 
@@ -94,6 +102,8 @@ __all__ = [
     "export",
     "refresh",
     "run",
+    "validate",
+    "sweep",
     "load",
     "register",
     "CompressionResult",
@@ -108,5 +118,7 @@ __all__ = [
     "Recipe",
     "RefreshResult",
     "RequestError",
+    "Sweep",
+    "Validation",
     "__version__",
 ]

@@ -29,6 +29,9 @@ from mea_compress.recipe import (
     from_flags,
     given_settings,
     load_recipe,
+    parse_counts,
+    parse_names,
+    read_changes,
     value_type,
 )
 from mea_compress.report.showing import Shown
@@ -138,6 +141,7 @@ class _Program(_Group):
 def _with_flags(message: str, parameters: Sequence[click.Parameter]) -> str:
     """Replace parameters of functions, `sequence_length` in backquotes, by flags of a command: --sequence-length."""
     flags = {option.name: option.opts[0] for option in parameters if isinstance(option, click.Option)}
+    flags |= {"set": flags["changes"]} if "changes" in flags else {}
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message)
 
 
@@ -170,6 +174,27 @@ def _clause(message: str) -> str:
 def _none_for_nothing(_: click.Context, __: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return the values of a flag that may be given several times, None where it was not given."""
     return values or None
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the names of a list such as frequency+latent,joint."""
+    return None if value is None else parse_names(value)
+
+
+def _shares(_: click.Context, __: click.Parameter, value: str) -> tuple[float, ...]:
+    """Return the numbers of a list such as 0.25,0.5."""
+    try:
+        return tuple(float(share) for share in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"should be shares such as 0.25,0.5, not {value!r}") from None
+
+
+def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return the whole numbers of a list such as 1024,4096."""
+    try:
+        return None if value is None else parse_counts(value)
+    except ValueError:
+        raise click.BadParameter(f"should be whole numbers such as 1024,4096, not {value!r}") from None
 
 
 def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[Function], Function]:
@@ -215,6 +240,16 @@ def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[
 def _recipe_option(function: Function) -> Function:
     return click.option(
         "--recipe", metavar="NAME|FILE", help="Start from a built-in or YAML recipe; flags given here win over it."
+    )(function)
+
+
+def _set_option(function: Function) -> Function:
+    return click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A value that wins over the recipe's, such as kv_ratio=0.25 or heal.steps=100; may be given again.",
     )(function)
 
 
@@ -431,14 +466,110 @@ def export(
 @cli.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
-@click.option("--out", metavar="OUT", type=_PATH, help="Where the result goes, instead of the recipe's.")
+@click.option(
+    "--out",
+    metavar="OUT",
+    type=_PATH,
+    help="Where the result goes, instead of the recipe's; beside SRC, called SRC-RECIPE, where neither says so.",
+)
+@_set_option
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
-def run(recipe: str, source: Path | None, out: Path | None, resume: bool, json_file: Path | None) -> None:
+def run(
+    recipe: str, source: Path | None, out: Path | None, changes: tuple[str, ...], resume: bool, json_file: Path | None
+) -> None:
     """Do all that a recipe asks for: compress, then heal and evaluate where it has such sections."""
     from mea_compress.pipeline import run as run_recipe
 
-    _show(run_recipe(recipe, source=source, out=out, resume=resume), json_file)
+    settings = read_changes(changes, {"source": source, "out": out})
+    _show(run_recipe(recipe, resume=resume, **settings), json_file)
+
+
+@cli.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
+@click.option("--source", metavar="SRC", type=_PATH, help="The checkpoint to compress, instead of the recipe's.")
+@_set_option
+@_json_option
+def validate(recipes: tuple[str, ...], source: Path | None, changes: tuple[str, ...], json_file: Path | None) -> None:
+    """Say of recipes, in a sentence each, whether run would refuse them; the exit status is 2 where it would."""
+    from mea_compress.pipeline import validate as validate_recipes
+
+    result = validate_recipes(recipes, **read_changes(changes, {"source": source}))
+    _show(result, json_file)
+    if result.faults:
+        raise RequestError(f"{len(result.faults)} of {len(result.recipes)} cannot be carried out: see above")
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@click.option("--text", metavar="FILE", multiple=True, required=True, help="Held-out text to measure on.")
+@click.option("--out", metavar="DIR", type=_PATH, required=True, help="Where figures and page go.")
+@click.option(
+    "--methods",
+    metavar="NAME,NAME",
+    default="default",
+    show_default=True,
+    callback=_names,
+    help="Methods: KEY+VALUE, or one name for both sides, such as frequency+latent,joint.",
+)
+@click.option(
+    "--shares",
+    metavar="X,X",
+    default="0.25,0.5,0.75",
+    show_default=True,
+    callback=_shares,
+    help="Shares of the cache to keep.",
+)
+@click.option("--budgets", metavar="NAME,NAME", callback=_names, help="How layers share what is kept.")
+@click.option(
+    "--retrieval", metavar="N,N", callback=_counts, help="Also hide numbers in the text at these lengths in tokens."
+)
+@click.option("--calibration", metavar="FILE", multiple=True, help="Text for the fits; sampled from SRC without it.")
+@_recipe_option
+@_set_option
+@click.option("--resume", is_flag=True, help="Go on where an interrupted sweep stopped.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Write the result as JSON here too; - prints it instead of the table.",
+)
+def sweep(
+    source: Path,
+    text: tuple[str, ...],
+    out: Path,
+    methods: tuple[str, ...],
+    shares: tuple[float, ...],
+    budgets: tuple[str, ...] | None,
+    retrieval: tuple[int, ...] | None,
+    calibration: tuple[str, ...],
+    recipe: str | None,
+    changes: tuple[str, ...],
+    resume: bool,
+    json_file: Path | None,
+) -> None:
+    """Compress a checkpoint in many ways, measure each, and write figures and a page of what they cost and keep.
+
+    DIR gets index.html, which needs no network, sweep.json, sweep.csv and sweep.png. The checkpoints are not kept: the
+    page has the commands that make each again.
+    """
+    from mea_compress.sweeping.run import sweep as sweep_checkpoint
+
+    found = sweep_checkpoint(
+        source,
+        out,
+        text=text,
+        methods=methods,
+        shares=shares,
+        budgets=budgets or (None,),
+        retrieval=retrieval,
+        calibration=calibration or None,
+        recipe=recipe,
+        resume=resume,
+        **read_changes(changes),
+    )
+    _show(found, json_file)
 
 
 @cli.group(invoke_without_command=True)

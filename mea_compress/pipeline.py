@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, given_settings, make_recipe
 from mea_compress.report.showing import Shown
+from mea_compress.report.tables import share
 from mea_compress.text.reading import STDIN, read_documents
 
 if TYPE_CHECKING:
@@ -64,14 +67,15 @@ def run(
     Args:
         recipe: A `Recipe`, a built-in recipe's name or a YAML file.
         source: The checkpoint to compress, instead of the recipe's.
-        out: Where the result goes, instead of the recipe's.
+        out: Where the result goes, instead of the recipe's; where neither says so, beside the source and called after
+            it and the recipe.
         resume: Take up an interrupted run of the same request.
         progress: Show progress bars on stderr.
-        **settings: Fields of `Recipe` that win over it.
+        **settings: Fields of `Recipe` that win over it, one of a section as ``**{"heal.steps": 100}``.
 
     Raises:
-        RequestError: The recipe does not say where from and where to, names a text that is not there, or asks for what
-            cannot be done.
+        RequestError: The recipe does not say where from, names a text that is not there, or asks for what cannot be
+            done.
 
     Example:
         >>> result = run("paper-full", source="SRC", out="PAPER", progress=False)
@@ -79,28 +83,109 @@ def run(
         256
     """
     wanted = make_recipe(recipe, settings | {"source": source, "out": out})
-    name = "the recipe" if isinstance(recipe, Recipe) else str(recipe)
-    if wanted.source is None or wanted.out is None:
-        raise RequestError(
-            f"{name} does not say where from and where to: add source and out, or give --source and --out"
-        )
+    name = _name(recipe)
+    if wanted.source is None:
+        raise RequestError(f"{name} does not say where from: add source to it, or give `source`")
+    target = wanted.out or _default_out(wanted.source, recipe)
     _check_texts(wanted, name)
     from mea_compress.compression import compress
 
-    compression = compress(wanted.source, wanted.out, recipe=wanted, resume=resume, progress=progress)
+    compression = compress(wanted.source, target, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
-    if wanted.healing_settings and not (resume and (wanted.out / "healing.json").is_file()):
+    if wanted.healing_settings and not (resume and (target / "healing.json").is_file()):
         from mea_compress.healing import heal
 
         options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
-        healing = heal(wanted.out, teacher=wanted.source, **options)
+        healing = heal(target, teacher=wanted.source, **options)
     if wanted.evaluate:
         from mea_compress.measure.evaluation import evaluate
 
         options = shared | given_settings(wanted.evaluate)
-        evaluation = evaluate(wanted.out, reference=wanted.source, **options)
+        evaluation = evaluate(target, reference=wanted.source, **options)
     return PipelineResult(compression, healing, evaluation)
+
+
+@dataclass(frozen=True, repr=False)
+class Validation(Shown):
+    """What `validate` says of recipes.
+
+    Attributes:
+        recipes: A sentence for each, by its name.
+        faults: The names of those that cannot be carried out.
+    """
+
+    recipes: dict[str, str]
+    faults: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `validate --json`."""
+        return {
+            "recipes": [
+                {"recipe": name, "valid": name not in self.faults, "sentence": sentence}
+                for name, sentence in self.recipes.items()
+            ]
+        }
+
+    def report(self) -> str:
+        """Return a line for each recipe."""
+        return "\n".join(self.recipes.values())
+
+
+def validate(
+    recipe: Recipe | Path | str | Sequence[Recipe | Path | str], *, source: Path | str | None = None, **settings: Any
+) -> Validation:
+    """Say of recipes whether `run` would refuse them. Of a source only headers are read, and nothing is written.
+
+    The keys and their values, the recipes that they extend, the texts that they name, and whether the checkpoint allows
+    what they ask for, where they or `source` name one.
+
+    Args:
+        recipe: A `Recipe`, a built-in recipe's name or a YAML file, or several of them.
+        source: The checkpoint to compress, instead of the recipe's.
+        **settings: Fields of `Recipe` that win over it.
+
+    Example:
+        >>> print(validate(["paper-full", "paper-hafl"], source="SRC"))
+        paper-full is valid: 50 % of the cache of SRC
+        There is no recipe file or built-in recipe 'paper-hafl': did you mean paper-half?
+    """
+    sentences, faults = {}, []
+    for one in [recipe] if isinstance(recipe, Recipe | Path | str) else recipe:
+        name = _name(one)
+        try:
+            sentences[name] = f"{name} is valid{_what_it_keeps(one, settings | {'source': source})}"
+        except RequestError as error:
+            sentences[name] = str(error)
+            faults.append(name)
+    return Validation(sentences, tuple(faults))
+
+
+def _what_it_keeps(recipe: Recipe | Path | str, settings: dict[str, Any]) -> str:
+    """Return how much of the cache a recipe keeps, or nothing where it names no checkpoint.
+
+    Raises:
+        RequestError: `run` would refuse it.
+    """
+    wanted = make_recipe(recipe, settings)
+    _check_texts(wanted, _name(recipe))
+    if wanted.source is None:
+        return ""
+    from mea_compress.planning.plans import make_plan
+
+    plan = make_plan(wanted.source, wanted)
+    return f": {share({'before': plan.bytes_before, 'after': plan.bytes_after})} of the cache of {wanted.source}"
+
+
+def _name(recipe: Recipe | Path | str) -> str:
+    return "the recipe" if isinstance(recipe, Recipe) else str(recipe)
+
+
+def _default_out(source: Path, recipe: Recipe | Path | str) -> Path:
+    """Return a directory beside the source: models/NAME-best-50 for models/NAME and best-50 or best-50.yaml."""
+    beside = Path(os.path.abspath(source))  # the name of . and of DIR/.. too, and not where a link leads
+    purpose = "compressed" if isinstance(recipe, Recipe) else Path(recipe).stem
+    return beside.with_name(f"{beside.name}-{purpose}")
 
 
 def _check_texts(recipe: Recipe, name: str) -> None:

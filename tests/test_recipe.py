@@ -15,6 +15,7 @@ from mea_compress.recipe import (
     given_settings,
     load_recipe,
     parse_size,
+    read_changes,
     select_layers,
     to_yaml,
 )
@@ -88,6 +89,15 @@ class TestBuiltins:
             assert (recipe.kv_ratio, recipe.layers, recipe.fit, recipe.refine) == (0.5, layers, "weights", 0)
             assert (recipe.key_composition, recipe.value_composition) == ("head", "head")
             assert "2601.19611" in recipe.description
+
+    def test_every_one_is_whole(self):
+        recipes = {name: load_recipe(name) for name in builtin_recipes()}
+        assert {"best-25", "best-50", "prune-only", "serve-anywhere"} <= set(recipes)
+        assert all(recipe.description for recipe in recipes.values())
+        best = recipes["best-50"].model_dump(exclude={"description", "kv_ratio"})
+        assert recipes["best-25"].model_dump(exclude={"description", "kv_ratio"}) == best
+        assert (recipes["best-25"].kv_ratio, recipes["best-50"].kv_ratio) == (0.25, 0.5)
+        assert recipes["prune-only"].key_composition == recipes["prune-only"].value_composition == "prune"
 
     def test_flags_win(self):
         recipe = load_recipe("paper-half", {"kv_ratio": 0.25, "layers": None, "seed": 7})
@@ -221,6 +231,133 @@ class TestFiles:
     def test_something_must_say_how_much_to_keep(self, tmp_path):
         assert "`kv_ratio`" in refusal(tmp_path, "fit: weights")
         assert load_recipe(None, {"key_components": 2}).kv_ratio is None
+
+
+class TestExtends:
+    def files(self, tmp_path, **texts):
+        for name, text in texts.items():
+            file = tmp_path / f"{name.replace('__', '/')}.yaml"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+        return tmp_path / "mine.yaml"
+
+    def test_a_file_says_only_what_is_different(self, tmp_path):
+        mine = self.files(
+            tmp_path,
+            mine="extends: sub/base.yaml\nseed: 3\nheal: {steps: 7}\n",
+            sub__base="extends: paper-half\nkv_ratio: 0.25\nheal: {steps: 5, learning_rate: 1e-4}\n",
+        )
+        recipe = load_recipe(mine, {"layers": "all"})
+        paper = load_recipe("paper-half").model_dump()
+        changes = {"kv_ratio": 0.25, "seed": 3, "layers": "all"}
+        assert recipe.model_dump(exclude={"heal"}) == {k: v for k, v in (paper | changes).items() if k != "heal"}
+        assert (recipe.heal.steps, recipe.heal.learning_rate) == (7, 1e-4)
+        assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+    def test_a_file_is_relative_to_the_one_that_says_so(self, tmp_path, monkeypatch):
+        self.files(tmp_path, sub__mine="extends: base.yaml\n", sub__base="kv_ratio: 0.25\n", base="kv_ratio: 1\n")
+        monkeypatch.chdir(tmp_path)
+        assert load_recipe("sub/mine.yaml").kv_ratio == 0.25
+
+    def test_a_share_takes_the_place_of_counts_below_it(self, tmp_path):
+        mine = self.files(tmp_path, mine="extends: base.yaml\nkv_ratio: 0.25\n", base="key_components: 2\n")
+        assert load_recipe(mine).key_components is None
+
+    def test_a_section_can_be_taken_away_and_filled(self, tmp_path):
+        base = "kv_ratio: 0.5\nheal: {steps: 5}\nevaluate: {limit: 4}\n"
+        mine = self.files(tmp_path, mine="extends: base.yaml\nheal: 0\nevaluate: {text: a.txt}\n", base=base)
+        recipe = load_recipe(mine)
+        assert recipe.heal == "0" and (recipe.evaluate.limit, recipe.evaluate.text) == (4, ("a.txt",))
+
+    def test_a_circle_is_refused(self, tmp_path):
+        mine = self.files(tmp_path, mine="extends: base.yaml\nkv_ratio: 1\n", base="extends: ./mine.yaml\n")
+        with pytest.raises(RequestError, match=r"mine\.yaml extends itself \(.*base\.yaml -> "):
+            load_recipe(mine)
+        with pytest.raises(RequestError, match="extends itself"):
+            load_recipe(self.files(tmp_path, mine="extends: mine.yaml\n"))
+
+    def test_a_fault_names_the_file_that_it_is_in(self, tmp_path):
+        mine = self.files(tmp_path, mine="extends: base.yaml\nseed: 1\n", base="kv_ratio: 2\nheal: {stps: 1}\n")
+        with pytest.raises(RequestError, match=r"kv_ratio in .*base\.yaml should be less than"):
+            load_recipe(mine)
+        with pytest.raises(RequestError, match=r"base\.yaml has an unknown key heal\.stps: did you mean heal\.steps"):
+            load_recipe(mine, {"kv_ratio": 0.5})
+        with pytest.raises(
+            RequestError, match=r"mine\.yaml extends what cannot be found: there is no.*mean paper-half"
+        ):
+            load_recipe(self.files(tmp_path, mine="extends: paper-hlaf\n"))
+        with pytest.raises(RequestError, match=r"extends in .*mine\.yaml should name"):
+            load_recipe(self.files(tmp_path, mine="extends: [a, b]\n"))
+        assert "did you mean extends?" in refusal(tmp_path, "extend: paper-half")
+
+
+class TestChanges:
+    def test_values_are_typed_by_their_fields(self):
+        changes = read_changes(
+            [
+                "kv_ratio=1e-1",
+                "seed=010",
+                "layers=0,2",
+                "text=[a.txt, 'b = c.txt']",
+                "heal.steps=7",
+                "evaluate.text=x=1.txt",
+                "evaluate.chat_template=true",
+                "evaluate.contexts=1024",
+                "key_composition={method: prune, by: contribution}",
+                "source=a",
+            ]
+        )
+        recipe = load_recipe(None, changes)
+        assert (recipe.kv_ratio, recipe.seed, recipe.layers, recipe.source) == (0.1, 10, "0,2", Path("a"))
+        assert recipe.text == ("a.txt", "b = c.txt") and recipe.heal.steps == 7
+        assert recipe.evaluate == EvaluateRecipe(text="x=1.txt", chat_template=True, contexts="1024")
+        assert recipe.key_composition == {"method": "prune", "by": "contribution"}
+
+    def test_they_win_over_the_recipe_key_by_key(self, tmp_path):
+        path = write(tmp_path, "key_components: 2\nheal: {steps: 5, learning_rate: 1e-4}\n")
+        recipe = load_recipe(path, read_changes(["kv_ratio=0.5", "heal.steps=7"]))
+        assert (recipe.key_components, recipe.heal.steps, recipe.heal.learning_rate) == (None, 7, 1e-4)
+
+    @pytest.mark.parametrize(
+        "change, told",
+        [
+            ("kv_ratio", "write KEY=VALUE"),
+            ("kv_ration=1", "did you mean kv_ratio?"),
+            ("heal.stps=1", "did you mean heal.steps?"),
+            ("seed.a=1", "seed has one value"),
+            ("heal.steps.a=1", "heal.steps has one value"),
+            ("extends=paper-half", "names the unknown key extends"),
+        ],
+    )
+    def test_what_changes_nothing(self, change, told):
+        with pytest.raises(RequestError, match="`set` ") as caught:
+            read_changes([change])
+        assert told in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "change, told",
+        [
+            ("kv_ratio=half", "`kv_ratio` should be a number, not 'half'"),
+            ("heal.steps=0", "`heal.steps` should be greater than or equal to 1, not 0"),
+            ("heal.steps=1.5", "`heal.steps` should be a whole number, not '1.5'"),
+            ("heal=null", "`heal` should be auto or a number of steps"),
+            ("evaluate.limit=3", "says nothing to measure on"),
+        ],
+    )
+    def test_an_impossible_value_names_its_key(self, change, told):
+        with pytest.raises(RequestError) as caught:
+            load_recipe("paper-half", read_changes([change]))
+        assert told in str(caught.value)
+
+    def test_steps_of_healing_and_settings_of_its_own(self):
+        assert load_recipe("paper-half", read_changes(["heal=20"])).heal == "20"
+        assert load_recipe("paper-half", read_changes(["heal={steps: 20}"])).heal.steps == 20
+
+    def test_two_values_for_one_key(self):
+        for changes, others in ((["seed=1", "seed=2"], {}), (["out=a"], {"out": Path("b"), "source": None})):
+            with pytest.raises(RequestError, match="one of two values"):
+                read_changes(changes, others)
+        assert read_changes(["out=a"], {"out": None}) == {"out": "a"}
 
 
 class TestToYaml:

@@ -70,7 +70,8 @@ def refusals(place: Path, remedy: str = _OTHER_PLACE) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = error.filename if isinstance(error.filename, (str, os.PathLike)) else place
+        file = error.filename2 or error.filename  # of a copy, the one that is written
+        name = file if isinstance(file, (str, os.PathLike)) else place
         raise refusal(error, Path(name), remedy=remedy) from None
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from mea_compress.errors import DiskFullError, RequestError
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
+# Sections of the manifest that a run can go on from: layers of a checkpoint, rows of a table.
+_RESULTS = ("layers", "rows")
 # Fsync finished layers at most this often (seconds).
 _SYNC_INTERVAL = 5.0
 
@@ -48,7 +50,7 @@ class Workspace:
         self._lock = threading.Lock()
         self._unsynced: list[Path] = []
         self._saved = time.monotonic()
-        self._keeps_layers = bool(manifest.get("layers"))
+        self._keeps_results = _has_results(manifest)
 
     @property
     def path(self) -> Path:
@@ -80,11 +82,11 @@ class Workspace:
                 self._save()
 
     def flush(self) -> bool:
-        """Save what was committed for later, if the disk allows it; return whether there is a layer to go on from."""
+        """Save what was committed for later, if the disk allows it; return whether there is a result to go on from."""
         with self._lock, contextlib.suppress(OSError, RequestError):
             if self._unsynced:
                 self._save()
-        return self._keeps_layers
+        return self._keeps_results
 
     def _save(self) -> None:
         # In this order, so that after a power cut the manifest names nothing that is not there.
@@ -95,7 +97,7 @@ class Workspace:
         sync(self.work)
         write_json(self.work / MANIFEST, self.manifest)
         self._unsynced.clear()
-        self._keeps_layers = bool(self.manifest.get("layers"))
+        self._keeps_results = _has_results(self.manifest)
         self._saved = time.monotonic()
 
     def result_of(self, section: str, key: str) -> Any:
@@ -117,6 +119,10 @@ class Workspace:
         with contextlib.suppress(OSError):  # OUT is complete, whatever becomes of what is left
             sync(out.parent)
             _remove(self.work)
+
+
+def _has_results(manifest: Mapping[str, Any]) -> bool:
+    return any(manifest.get(section) for section in _RESULTS)
 
 
 def check_free(out: Path, source: Path) -> None:

@@ -27,7 +27,7 @@ _LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn", "proportional
 # The frequency of a channel that RoPE leaves alone; its wavelength must be a finite float32.
 _NO_ROTATION = 1e-30
 _SERVE = "serve the compressed checkpoint itself with trust_remote_code"
-_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-allocation uniform --split even --layers all)"
+_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-allocation shared --split even --layers all)"
 
 
 @dataclass(frozen=True)

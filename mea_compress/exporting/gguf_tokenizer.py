@@ -59,8 +59,9 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> None:
         writer.add_add_space_prefix(_prepends_space(described, file))
         writer.add_token_scores(_scores(tokens, merges))
     else:
+        split = _split_name(described, file)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split_name(described, file))
+        writer.add_tokenizer_pre(split)
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(types)

@@ -41,14 +41,16 @@ class _Option:
     cost: float
 
 
-def candidates(layer: LayerPlan, plan: Plan, parts: int = 6) -> dict[str, list[float]]:
+def candidates(layer: LayerPlan, plan: Plan) -> dict[str, list[float]]:
     """Return the component heads at which each side of a layer is profiled, ascending: shares of what it caches.
+
+    Quarters where the fit is to be fast, sixths otherwise.
 
     Args:
         layer: The layer as it is planned.
         plan: The plan.
-        parts: The shares are multiples of one over this.
     """
+    parts = 4 if plan.recipe.effort == "fast" else 6
     specs = (
         {"both": layer.spec.key} if layer.spec.key.form.joint else {"key": layer.spec.key, "value": layer.spec.value}
     )

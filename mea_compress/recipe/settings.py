@@ -1,6 +1,6 @@
 """What the user asks for: one validated description of a compression, from YAML, flags or Python.
 
-The fields of `Recipe` are declared once; the command line builds its options from them.
+The fields of `Recipe` are declared once; the command line builds its options from them. `recipe.loading` reads recipes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -38,6 +38,9 @@ DType = Literal["float64", "float32", "float16", "bfloat16"]
 S = TypeVar("S", bound=BaseModel)
 LaxPath = Annotated[Path, Field(strict=False)]
 Bos = Literal["auto", "always", "never"]
+
+EXTENDS = "extends"
+"""The key by which a file of a recipe names another that it changes; no setting, since the file alone has it."""
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
@@ -536,65 +539,6 @@ def select_layers(spec: str, number_of_layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name, in alphabetical order.
-
-    They lie in `recipes` inside an installed package, and beside the package in a source checkout.
-    """
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "recipes"
-    directory = inside if inside.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
-
-
-def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a built-in name or a YAML file, with flags on top of it.
-
-    Args:
-        name_or_file: A built-in recipe's name, a YAML file, or None for the defaults alone.
-        overrides: Values by field name that win over the recipe's; None means "not given".
-
-    Returns:
-        The validated recipe. It says how much to keep: `kv_ratio`, `key_components` or `value_components` is set.
-
-    Raises:
-        RequestError: No such recipe, not YAML, an unknown key, a wrong type, an impossible value, or nothing that says
-            how much to keep.
-    """
-    values: dict[str, Any] = {}
-    where = "the recipe"
-    if name_or_file is not None:
-        path = _find(name_or_file)
-        where = str(path)
-        values = _read_yaml(path)
-    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if "kv_ratio" in flags:  # a flag wins over whatever the recipe says of the same
-        values = {key: value for key, value in values.items() if key not in ("key_components", "value_components")}
-    recipe = _validated(Recipe, values | flags, where, flags)
-    if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
-        raise RequestError(
-            "nothing says how much of the cache to keep: give `kv_ratio` 0.5, or `key_components` and "
-            "`value_components`"
-        )
-    return recipe
-
-
-def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any]) -> Recipe:
-    """Return a recipe from what a call in Python names: a recipe, its name or file, and fields that win over it.
-
-    Args:
-        recipe: A `Recipe`, a built-in recipe's name, a YAML file, or None for the defaults.
-        settings: Values by field name; None means "not given".
-
-    Raises:
-        RequestError: As `load_recipe`.
-    """
-    if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, settings)
-    changed = {name: value for name, value in settings.items() if value is not None}
-    return _validated(Recipe, recipe.model_dump(exclude_unset=True) | changed, "the recipe", changed)
-
-
 def given_settings(settings: BaseModel) -> dict[str, Any]:
     """Return the settings that are set, by name; the defaults of the others stay where the work is done."""
     values = {name: value for name, value in settings if value is not None}
@@ -609,7 +553,7 @@ def from_flags(settings: type[S], flags: Mapping[str, Any]) -> S:
         RequestError: A value is impossible, or one that must be given is not.
     """
     given = {key: value for key, value in flags.items() if value is not None}
-    return _validated(settings, given, "the request", given)
+    return validated(settings, given, "the request", given)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -622,71 +566,42 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _find(name_or_file: str | Path) -> Path:
-    builtins = builtin_recipes()
-    name = str(name_or_file)
-    if name in builtins:
-        return builtins[name]
-    path = Path(name_or_file)
-    if path.is_file():
-        return path
-    near = difflib.get_close_matches(name, builtins, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(builtins)}."
-    raise RequestError(f"There is no recipe file or built-in recipe {name!r}: {hint}")
+def validated(
+    settings: type[S],
+    values: Mapping[str, Any],
+    where: str,
+    flags: Collection[str] = (),
+    origins: Mapping[str, str] | None = None,
+) -> S:
+    """Return settings from plain values.
 
+    Args:
+        settings: Which.
+        values: By field name.
+        where: What holds the values, for messages.
+        flags: Names of fields that were given as parameters; those of a section with its name and a dot in front.
+        origins: What holds a value instead, by the same names.
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, str) and keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as a recipe: {error}.") from None
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise RequestError(f"{path} is not valid YAML: {problem}{line}.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RequestError(f"{path} is not a recipe: it should hold `key: value` lines, such as `kv_ratio: 0.5`.")
-    return values
-
-
-def _validated(settings: type[S], values: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> S:
+    Raises:
+        RequestError: A key is unknown, or a value of the wrong type or impossible.
+    """
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        raise RequestError(_explain(error, where, flags)) from None
+        raise RequestError(_explain(error, where, flags, origins or {})) from None
 
 
-def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, where: str, flags: Collection[str], origins: Mapping[str, str]) -> str:
     """The first validation error in one sentence that names the flag or the key."""
     first = error.errors(include_url=False)[0]
     keys = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     name = ".".join(keys)
+    names = [".".join(keys[:count]) for count in range(len(keys), 0, -1)]
+    where = next((origins[key] for key in names if key in origins), where)
     if first["type"] == "extra_forbidden":
-        fields = _nested_fields(keys[:-1])
-        near = difflib.get_close_matches(keys[-1].replace("-", "_").lower(), fields, n=1, cutoff=0.5)
-        prefix = "".join(f"{key}." for key in keys[:-1])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
-        return f"{where} has an unknown key {name}: {hint}"
-    label = f"`{keys[0]}`" if keys and keys[0] in flags else f"{name} in {where}" if keys else where
+        return f"{where} has an unknown key {name}: {field_hint(keys)}"
+    flag = next((key for key in names if key in flags), None)
+    label = f"`{flag}`" if flag else f"{name} in {where}" if keys else where
     if first["type"] == "missing":
         return f"{label} is missing: add it."
     if first["type"] == "string_pattern_mismatch":
@@ -702,19 +617,28 @@ def _explain(error: ValidationError, where: str, flags: Mapping[str, Any]) -> st
     return f"{label} {expectation}, not {first['input']!r}."
 
 
+def field_hint(keys: list[str]) -> str:
+    """Return which field may have been meant by keys that lead to none."""
+    fields = _nested_fields(keys[:-1])
+    known = fields if keys[1:] else [*fields, EXTENDS]
+    near = difflib.get_close_matches(keys[-1].replace("-", "_").lower(), known, n=1, cutoff=0.5)
+    prefix = "".join(f"{key}." for key in keys[:-1])
+    return f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
+
+
 def _nested_fields(keys: list[str]) -> list[str]:
     """Names of the fields of the settings that a path of keys leads to."""
     model: type[BaseModel] = Recipe
     for key in keys:
-        (model,) = _settings_in(model.model_fields[key].annotation)
+        (model,) = settings_in(model.model_fields[key].annotation)
     return list(model.model_fields)
 
 
-def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+def settings_in(annotation: Any) -> list[type[BaseModel]]:
     """The settings among the types of a field's value."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [settings for part in get_args(annotation) for settings in _settings_in(part)]
+    return [settings for part in get_args(annotation) for settings in settings_in(part)]
 
 
 def value_type(annotation: Any) -> Any:

@@ -34,17 +34,70 @@ def check_file(file: Path | str) -> None:
         RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory.
     """
     file = Path(file)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RequestError(
-            f"`plot` needs matplotlib, which cannot be imported ({error}): install it with "
-            "pip install 'mea-compress[plots]'"
-        ) from error
+    check_matplotlib("`plot` draws a picture")
+    from matplotlib.figure import Figure
+
     if file.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
         raise RequestError(f"`plot` {file} is no kind of picture: name a file that ends in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise RequestError(f"`plot` {file} lies in no directory that exists: make {file.parent} first")
+
+
+def check_matplotlib(purpose: str) -> None:
+    """Check that pictures can be drawn.
+
+    Args:
+        purpose: What for, as a sentence begins.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"{purpose} and needs matplotlib, which cannot be imported ({error}): install it with "
+            "pip install 'mea-compress[plots]'"
+        ) from error
+
+
+def draw_sweep(sweep: Mapping[str, Any], file: Path | str) -> None:
+    """Draw loss against cache: a line for each method and budget, and the front that no point beats.
+
+    Args:
+        sweep: The JSON of a sweep.
+        file: Where the picture goes; its ending says the format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.subplots()
+    whole = sweep["reference"]["kv_bytes_per_token"]
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for point in sweep["points"]:
+        if point["reason"] is None:
+            name = ", ".join(filter(None, [point["method"], point["budget"]]))
+            series.setdefault(name, []).append(point)
+    for index, (name, points) in enumerate(series.items()):
+        points = sorted(points, key=lambda point: point["kv_bytes_per_token"])
+        shares = [100 * point["kv_bytes_per_token"] / whole for point in points]
+        axis.plot(shares, [point["kl"] for point in points], marker="osD^v<>P"[index % 8], label=name, zorder=2)
+    front = sorted((point["kv_bytes_per_token"], point["kl"]) for point in sweep["points"] if point["pareto"])
+    if len(front) > 1:
+        sizes = [100 * size / whole for size, _ in front]
+        axis.step(
+            sizes, [loss for _, loss in front], where="post", color="0.6", linestyle="--", label="front", zorder=1
+        )
+    if all(point["kl"] > 0 for points in series.values() for point in points):
+        axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.set_xlabel("cache kept")
+    axis.set_ylabel("KL from the original (nats/token)")
+    axis.set_title(f"{sweep['source']}: loss against cache", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(file, dpi=150)
 
 
 def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -> None:
@@ -120,4 +173,4 @@ def draw_profile(profile: Mapping[str, Any], file: Path | str) -> None:
     figure.savefig(file, dpi=150)
 
 
-__all__ = ["check_file", "check_plot", "draw_profile", "draw_retrieval"]
+__all__ = ["check_file", "check_matplotlib", "check_plot", "draw_profile", "draw_retrieval", "draw_sweep"]

@@ -152,6 +152,8 @@ def test_sentences(number, words):
 def test_the_file_of_an_error_is_named(tmp_path):
     with pytest.raises(RequestError, match="the-file: cannot be written"), refusals(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", "the-file")
+    with pytest.raises(DiskFullError, match=r"^to: the disk or quota is full"), refusals(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
     with pytest.raises(DiskFullError, match=f"^{tmp_path}: the disk or quota is full; free"), refusals(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 

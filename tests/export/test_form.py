@@ -105,7 +105,8 @@ def test_neither_format_is_proposed_where_none_holds_wide_heads(format, tmp_path
 )
 def test_uniform_budgets_that_leave_some_pairs_one_more_are_exported_as_planned(case, ratio, traits, tmp_path):
     source = stock_checkpoint(tmp_path / "source", case, **traits)
-    recipe = load_recipe("serve-anywhere", {"kv_ratio": ratio, "fit": "weights", "refine": 0})
+    settings = {"kv_ratio": ratio, "rotary_allocation": "uniform", "fit": "weights", "refine": 0}
+    recipe = load_recipe("serve-anywhere", settings)
     planned = make_plan(source, recipe).costs.stock_export
     compress(source, tmp_path / "out", recipe=recipe, progress=False)
     opened = open_checkpoint(tmp_path / "out")

@@ -3,7 +3,7 @@
     pip install 'mea-compress[gguf]' llama-cpp-python
     mea-compress compress SRC HALF --recipe serve-anywhere
     mea-compress export HALF EXPORT --format llama
-    python benchmarks/llama_cpp.py EXPORT --compressed HALF --json benchmarks/results/llama_cpp.json
+    python benchmarks/gguf_logits.py EXPORT --compressed HALF --json benchmarks/results/llama_cpp.json
 
 Tokens go in and come out as numbers, so that no tokenizer is converted. The file is written as `export --format gguf`
 writes it. For Llama, llama.cpp's `convert_hf_to_gguf.py` writes the tensor `rope_freqs.weight` only where rope_type is

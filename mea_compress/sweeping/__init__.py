@@ -1,0 +1,1 @@
+"""Trade-offs: compress a checkpoint in many ways, measure each, and show what they cost and keep."""

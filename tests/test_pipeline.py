@@ -1,0 +1,97 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import contents, stock_checkpoint
+
+from mea_compress.cli import cli
+from mea_compress.errors import RequestError
+from mea_compress.pipeline import run, validate
+from mea_compress.recipe import Recipe
+
+QUICK = "kv_ratio: 0.5\nfit: weights\nkey_composition: head\nvalue_composition: head\n"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with a checkpoint in models/SRC and a quick recipe."""
+    (tmp_path / "models").mkdir()
+    stock_checkpoint(tmp_path / "models" / "SRC")
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*words):
+    outcome = CliRunner().invoke(cli, [str(word) for word in words])
+    return outcome.exit_code, outcome.stdout, outcome.stderr
+
+
+class TestWhereTo:
+    def test_beside_the_source_and_called_after_the_recipe(self, place):
+        status, shown, _ = command("run", "quick.yaml", "--set", "source=models/SRC")
+        assert status == 0 and str(place / "models" / "SRC-quick") in shown
+        first = contents(place / "models" / "SRC-quick")
+        shutil.rmtree(place / "models" / "SRC-quick")
+        assert run("quick.yaml", source="models/SRC/", progress=False).compression.out == place / "models" / "SRC-quick"
+        assert contents(place / "models" / "SRC-quick") == first
+
+    def test_of_a_recipe_without_a_name(self, place, monkeypatch):
+        monkeypatch.chdir(place / "models" / "SRC")
+        result = run(Recipe(kv_ratio=0.5, fit="weights"), source=".", progress=False)
+        assert result.compression.out == place / "models" / "SRC-compressed"
+        with pytest.raises(RequestError, match="already exists"):
+            run(Recipe(kv_ratio=0.5, fit="weights"), source=".", progress=False)
+
+    def test_an_out_that_is_named_wins(self, place):
+        (place / "r.yaml").write_text("extends: quick.yaml\nout: there\n")
+        assert run("r.yaml", source="models/SRC", progress=False).compression.out == place / "there"
+        assert run("r.yaml", source="models/SRC", out="here", progress=False).compression.out == place / "here"
+
+
+def test_changes_win_over_the_recipe(place):
+    status, shown, _ = command(
+        "run", "quick.yaml", "--source", "models/SRC", "--set", "kv_ratio=0.25", "--set", "out=Q", "--json", "-"
+    )
+    cache = json.loads(shown)["plan"]["kv_bytes_per_token"]
+    assert status == 0 and 4 * cache["after"] == cache["before"] and (place / "Q").is_dir()
+    status, _, told = command("run", "quick.yaml", "--source", "models/SRC", "--set", "kv_ration=1")
+    assert status == 2 and "--set names the unknown key kv_ration" in told
+    status, _, told = command("run", "quick.yaml", "--source", "models/SRC", "--set", "source=b")
+    assert status == 2 and "give one" in told
+
+
+class TestValidate:
+    def test_a_sentence_for_each_and_the_exit_status(self, place):
+        (place / "wrong.yaml").write_text("extends: quick.yaml\nkv_ratio: 3\n")
+        status, shown, told = command("validate", "quick.yaml", "paper-half")
+        assert (status, told) == (0, "") and shown == "quick.yaml is valid\npaper-half is valid\n"
+        status, shown, told = command("validate", "quick.yaml", "wrong.yaml", "nowhere.yaml")
+        assert status == 2 and "2 of 3" in told
+        good, wrong, missing = shown.splitlines()
+        assert good == "quick.yaml is valid" and "kv_ratio in wrong.yaml" in wrong and "nowhere.yaml" in missing
+
+    def test_it_refuses_what_run_would(self, place):
+        for lines in ("text: nowhere.txt\n", "layers: 7\n", "source: nowhere\n", "evaluate: {text: nowhere.txt}\n"):
+            (place / "r.yaml").write_text(f"extends: quick.yaml\n{lines}")
+            settings = {} if "source" in lines else {"source": "models/SRC"}
+            (sentence,) = validate("r.yaml", **settings).recipes.values()
+            assert validate("r.yaml", **settings).faults == ("r.yaml",)
+            with pytest.raises(RequestError) as caught:
+                run("r.yaml", progress=False, **settings)
+            assert str(caught.value) == sentence
+        assert [path.name for path in Path("models").iterdir()] == ["SRC"]
+
+    def test_with_a_source_it_says_what_is_kept(self, place):
+        status, shown, _ = command(
+            "validate", "quick.yaml", "--source", "models/SRC", "--set", "kv_ratio=0.25", "--json", "-"
+        )
+        assert status == 0
+        (one,) = json.loads(shown)["recipes"]
+        assert one == {
+            "recipe": "quick.yaml",
+            "valid": True,
+            "sentence": "quick.yaml is valid: 25 % of the cache of models/SRC",
+        }
