@@ -1,9 +1,9 @@
 """Compress several checkpoints to several shares of their cache, measure each, and write one report.
 
-    python recipes/compare_checkpoints.py SRC [SRC]... --text held-out.txt --out DIR [--share 0.5]... [--set KEY=VALUE]...
+    python recipes/compare_checkpoints.py SRC... --text held-out.txt --out DIR [--share 0.5]... [--set KEY=VALUE]...
 
-DIR gets the compressed checkpoints, `report.md` and `report.json`. What is there is not made again, so that a run that was
-interrupted goes on where it stopped. `--set` gives a setting of the recipe, as `run --set` does.
+DIR gets the compressed checkpoints, `report.md` and `report.json`. What is there is not made again, so that a run that
+was interrupted goes on where it stopped. `--set` gives a setting of the recipe, as `run --set` does.
 """
 
 import json
@@ -64,6 +64,7 @@ def report(rows: list[dict]) -> str:
 @click.option("--share", "shares", multiple=True, type=float, default=(0.5,), show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE")
 def main(sources, text, out, shares, settings):
+    """Run the comparison and write the report."""
     pairs = (setting.partition("=") for setting in settings)
     rows = compare(sources, out, text, shares, {key: yaml.safe_load(value) for key, _, value in pairs})
     (out / "report.md").write_text(report(rows), encoding="utf-8")

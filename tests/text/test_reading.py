@@ -123,7 +123,7 @@ def test_directories_and_patterns_are_their_files_in_order(tmp_path, capsys):
         ("a.jsonl", b"3", "no document"),
         ("a.jsonl", b'"\xff"', "line 1 of .* not UTF-8"),
         ("a.txt.gz", b"plain", "damaged"),
-        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-12], "damaged"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-12], "damaged"),
         ("a.txt.zst", b"plain", "damaged"),
         ("a.parquet", b"plain", "damaged"),
     ],
