@@ -12,7 +12,7 @@ from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
-QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5}
+QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "uniform"}
 
 
 @pytest.mark.parametrize("refine", [0, 6])
@@ -113,6 +113,7 @@ def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
     assert seconds(refine=100) - seconds() == pytest.approx(2 * 100 * STEP)
     assert seconds(sequences=24 * 64) > 5 * seconds()
     assert seconds(refine=10_000, time_limit=2.0) == 120
+    assert seconds(budget="measured") > seconds()
     healing = seconds(heal=20) - seconds()
     assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3
     assert seconds(fit="weights", heal=20) == pytest.approx(healing)
