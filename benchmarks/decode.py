@@ -261,12 +261,12 @@ def attention_alone(shape, context, batch, arguments):
             return sdpa_attention_forward(module, query, keys, values, None, scaling=scale)
 
         def absorbed(call, attention=attention, half=halves[name]):
-            return attention._attend_to_components(query, *sides(half, call), None, None)
+            return attention.attend_to_components(query, *sides(half, call), None, None)
 
         def absorbed_by_products(call, attention=attention, half=halves[name]):
             fused, attention_mea.may_fuse = attention_mea.may_fuse, lambda *tensors, **options: False
             try:
-                return attention._attend_to_components(query, *sides(half, call), None, None)
+                return attention.attend_to_components(query, *sides(half, call), None, None)
             finally:
                 attention_mea.may_fuse = fused
 

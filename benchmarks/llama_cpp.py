@@ -1,92 +1,38 @@
 """An export in an engine that was not written here: GGUF by the gguf package, run by llama.cpp beside transformers.
 
-    pip install gguf llama-cpp-python
+    pip install 'mea-compress[gguf]' llama-cpp-python
     mea-compress compress SRC HALF --recipe serve-anywhere
     mea-compress export HALF EXPORT --format llama
     python benchmarks/llama_cpp.py EXPORT --compressed HALF --json benchmarks/results/llama_cpp.json
 
-Tokens go in and come out as numbers, so that no tokenizer is converted. For Llama, llama.cpp's
-`convert_hf_to_gguf.py` writes the tensor `rope_freqs.weight` only where rope_type is llama3; here it is written from
-the factors of longrope.
+Tokens go in and come out as numbers, so that no tokenizer is converted. The file is written as `export --format gguf`
+writes it. For Llama, llama.cpp's `convert_hf_to_gguf.py` writes the tensor `rope_freqs.weight` only where rope_type is
+llama3, and leaves out the factors of longrope.
 """
 
 import argparse
 import ctypes
 import json
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+from mea_compress.exporting.gguf_file import write_gguf
 
 
-def gguf_name(name):
-    stem, kind = name.rsplit(".", 1)
-    if stem in WHOLE:
-        return f"{WHOLE[stem]}.{kind}"
-    _, _, layer, own = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[own]}.{kind}"
-
-
-def interleaved(rows, heads):
-    """llama.cpp's Llama turns neighbouring channels, transformers' channels half a head apart."""
-    shape = rows.shape
-    return rows.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
-
-
-def write(export, file):
-    """A Llama checkpoint as GGUF in float32."""
-    config = AutoConfig.from_pretrained(export)
-    assert config.model_type == "llama", "export it with --format llama"
-    rope = config.rope_parameters
-    assert rope["rope_type"] in ("default", "longrope"), rope["rope_type"]
-    out = gguf.GGUFWriter(file, "llama")
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_key_length(config.head_dim)
-    out.add_value_length(config.head_dim)
-    out.add_rope_dimension_count(config.head_dim)
-    out.add_rope_freq_base(rope["rope_theta"])
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_vocab_size(config.vocab_size)
-    out.add_file_type(gguf.LlamaFileType.ALL_F32)
-    out.add_tokenizer_model("none")
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for path in sorted(Path(export).glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            rows = tensor.float().numpy()
-            projection = name.split(".")[-2]
-            if projection in heads:
-                rows = interleaved(rows, heads[projection])
-            out.add_tensor(gguf_name(name), np.ascontiguousarray(rows))
-    if rope["rope_type"] == "longrope":
-        out.add_tensor("rope_freqs.weight", np.array(rope["short_factor"], dtype=np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+def write(checkpoint, file):
+    """A Llama checkpoint as GGUF in float32; a tokenizer that llama.cpp has no name for is left out."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in Path(checkpoint).iterdir():
+            if path.suffix == ".safetensors" or path.name == "config.json":
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        write_gguf(Path(scratch), Path(file), Path(checkpoint).name, "f32")
 
 
 class Engine:
@@ -161,7 +107,7 @@ def compare(logits, tokens, expected, text, prompt):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path)
-    parser.add_argument("--compressed", type=Path, help="what it was exported from (needs mea-compress)")
+    parser.add_argument("--compressed", type=Path, help="what it was exported from")
     parser.add_argument("--original", type=Path, help="the model before compression, for the size of its cache")
     parser.add_argument("--prompt", type=int, nargs="+", default=[1, 5, 9, 20, 31, 40])
     parser.add_argument("--tokens", type=int, default=200)

@@ -27,7 +27,9 @@ from mea_compress.measure.evaluation import evaluate
 from mea_compress.recipe import load_recipe
 from mea_compress.report.tables import table
 
+EQUAL = {"budget": "uniform", "heal": "0"}  # unless a row says otherwise
 CLOSED = {"refine": 0}
+MEASURED = {"budget": "measured"}
 METHODS: dict[str, dict[str, Any]] = {
     "pool, adjacent heads averaged (GQA conversion)": {"fit": "weights", "key": "pool", "value": "pool"},
     "head, weights (the paper's start)": {"fit": "weights", "key": "head", "value": "head"},
@@ -41,20 +43,42 @@ METHODS: dict[str, dict[str, Any]] = {
     "share, aligned, refined": {"key": "share", "value": "share"},
     "pool, aligned": {"key": "pool", "value": "pool", **CLOSED},
     "pool, aligned, refined (plain GQA)": {"key": "pool", "value": "pool"},
-    "frequency + latent, uniform": {"key": "frequency", "value": "latent", "rotary_budget": "uniform", **CLOSED},
+    "frequency + latent, uniform": {"key": "frequency", "value": "latent", "rotary_allocation": "uniform", **CLOSED},
     "frequency + latent": {"key": "frequency", "value": "latent", **CLOSED},
-    "frequency + latent, uniform, even, refined (serve-anywhere)": {
+    "frequency + latent, shared pairs, even, refined (serve-anywhere)": {
         "key": "frequency",
         "value": "latent",
-        "rotary_budget": "uniform",
+        "rotary_allocation": "shared",
         "split": "even",
     },
     "frequency + latent, even, refined": {"key": "frequency", "value": "latent", "split": "even"},
-    "frequency + latent, refined (the default)": {"key": "frequency", "value": "latent"},
+    "frequency + latent, refined": {"key": "frequency", "value": "latent"},
     "latent + latent (whitened joint SVD: Palu, SVD-LLM, CARE)": {"key": "latent", "value": "latent", **CLOSED},
     "latent + latent, refined": {"key": "latent", "value": "latent"},
     "joint": {"key": "joint", "value": "joint", **CLOSED},
     "joint, refined (best-quality)": {"key": "joint", "value": "joint"},
+    "frequency + latent, measured budget": {"key": "frequency", "value": "latent", **CLOSED, **MEASURED},
+    "frequency + latent, measured budget, refined": {"key": "frequency", "value": "latent", **MEASURED},
+    "frequency + latent, measured budget, healed": {
+        "key": "frequency",
+        "value": "latent",
+        "heal": "auto",
+        **CLOSED,
+        **MEASURED,
+    },
+    "frequency + latent, measured budget, refined, healed (the default)": {
+        "key": "frequency",
+        "value": "latent",
+        "heal": "auto",
+        **MEASURED,
+    },
+    "latent + latent, measured budget": {"key": "latent", "value": "latent", **CLOSED, **MEASURED},
+    "latent + latent, measured budget, refined, healed (best-50)": {
+        "key": "latent",
+        "value": "latent",
+        "heal": "auto",
+        **MEASURED,
+    },
 }
 PEER = "peer: cacheshrink, separate, calibrated"
 
@@ -67,6 +91,7 @@ def run_method(checkpoint: Path, method: dict[str, Any], ratio: float, options: 
         "kv_ratio": ratio,
         "key_composition": settings.pop("key"),
         "value_composition": settings.pop("value"),
+        **EQUAL,
         **settings,
         "text": options["calibration"],
         "sequences": options["sequences"],

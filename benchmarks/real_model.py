@@ -46,7 +46,8 @@ from mea_compress.report.tables import format_bytes, table
 
 WINDOW, SHORT_WINDOW = 2048, 1024
 RATIOS = ("1/2", "2/3", "3/4", "1/3", "1/4")  # a model of three heads can keep two of them, not 0.67
-CLOSED = {"refine": 0}
+EQUAL = {"budget": "uniform", "heal": "0"}
+CLOSED = {"refine": 0, "heal": "0"}
 ORIGINAL, PEER = "original", "cacheshrink, separate, calibrated"
 
 
@@ -55,14 +56,20 @@ def both(method: str) -> dict[str, Any]:
 
 
 ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
     "default, closed form": CLOSED,
-    "default, refined": {},
-    "latent + latent, activations (whitened SVD: SVD-LLM, Palu, CARE)": both("latent") | {"fit": "activations"},
+    "default, closed form, equal widths": EQUAL | CLOSED,
+    "default, refined, equal widths": EQUAL,
+    "latent + latent, equal widths, activations (whitened SVD: SVD-LLM, Palu, CARE)": both("latent")
+    | EQUAL
+    | {"fit": "activations"},
+    "latent + latent (best-50)": both("latent"),
     "latent + latent, closed form": both("latent") | CLOSED,
+    "latent + latent, closed form, equal widths": both("latent") | EQUAL | CLOSED,
     "joint, closed form": both("joint") | CLOSED,
-    "joint, refined": both("joint"),
+    "joint, refined, equal widths": both("joint") | EQUAL,
     "pool, weights (GQA, heads averaged)": both("pool") | {"fit": "weights"},
-    "pool, refined (plain GQA)": both("pool"),
+    "pool, refined, equal widths (plain GQA)": both("pool") | EQUAL,
     "head, weights (the paper's start)": both("head") | {"fit": "weights"},
 }
 """Settings of `compress` by the name of the row; those that cannot be had at a share say why."""

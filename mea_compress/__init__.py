@@ -6,6 +6,7 @@ The whole API is here (arXiv 2601.19611; METHOD in docs)::
 
     mc.open("SRC")                                    # what a checkpoint is
     mc.plan("SRC", kv_ratio=0.5)                      # what would become of it
+    mc.profile("SRC", text="text.txt")                # what each width of each layer costs
     result = mc.compress("SRC", "OUT", kv_ratio=0.5)  # result.plan, result.fidelity, result.out
     mc.evaluate("OUT", reference="SRC", text="held-out.txt")
     mc.heal("OUT", teacher="SRC")
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
     from mea_compress.emit.code import RefreshResult, refresh
     from mea_compress.errors import RequestError
     from mea_compress.exporting.stock import ExportResult, export
+    from mea_compress.fit.profile import profile
     from mea_compress.healing import HealingResult, heal
     from mea_compress.loading import load
     from mea_compress.measure.evaluation import evaluate
     from mea_compress.measure.results import Evaluation, Evaluations
     from mea_compress.pipeline import PipelineResult, run
     from mea_compress.planning.plans import Inspection, open, plan
+    from mea_compress.planning.profiles import Profile
     from mea_compress.planning.types import Plan
     from mea_compress.recipe import Recipe
 
@@ -49,6 +52,7 @@ _ROOMS = {
     "Inspection": "planning.plans",
     "PipelineResult": "pipeline",
     "Plan": "planning.types",
+    "Profile": "planning.profiles",
     "Recipe": "recipe",
     "RefreshResult": "emit.code",
     "RequestError": "errors",
@@ -59,6 +63,7 @@ _ROOMS = {
     "load": "loading",
     "open": "planning.plans",
     "plan": "planning.plans",
+    "profile": "fit.profile",
     "refresh": "emit.code",
     "run": "pipeline",
 }
@@ -82,6 +87,7 @@ register_with_transformers()
 __all__ = [
     "open",
     "plan",
+    "profile",
     "compress",
     "evaluate",
     "heal",
@@ -98,6 +104,7 @@ __all__ = [
     "Inspection",
     "PipelineResult",
     "Plan",
+    "Profile",
     "Recipe",
     "RefreshResult",
     "RequestError",

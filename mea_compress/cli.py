@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
-from mea_compress.checkpoint.files import to_json, write_json
+from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.recipe import (
     EvaluateRecipe,
@@ -39,6 +38,22 @@ from mea_compress.report.tables import format_seconds, table
 NAME = "mea-compress"
 Function = TypeVar("Function", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
+# Settings that say what a profile measures.
+_PROFILED = (
+    "layers",
+    "key_composition",
+    "value_composition",
+    "rotary_allocation",
+    "prune_by",
+    "fit",
+    "text",
+    "bos",
+    "sequence_length",
+    "sequences",
+    "statistics",
+    "seed",
+    "device",
+)
 
 
 class _Option(click.Option):
@@ -158,13 +173,18 @@ def _none_for_nothing(_: click.Context, __: click.Parameter, values: tuple[Any, 
     return values or None
 
 
-def _options(settings: type[BaseModel]) -> Callable[[Function], Function]:
-    """Return a decorator that adds an option for every field with a group; unset flags are None: the recipe's apply."""
+def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Return a decorator that adds options for fields; unset flags are None: the recipe's apply.
+
+    Args:
+        settings: Whose fields; those without a group have no flag.
+        names: The fields; all without it.
+    """
 
     def decorate(function: Function) -> Function:
         for name, field in reversed(settings.model_fields.items()):
             extra = field.json_schema_extra
-            if not isinstance(extra, dict) or "group" not in extra:
+            if not isinstance(extra, dict) or "group" not in extra or (names and name not in names):
                 continue
             kind = value_type(field.annotation)
             help_text = field.description or ""
@@ -293,6 +313,30 @@ def plan(source: Path, recipe: str | None, time: bool, batch: int, json_file: Pa
 
 @cli.command()
 @click.argument("source", metavar="SRC", type=_PATH)
+@_recipe_option
+@_options(Recipe, _PROFILED)
+@click.option("--plot", metavar="FILE", type=_PATH, help="Draw the costs as a heat map: .png, .svg or .pdf.")
+@_json_option
+def profile(source: Path, recipe: str | None, plot: Path | None, json_file: Path | None, **flags: Any) -> None:
+    """Measure what each width of each layer costs, on held-out text; --budget of compress takes the --json FILE.
+
+    One side of one layer at a time is compressed. What is measured is kept beside FILE as it comes, and a run that was
+    interrupted goes on there.
+    """
+    from mea_compress.fit.profile import profile as profile_checkpoint
+    from mea_compress.report.plots import check_file, draw_profile
+
+    if plot is not None:
+        check_file(plot)
+    file = None if json_file is None or str(json_file) == "-" else json_file
+    found = profile_checkpoint(source, out=file, recipe=recipe, **flags)
+    if plot is not None:
+        draw_profile(found.to_json(), plot)
+    _print(found.report(), found.to_json(), json_file)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
 @click.argument("out", metavar="OUT", type=_PATH)
 @_recipe_option
 @_options(Recipe)
@@ -358,18 +402,34 @@ def evaluate(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["stock", "llama"]),
+    type=click.Choice(["stock", "llama", "gguf"]),
     default="stock",
     show_default=True,
-    help="The base family's own format, or Llama's, which more engines take with wide heads.",
+    help="The base family's own format, Llama's, which more engines take with wide heads, or a file for llama.cpp.",
+)
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    help="What is to serve it: refuse what that engine would get wrong.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["stored", "f32", "f16", "bf16", "q8_0"]),
+    default="stored",
+    show_default=True,
+    help="Type of matrices in the file for llama.cpp.",
 )
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
-def export(checkpoint: Path, out: Path, form: str, resume: bool, json_file: Path | None) -> None:
+def export(
+    checkpoint: Path, out: Path, form: str, engine: str | None, weights: str, resume: bool, json_file: Path | None
+) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    _show(export_checkpoint(checkpoint, out, format=form, resume=resume), json_file)
+    result = export_checkpoint(checkpoint, out, format=form, engine=engine, weights=weights, resume=resume)
+    _show(result, json_file)
 
 
 @cli.command()
@@ -420,8 +480,7 @@ def copy_recipe(name: str, file: Path | None) -> None:
         target /= origin.name
     if target.exists():
         raise RequestError(f"{target} exists already: name another file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(origin, target)
+    write_text(target, origin.read_text(encoding="utf-8"))
     click.echo(f"Copied to {target}")
 
 

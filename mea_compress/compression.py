@@ -14,9 +14,11 @@ from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint,
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
-from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_source
+from mea_compress.layers.read import check_finite
+from mea_compress.planning.decisions import deadline_of
+from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
-from mea_compress.recipe import Recipe, make_recipe, to_yaml
+from mea_compress.recipe import Recipe, budget_file, make_recipe, to_yaml
 from mea_compress.report.cards import model_card
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import before_after, fidelity_report
@@ -93,7 +95,8 @@ def compress(
     check_free(out, source)
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
-        plan = _fit_and_write(plan, workspace, progress)
+        deadline = deadline_of(plan.recipe)
+        plan = _fit_and_write(_allocated(plan, workspace, progress), workspace, progress, deadline)
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
         copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
@@ -101,6 +104,7 @@ def compress(
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
+            **_budget_fidelity(plan, workspace),
             **workspace.manifest.get("healing", {}),
             "verification": _verified(plan, workspace.path, progress),
         }
@@ -125,16 +129,30 @@ def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
 
 def _fingerprint(plan: Plan) -> dict[str, Any]:
     """Return what must be the same for an interrupted run to be taken up again, by what to call it."""
-    text = plan.recipe.text
+    text, budget = plan.recipe.text, budget_file(plan.recipe)
     return {
         "the source": fingerprint(plan.source.reader, plan.source.raw_config),
         "the recipe": to_yaml(plan.recipe),
         "the calibration text": text_state(text) if text else None,
+        "the budget": None if budget is None else budget.read_text(encoding="utf-8"),
         "a library version": versions(),
     }
 
 
-def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
+def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
+    """Return the plan with the widths and the rotary components that measurements choose before the fit."""
+    if plan.decisions.measures_budget:
+        from mea_compress.fit.profile import profile_in
+
+        plan = plan_budget(plan, profile_in(plan, workspace, progress))
+    if plan.decisions.shares_rotary_allocation:
+        from mea_compress.fit.allocation import share_rotary_components
+
+        plan = share_rotary_components(plan, workspace, progress)
+    return plan
+
+
+def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None) -> Plan:
     """Fit the layers and write all weights; return the plan with what the fit chose."""
     if plan.decisions.has_static_shapes:
         with writing_concurrently(plan, workspace, progress) as stored:
@@ -146,9 +164,7 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
             import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written
         return plan
     from mea_compress.fit.layers import fit_layers
-    from mea_compress.fit.progress import deadline_of
 
-    deadline = deadline_of(plan.recipe)
     fit_layers(plan, workspace, progress, deadline=deadline)
     if plan.decisions.healing_steps:
         from mea_compress.fit.healing import heal_layers
@@ -167,6 +183,20 @@ def _sections(plan: Plan, workspace: Workspace) -> dict[int, dict[str, Any]]:
 def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
     """Check the written checkpoint, and return what was compared and what came of it.
 
+    Raises:
+        RequestError: It fails because the source holds NaN or infinite numbers.
+        VerificationError: It fails.
+    """
+    try:
+        return _compared(plan, directory, progress)
+    except VerificationError:
+        check_finite(plan.source)
+        raise
+
+
+def _compared(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
+    """Compare the written checkpoint with what it should be.
+
     What a large checkpoint holds that was fitted from weights alone is compared bit for bit with what was fitted, its
     shapes with what its configuration says, and the heads' errors were taken from what is stored. Every checkpoint
     decodes with a cache as it does without, whatever release of transformers is installed.
@@ -184,6 +214,14 @@ def _verified(plan: Plan, directory: Path, progress: bool) -> dict[str, Any]:
         "kv_bytes_per_token": measured,
         "decoding_difference": decode_layers(open_checkpoint(directory)),
     }
+
+
+def _budget_fidelity(plan: Plan, workspace: Workspace) -> dict[str, Any]:
+    """Return what the profile predicted of the whole, and what was measured of it on the same text after the fit."""
+    if plan.profile is None:
+        return {}
+    measured = workspace.result_of("budget", "kl")
+    return {"budget": {"predicted_kl": plan.predicted_kl, "measured_kl": measured, "tokens": plan.profile.tokens}}
 
 
 def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
@@ -216,6 +254,7 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
             "model_type": config["model_type"],
             "plan": plan.to_json(),
             "fidelity": fidelity,
+            **({} if plan.profile is None else {"profile": plan.profile.to_json()}),
             "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"source", "out"}),
             "versions": versions(),
         },

@@ -86,7 +86,8 @@ def load_model(
         trust_remote_code: Run modelling code of the directory. Never needed for the models of this package.
 
     Raises:
-        RequestError: No such directory, no safetensors in it, or transformers cannot make a model of it.
+        RequestError: No such directory, no safetensors in it, transformers cannot make a model of it, or a tensor of
+            the model is not there.
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,17 +99,25 @@ def load_model(
         )
     target, weights_dtype = resolve_device(device), resolve_dtype(dtype) or "auto"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=weights_dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:
         raise RequestError(
             f"the model of {path} cannot be loaded ({_first_line(error)}): give a checkpoint that transformers loads"
         ) from error
+    model, info = loaded
+    missing = info["missing_keys"]
+    if missing:  # transformers has filled them with random numbers
+        raise RequestError(
+            f"{path}: tensor {min(missing)} is missing; complete the download or give the config.json that belongs to "
+            "these weights"
+        )
     return model.to(target).eval()
 
 

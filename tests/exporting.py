@@ -11,13 +11,13 @@ QUICK = {"sequence_length": 32, "sequences": 16}
 HEAD = {"key_composition": "head", "value_composition": "head"}
 WAYS = {
     "head": HEAD,
-    "frequency": {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "uniform"},
+    "frequency": {"key_composition": "frequency", "value_composition": "latent", "rotary_allocation": "uniform"},
     "pool": {"key_composition": "pool", "value_composition": "pool"},
     "head in 2 groups": {**HEAD, "kv_groups": 2},
     "frequency in 2 groups": {
         "key_composition": "frequency",
         "value_composition": "latent",
-        "rotary_budget": "uniform",
+        "rotary_allocation": "uniform",
         "kv_groups": 2,
     },
 }

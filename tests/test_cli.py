@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -183,6 +185,14 @@ class TestRecipes:
         original = builtin_recipes()["paper-half"].read_bytes()
         assert Path("paper-half.yaml").read_bytes() == Path("sub/mine.yaml").read_bytes() == original
         assert "exists already" in refused("recipes", "copy", "paper-half")
+
+    def test_a_full_disk_leaves_no_empty_recipe(self, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "pwrite", full)
+        assert "the disk or quota is full" in refused("recipes", "copy", "paper-half", str(tmp_path / "mine.yaml"))
+        assert not list(tmp_path.iterdir())
 
     def test_an_unknown_name(self):
         assert "did you mean paper-half" in refused("recipes", "show", "paper-hlf")

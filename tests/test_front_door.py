@@ -47,6 +47,14 @@ def test_transformers_knows_the_models_whichever_is_imported_first(first):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("module", ["attention_mea", "configuration_mea", "modeling_mea", "decode_mea"])
+def test_a_module_of_ours_may_be_what_imports_transformers(module):
+    script = f"import warnings\nwarnings.simplefilter('error')\nfrom mea_compress.modeling import {module}\n"
+    script += "from transformers import AutoConfig\nprint(AutoConfig.for_model('mea_llama').model_type)"
+    assert python(script) == "mea_llama"
+
+
+@pytest.mark.process
 def test_what_is_wrong_with_the_package_does_not_keep_transformers_from_loading():
     script = (
         "import warnings, mea_compress.modeling as m\n"

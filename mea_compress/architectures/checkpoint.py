@@ -4,6 +4,7 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     reader = CheckpointReader(directory)
     raw = reader.config()
+    reader.check_generation_config()
     where = str(directory / "config.json")
     family = find_family(raw, where)
     _check_task(reader, raw, where)
@@ -187,6 +189,11 @@ def _check_settings(config: Any, rotary_dim: int) -> None:
 
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act {config.hidden_act!r} is not known")
+    if config.max_position_embeddings < 1:
+        raise ValueError(f"max_position_embeddings {config.max_position_embeddings} leaves no room for a token")
+    base = (config.rope_parameters or {}).get("rope_theta", 1.0)
+    if not (isinstance(base, int | float) and isfinite(base) and base > 0):
+        raise ValueError(f"rope_theta {base!r} is not a positive number")
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind == "default":
         return

@@ -189,6 +189,16 @@ class CheckpointReader:
             )
         return read_json(path, self._allowed)
 
+    def check_generation_config(self) -> None:
+        """Check that `generation_config.json`, where there is one, can be used.
+
+        Raises:
+            RequestError: It is unreadable, or not one JSON object.
+        """
+        path = self.directory / "generation_config.json"
+        if os.path.lexists(path):
+            read_json(path, self._allowed)
+
     def other_files(self) -> list[Path]:
         """Return the paths of all that is not weights: tokenizer, chat template, generation config, code, licence, ...
 

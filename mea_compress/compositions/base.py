@@ -79,11 +79,13 @@ class CompositionOptions:
             for forms that are `fractional`.
         fit: ``weights``, ``activations`` or ``aligned``.
         other: Component heads of the other side (`joint` divides what both have).
+        rotary_components: Components of each rotary pair where all layers have the same, else None.
     """
 
     components: float
     fit: str
     other: float = 0
+    rotary_components: tuple[int, ...] | None = None
 
     def width(self, head_dim: int) -> int:
         """Return the numbers that the side caches a token."""
@@ -117,8 +119,10 @@ class Method(Protocol):
         form: The form that it makes.
         needs_queries: Whether it reads or changes q_proj or o_proj even with the ``weights`` fit; taken to be so where
             it is left out.
-        allocates_uniformly: Whether each rotary pair gets as many components (forms with `per_pair`); may be left out
-            where it does not.
+        allocates_alike: Whether every layer allocates its components to rotary pairs in one way (forms with
+            `per_pair`); may be left out where it does not.
+        shares_allocation: Whether that way comes from the energies of all layers together, which `energies` of the
+            method gives for each; may be left out.
     """
 
     name: ClassVar[str]
@@ -276,9 +280,14 @@ def _checked(method: type[Method], option: str, value: object) -> object:
         raise RequestError(f"option {option} of method {method.name} {expectation}, not {value!r}") from None
 
 
-def method_allocates_uniformly(choice: Choice, recipe: Choices) -> bool:
-    """Return whether the method gives each rotary pair as many components, whatever the weights are."""
-    return bool(getattr(configured(choice, recipe), "allocates_uniformly", False))
+def method_allocates_alike(choice: Choice, recipe: Choices) -> bool:
+    """Return whether the method allocates components to rotary pairs in the same way in every layer."""
+    return bool(getattr(configured(choice, recipe), "allocates_alike", False))
+
+
+def method_shares_allocation(choice: Choice, recipe: Choices) -> bool:
+    """Return whether the components of rotary pairs come from the energies of all layers together."""
+    return bool(getattr(configured(choice, recipe), "shares_allocation", False))
 
 
 def method_needs_queries(choice: Choice, recipe: Choices) -> bool:

@@ -49,49 +49,44 @@ class Frequency:
     """Complex combinations of complex components; keys only.
 
     Attributes:
-        allocation: How complex components are allocated to rotary pairs: by ``energy``, or ``uniform``.
+        allocation: How complex components are allocated to rotary pairs: by a layer's own ``energy``, ``uniform``, or
+            ``shared``: as the energies of all layers together say.
     """
 
     name: ClassVar[str] = "frequency"
     form: ClassVar[Form] = COMPLEX
     needs_queries: ClassVar[bool] = False
-    allocation: Literal["energy", "uniform"] = field(default="energy", metadata={"setting": "rotary_budget"})
+    allocation: Literal["energy", "uniform", "shared"] = field(
+        default="energy", metadata={"setting": "rotary_allocation"}
+    )
 
     @property
-    def allocates_uniformly(self) -> bool:
-        """Whether every rotary pair gets as many components."""
-        return self.allocation == "uniform"
+    def allocates_alike(self) -> bool:
+        """Whether every layer allocates in the same way."""
+        return self.allocation != "energy"
+
+    @property
+    def shares_allocation(self) -> bool:
+        """Whether that way comes from all layers together."""
+        return self.allocation == "shared"
+
+    def energies(self, heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> Array:
+        """Return what each component of each rotary pair is worth, descending, (P, H), as shares of the layer's sum."""
+        values, _ = self._spectrum(heads, statistics, fit, *self._weighted(heads, statistics, fit))
+        return values.clip(0) / max(values.clip(0).sum(), 1e-300)
 
     def keys(
         self, heads: AttentionHeads, statistics: LayerStatistics | None, options: CompositionOptions
     ) -> tuple[FactoredHeads, AttentionHeads]:
         """Fit keys; queries stay as they are. Under a key norm the weighted keys are fitted."""
-        fit, budget = options.fit, options.width(heads.key.shape[1]) // 2
-        if heads.key_norm is not None:
-            first, other = heads.pairs
-            gamma = heads.key_norm
-            if not gamma.all():
-                raise RequestError(
-                    "frequency keys have the weight of the key norm in them, which takes a channel out where it is 0; "
-                    "choose --key-composition head"
-                )
-            weighted = heads.key[:, first] * gamma[first, None] + 1j * heads.key[:, other] * gamma[other, None]
-        else:
-            weighted = key_pairs(heads)
-        weights = key_weights(heads, statistics, fit)
+        budget = options.width(heads.key.shape[1]) // 2
+        weighted, weights = self._weighted(heads, statistics, options.fit)
+        values, vectors = self._spectrum(heads, statistics, options.fit, weighted, weights)
         scaled = weighted * weights[..., None]  # (H, P, D + 1)
-        if fit == "aligned" and statistics is not None:
-            cross = key_cross(heads, statistics, fit)
-        else:
-            cross = pair_cross(scaled, moment(statistics, fit, "key"))
-        values, vectors = np.linalg.eigh(cross)
-        values, vectors = values[..., ::-1], vectors[..., ::-1]
         count, pairs = heads.key.shape[0], len(heads.pairs[0])
-        counts = (
-            tuple(uniform_components(budget, pairs))
-            if self.allocates_uniformly
-            else allocate_components(values, budget)
-        )
+        counts = options.rotary_components or allocate_components(values, budget)
+        if self.allocation == "uniform":
+            counts = tuple(uniform_components(budget, pairs))
         components, combinations = [], []
         for p, number in enumerate(counts):
             if not number:
@@ -113,3 +108,29 @@ class Frequency:
             (tuple(heads.pairs[0]), tuple(heads.pairs[1])),
         )
         return factored, heads
+
+    def _weighted(self, heads: AttentionHeads, statistics: LayerStatistics | None, fit: str) -> tuple[Array, Array]:
+        """Return keys as complex pairs, (H, P, D + 1), under a key norm times its weight; and how much each counts."""
+        if heads.key_norm is None:
+            weighted = key_pairs(heads)
+        else:
+            first, other = heads.pairs
+            gamma = heads.key_norm
+            if not gamma.all():
+                raise RequestError(
+                    "frequency keys have the weight of the key norm in them, which takes a channel out where it is 0; "
+                    "choose --key-composition head"
+                )
+            weighted = heads.key[:, first] * gamma[first, None] + 1j * heads.key[:, other] * gamma[other, None]
+        return weighted, key_weights(heads, statistics, fit)
+
+    def _spectrum(
+        self, heads: AttentionHeads, statistics: LayerStatistics | None, fit: str, weighted: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        """Return eigenvalues (P, H), descending, and eigenvectors (P, H, H) of each pair's Gram."""
+        if fit == "aligned" and statistics is not None:
+            cross = key_cross(heads, statistics, fit)
+        else:
+            cross = pair_cross(weighted * weights[..., None], moment(statistics, fit, "key"))
+        values, vectors = np.linalg.eigh(cross)
+        return values[..., ::-1], vectors[..., ::-1]

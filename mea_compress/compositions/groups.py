@@ -4,6 +4,7 @@ What is cached stays one vector, the groups' components one after another (compl
 pair). Each group can then be a key/value head of its own in a stock checkpoint: narrower, and divisible among devices.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,23 @@ def compose_groups(
         groups: Number of groups; it divides H.
     """
     options = replace(options, components=options.components // groups)
-    fitted = []
+    fitted = [fitter(part, seen, options) for part, seen in divided(heads, statistics, groups)]
+    factored, parts = zip(*fitted, strict=True)
+    sides = ("query", "key", "value", "output")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in sides}
+    return join(factored), replace(parts[0], **joined)
+
+
+def divided(
+    heads: AttentionHeads, statistics: LayerStatistics | None, groups: int
+) -> Iterator[tuple[AttentionHeads, LayerStatistics | None]]:
+    """Yield each group of adjacent heads as a layer of its own.
+
+    Args:
+        heads: The layer, its heads in order of groups.
+        statistics: Of its inputs.
+        groups: Number of groups; it divides H.
+    """
     for members in np.arange(heads.key.shape[0]).reshape(groups, -1):
         queries = (members[:, None] * heads.group + np.arange(heads.group)).reshape(-1)
         part = replace(
@@ -57,12 +74,7 @@ def compose_groups(
             value=heads.value[members],
             output=heads.output[queries],
         )
-        seen = None if statistics is None else statistics.of_heads(members)
-        fitted.append(fitter(part, seen, options))
-    factored, parts = zip(*fitted, strict=True)
-    sides = ("query", "key", "value", "output")
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in sides}
-    return join(factored), replace(parts[0], **joined)
+        yield part, None if statistics is None else statistics.of_heads(members)
 
 
 def join(parts: tuple[FactoredHeads, ...]) -> FactoredHeads:

@@ -7,7 +7,8 @@ they are. See `mea_compress.exporting.form` for what can be exported.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,42 @@ from mea_compress.errors import RequestError
 from mea_compress.exporting.form import StockForm, rotary
 from mea_compress.heads.composed import Array, FactoredHeads, join_heads, split_heads
 from mea_compress.layers.read import read_composed, read_projection
-from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.modeling.section_mea import rotary_pairs, side_form
+
+
+def folded(source: Checkpoint, form: StockForm, layer: int) -> dict[str, Array]:
+    """Return what folding makes of a layer's projections, by name, float64; those that stay as they are, are not in it.
+
+    Args:
+        source: The compressed checkpoint.
+        form: Of the export.
+        layer: Its index.
+    """
+    spec = source.config.mea["layers"][layer]
+    prefix = source.family.attention(layer)
+    tensors: dict[str, Array] = {}
+
+    def add(name: str, rows: Array) -> None:
+        tensors[f"{name}.weight"] = rows[:, :-1]
+        if source.reader.has(f"{prefix}{name}.bias"):
+            tensors[f"{name}.bias"] = rows[:, -1]
+
+    if folds_keys(spec, form):
+        add("q_proj", absorbed_queries(source, form, layer))
+        add("k_proj", ordered_keys(source, form, layer))
+    if folds_values(spec, form, source.head_dim):
+        tensors["o_proj.weight"] = absorbed_output(source, form, layer)
+    return tensors
+
+
+def folds_keys(spec: Mapping[str, Any], form: StockForm) -> bool:
+    """Return whether q_proj and k_proj of a layer change."""
+    return not side_form(spec, "key").plain or not form.keeps_rope
+
+
+def folds_values(spec: Mapping[str, Any], form: StockForm, head_dim: int) -> bool:
+    """Return whether o_proj of a layer changes."""
+    return not side_form(spec, "value").plain or form.head_dim != head_dim
 
 
 def absorbed_queries(source: Checkpoint, form: StockForm, layer: int) -> Array:
@@ -61,7 +97,7 @@ def _blocks(composed: FactoredHeads, form: StockForm, order: list[int] | None = 
     if blocks[~diagonal].any():
         raise RequestError(
             "heads are composed across the groups that config.json says; set groups to 1 in its mea section, or "
-            "compress again with --kv-groups and --rotary-budget uniform"
+            "compress again with --kv-groups and --rotary-allocation uniform"
         )
     return split_heads(join_heads(blocks[diagonal]), composed.head_dim)
 

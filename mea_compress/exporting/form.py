@@ -21,13 +21,13 @@ from mea_compress.modeling.section_mea import cached_width, side_form, uniform_c
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("stock", "llama")
+FORMATS = ("stock", "llama", "gguf")
 # RoPE types whose frequencies do not depend on how long a sequence is.
 _LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 # The frequency of a channel that RoPE leaves alone; its wavelength must be a finite float32.
 _NO_ROTATION = 1e-30
 _SERVE = "serve the compressed checkpoint itself with trust_remote_code"
-_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-budget uniform --split even --layers all)"
+_WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-allocation uniform --split even --layers all)"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def side_groups(spec: Mapping[str, Any], side: str) -> int:
 
 
 def uniform_rotary_components(components: float, head_dim: int) -> list[int]:
-    """Return the complex components of each rotary pair under ``rotary_budget: uniform``, (head_dim / 2,).
+    """Return the complex components of each rotary pair under ``rotary_allocation: uniform``, (head_dim / 2,).
 
     Args:
         components: Component heads that keys cache; part of a head is possible.
@@ -97,7 +97,7 @@ def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: 
         source: The checkpoint, for its shapes.
         layers: Of the ``mea`` section, or planned for it; planned frequency keys leave ``rotary_components`` out where
             only the weights decide.
-        target: One of `FORMATS`.
+        target: One of `FORMATS`; ``gguf`` is written from Llama's.
 
     Raises:
         RequestError: No stock class computes the same; the message says why, and the nearest that works.
@@ -197,7 +197,7 @@ def _check_target(source: Checkpoint, form: StockForm, target: str, components: 
     stock, llama = _stock_obstacle(source, form), _llama_obstacle(source, form)
     if target == "stock" and stock is not None:
         raise RequestError(f"{stock}; {'' if llama else 'export it with --format llama, or '}{pooled}")
-    if target == "llama" and llama is not None:
+    if target != "stock" and llama is not None:
         raise RequestError(f"{llama}; {f'{pooled} and ' if stock else ''}export it with --format stock")
 
 

@@ -28,11 +28,12 @@ from mea_compress.emit.directory import copy_other_files, fingerprint, other_byt
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
-from mea_compress.exporting.fold import absorbed_output, absorbed_queries, ordered_keys
+from mea_compress.exporting.engines import check_engine, head_dim_warning
+from mea_compress.exporting.fold import absorbed_output, absorbed_queries, folds_keys, folds_values, ordered_keys
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
+from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
 from mea_compress.exporting.verification import verify_export
 from mea_compress.heads.composed import Array
-from mea_compress.modeling.section_mea import side_form
 from mea_compress.planning.sizes import layer_window
 from mea_compress.report.cards import export_card
 from mea_compress.report.showing import Shown
@@ -51,6 +52,7 @@ class ExportResult(Shown):
         cost: Its weights and cache against the model before compression.
         verification: Differences and cache bytes, see `verify_export`.
         model_type: Of the exported checkpoint.
+        format: ``stock``, ``llama`` or ``gguf``.
     """
 
     out: Path
@@ -58,10 +60,12 @@ class ExportResult(Shown):
     cost: ExportCost
     verification: dict[str, float]
     model_type: str
+    format: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export --json` and export.json."""
         return {
+            "format": self.format,
             "model_type": self.model_type,
             "key_value_heads": self.form.groups,
             "head_dim": self.form.head_dim,
@@ -72,11 +76,30 @@ class ExportResult(Shown):
     def report(self) -> str:
         """Return what people read."""
         data = self.to_json()
-        return "\n\n".join([key_value_table(self.verification), stock_outlook(data), f"Written to {self.out}"])
+        notes = [note for note in (self.warning(),) if note]
+        parts = [key_value_table(self.verification), stock_outlook(data), *notes, f"Written to {self.out}"]
+        return "\n\n".join(parts)
+
+    def warning(self) -> str | None:
+        """Return what to mind about engines, or None."""
+        notes = [head_dim_warning(self.form.groups, self.form.head_dim)]
+        if not self.form.keeps_rope and self.format != "gguf":
+            notes.append(
+                "Its rotary frequencies are written down (longrope): onnxruntime-genai and llama.cpp's own converter "
+                "leave them out without a word; `mea-compress export --for ENGINE` checks an engine."
+            )
+        return " ".join(note for note in notes if note) or None
 
 
 def export(
-    checkpoint: str | Path, out: str | Path, *, format: str = "stock", resume: bool = False, progress: bool = True
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: str = "stock",
+    engine: str | None = None,
+    weights: str = "stored",
+    resume: bool = False,
+    progress: bool = True,
 ) -> ExportResult:
     """Write a compressed checkpoint in a format that engines serve without code of this package.
 
@@ -86,12 +109,16 @@ def export(
     Args:
         checkpoint: A checkpoint of this package.
         out: New directory.
-        format: ``stock``, the base family's, or ``llama``, which every engine knows best.
+        format: ``stock``, the base family's, ``llama``, which every engine knows best, or ``gguf``, a directory with
+            the file ``model.gguf`` for llama.cpp.
+        engine: What is to serve it, one of `ENGINES`; checked for what it would get wrong.
+        weights: Type of matrices in GGUF, one of `WEIGHTS`.
         resume: Take up an interrupted run.
         progress: Show progress bars on stderr.
 
     Raises:
-        RequestError: The checkpoint cannot be written in that format exactly, or the disk does not allow it.
+        RequestError: The checkpoint cannot be written in that format exactly, the engine would not run it, or the disk
+            does not allow it.
         VerificationError: The export computes something else.
 
     Example:
@@ -104,24 +131,45 @@ def export(
     if not source.native:
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
     form = stock_form(source, source.config.mea["layers"], format)
+    model_type = source.family.model_type if format == "stock" else "llama"
+    if engine is not None:
+        check_engine(engine, form, model_type, format)
+    if format == "gguf":
+        require_gguf()
+    elif weights != "stored":
+        raise RequestError("`weights` are chosen for GGUF alone; leave them out or export with --format gguf")
+    if weights not in WEIGHTS:
+        raise RequestError(f"there are no `weights` {weights!r}; choose one of {', '.join(WEIGHTS)}")
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
     cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
-    model_type = source.family.model_type if format == "stock" else format
     if resume and already_published(out):
-        return ExportResult(out, form, cost, json.loads((out / REPORT).read_text())["verification"], model_type)
+        return ExportResult(out, form, cost, json.loads((out / REPORT).read_text())["verification"], model_type, format)
     check_free(out, checkpoint)
     entries = _entries(source, form, format)
-    check_space(out, sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
-    with open_workspace(out, _fingerprint(source, format), resume) as workspace:
+    files = 2 if format == "gguf" else 1  # the checkpoint that the file is made from lies beside it for a moment
+    check_space(out, files * sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
+    with open_workspace(out, _fingerprint(source, f"{format} {weights}"), resume) as workspace:
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_config(workspace.path, _config(source, form, format))
         copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
         keep_tokenizer(checkpoint, workspace.path)
-        result = ExportResult(out, form, cost, verify_export(source, workspace.path, progress), model_type)
+        result = ExportResult(
+            out, form, cost, verify_export(source, form, workspace.path, progress), model_type, format
+        )
+        if format == "gguf":
+            _replace_by_gguf(workspace.path, _source_name(source), weights)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)
         workspace.publish(out)
     return result
+
+
+def _replace_by_gguf(directory: Path, name: str, weights: str) -> None:
+    """Write the file for llama.cpp, and take away the checkpoint that it was made from, its tokenizer included."""
+    write_gguf(directory, directory / FILE, name, weights)
+    for file in directory.iterdir():
+        if file.suffix in (".safetensors", ".json", ".model", ".jinja"):
+            file.unlink()
 
 
 def _fingerprint(source: Checkpoint, target: str) -> dict[str, Any]:
@@ -142,7 +190,7 @@ def _config(source: Checkpoint, form: StockForm, target: str) -> dict[str, Any]:
         for key in ("partial_rotary_factor", "original_max_position_embeddings"):
             config.pop(key, None)
     config |= rope_settings(source, form)
-    if target == "llama" and family.model_type != "llama":
+    if target != "stock" and family.model_type != "llama":
         for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             config.pop(key, None)
         config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
@@ -160,11 +208,11 @@ def _entries(source: Checkpoint, form: StockForm, target: str) -> list[Entry]:
     entries: list[Entry] = []
     for info in source.reader.tensors.values():
         entry = replaced.get(info.name, info)
-        if target == "llama" and info.name.endswith("mlp.gate_up_proj.weight"):
+        if target != "stock" and info.name.endswith("mlp.gate_up_proj.weight"):
             entries += _gate_and_up(info)
         elif entry is not None:
             entries.append(entry)
-        if target == "llama" and info.name.endswith("self_attn.q_proj.bias"):
+        if target != "stock" and info.name.endswith("self_attn.q_proj.bias"):
             name = info.name.replace("q_proj", "o_proj")
             if not source.reader.has(name):  # Llama has biases everywhere or nowhere
                 entries.append(_zeros(name, info.dtype, source.config.hidden_size))
@@ -191,10 +239,10 @@ def _layer_entries(source: Checkpoint, form: StockForm, layer: int) -> dict[str,
         if source.reader.has(f"{prefix}{name}.bias"):
             replace_tensor(f"{name}.bias", (rows,), lambda: produce()[:, -1])
 
-    if not side_form(spec, "key").plain or not form.keeps_rope:
+    if folds_keys(spec, form):
         replace_projection("q_proj", width, lambda: absorbed_queries(source, form, layer))
         replace_projection("k_proj", form.groups * form.head_dim, lambda: ordered_keys(source, form, layer))
-    if not side_form(spec, "value").plain or form.head_dim != source.head_dim:
+    if folds_values(spec, form, source.head_dim):
         replace_tensor("o_proj.weight", (hidden_size, width), lambda: absorbed_output(source, form, layer))
     return tensors
 
@@ -239,10 +287,13 @@ def _rounded(array: Array, dtype: str, name: str) -> Array:
 
 
 def _write_card(source: Checkpoint, result: ExportResult, target: Path) -> None:
-    directory = source.reader.directory
-    record = directory / "compression.json"
-    name = json.loads(record.read_text())["source"] if record.is_file() else directory.resolve().name
-    card = directory / "README.md"
+    name, card = _source_name(source), source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    text = export_card(name, result.to_json(), versions(), original)
+    text = export_card(name, result.to_json(), versions(), original, result.warning())
     (target / "README.md").write_text(text, encoding="utf-8")
+
+
+def _source_name(source: Checkpoint) -> str:
+    """Return the name of the model before compression."""
+    record = source.reader.directory / "compression.json"
+    return json.loads(record.read_text())["source"] if record.is_file() else source.reader.directory.resolve().name

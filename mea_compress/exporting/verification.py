@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from mea_compress.decoding import cache_argument, check_decoding, run_cached
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.emit.verification import relative_difference
 from mea_compress.errors import VerificationError
+from mea_compress.exporting.fold import folded
+from mea_compress.exporting.form import StockForm
+from mea_compress.heads.composed import Array
 from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling import register
 from mea_compress.modeling.attention_mea import MeaAttention
@@ -30,19 +34,24 @@ _TOKENS = 24
 _LARGEST_POSITION = 512
 
 
-def verify_export(source: Checkpoint, directory: Path, progress: bool = True) -> dict[str, float]:
+def verify_export(source: Checkpoint, form: StockForm, directory: Path, progress: bool = True) -> dict[str, float]:
     """Reload an export with the stock classes and compare it with the checkpoint that it was made from.
 
     Every layer's attention is run on the same input in both, in float32; a model that is small enough is also loaded
     as a whole and its logits compared. Cache bytes are those of the tensors in a live cache.
 
+    The difference has two parts: that of the function, which folding leaves as it is, and that of rounding folded
+    weights to the checkpoint's type. Where this is narrower than float32, the first is measured by itself too.
+
     Args:
         source: The compressed checkpoint.
+        form: Of the export.
         directory: Its export.
         progress: Show a progress bar on stderr.
 
     Returns:
-        ``attention_difference`` (relative), ``kv_bytes_per_token`` (measured) and, of a small model,
+        ``attention_difference`` (relative, of weights as they are stored), ``attention_difference_float32`` (of weights
+        before they are rounded to what is stored), ``kv_bytes_per_token`` (measured) and, of a small model,
         ``decoding_difference`` and ``logit_difference`` (relative).
 
     Raises:
@@ -51,29 +60,39 @@ def verify_export(source: Checkpoint, directory: Path, progress: bool = True) ->
     register()
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     reader = CheckpointReader(directory)
-    measured, largest = 0, 0.0
+    measured, largest, unrounded = 0, 0.0, 0.0
     layers = range(source.config.num_hidden_layers)
     for layer in tqdm(layers, desc="verifying layers", unit="layer", disable=not progress):
         difference, layer_bytes = _check_layer(source, config, reader, layer)
         measured += layer_bytes
         largest = max(largest, difference)
+        if DTYPE_BITS[source.dtype] < 32:
+            difference, _ = _check_layer(source, config, reader, layer, folded(source, form, layer))
+            unrounded = max(unrounded, difference)
     result: dict[str, float] = {"attention_difference": largest, "kv_bytes_per_token": measured}
+    if DTYPE_BITS[source.dtype] < 32:
+        result["attention_difference_float32"] = unrounded
     if sum(info.nbytes for info in reader.tensors.values()) <= WHOLE_MODEL_BYTES:
         logits, result["kv_bytes_per_token"], result["decoding_difference"] = _check_model(source, directory)
         result["logit_difference"] = logits
         if source.dtype in ("F32", "F64"):
             largest = max(largest, logits)
-    if not largest <= TOLERANCE[source.dtype]:  # also true for NaN
+    if not (largest <= TOLERANCE[source.dtype] and unrounded <= TOLERANCE["F32"]):  # also true for NaN
         raise VerificationError(f"the export differs from {source.reader.directory} by {largest:.2e}")
     return result
 
 
 def _check_layer(
-    source: Checkpoint, config: PreTrainedConfig, reader: CheckpointReader, layer: int
+    source: Checkpoint,
+    config: PreTrainedConfig,
+    reader: CheckpointReader,
+    layer: int,
+    unrounded: Mapping[str, Array] | None = None,
 ) -> tuple[float, int]:
     """Return the largest relative difference of one layer's attention, and the export's cache bytes per token.
 
     The export decodes the tokens in three steps with a cache; the compressed layer reads them at once without one.
+    Weights in `unrounded` take the place of those that the export has stored.
     """
     family = source.family
     exported_code, exported_prefix = _code(config.model_type), "Llama"
@@ -86,6 +105,8 @@ def _check_layer(
     for module, tensors in ((exported, reader), (compressed, source.reader)):
         names = [name for name, _ in module.named_parameters()]
         state = {name: tensors.read(family.attention(layer) + name).float() for name in names}
+        if module is exported and unrounded is not None:
+            state |= {name: torch.from_numpy(rows.copy()).float() for name, rows in unrounded.items()}
         module.load_state_dict(state, strict=False)
         module.layer_idx = 0
     hidden, positions = _layer_input(config, seed=layer)

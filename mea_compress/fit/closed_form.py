@@ -42,7 +42,8 @@ def compose(plan: Plan, layer: LayerPlan, statistics: LayerStatistics | None) ->
         if spec == layer.before.side(side):
             continue
         fitter = getattr(configured(side_choice(recipe, side, spec.composition), recipe), f"{side}s")
-        options = CompositionOptions(spec.components, recipe.fit, layer.spec.side(opposite).components)
+        other = layer.spec.side(opposite).components
+        options = CompositionOptions(spec.components, recipe.fit, other, plan.decisions.rotary_components)
         if grouped:
             factored, heads = compose_groups(fitter, heads, statistics, options, recipe.kv_groups)
         else:

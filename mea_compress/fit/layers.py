@@ -19,14 +19,15 @@ from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
-from mea_compress.fit.progress import ATTENTION, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress
+from mea_compress.fit.comparison import compare_streams
+from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.split import kv_split_candidates
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
-from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
+from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
@@ -68,6 +69,7 @@ def fit_layers(
         RequestError: As `compose`, `store_layer`, `calibration_tokens` and `CalibratedFit`.
     """
     calibrated: CalibratedFit | None = None
+    work: FitProgress | None = None
     unfinished = [
         layer.layer
         for layer in plan.layers
@@ -75,7 +77,11 @@ def fit_layers(
     ]
     if unfinished and plan.decisions.needs_calibration:
         tokens = stored_tokens(plan, workspace, progress)[: plan.decisions.sequences]
-        calibrated = CalibratedFit(plan, tokens, len(unfinished), progress, deadline)
+        held_out = choosing_sequences(plan, tokens)
+        calibrated = CalibratedFit(plan, tokens, held_out)
+        steps = Settings(calibrated.steps, calibrated.batch, held_out).all_steps
+        parts, sampled = len(list(calibrated.parts())), len(calibrated.sample)
+        calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), deadline, progress)
     own_bar = calibrated is not None or not progress
     for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=own_bar):
         if layer.layer > max(unfinished, default=-1):
@@ -97,8 +103,11 @@ def fit_layers(
             stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
         if calibrated and layer.layer < unfinished[-1]:
             calibrated.advance(layer.layer, stored_layer)
-    if calibrated:
-        calibrated.work.close()
+    if calibrated and plan.profile is not None and stored_layer is not None:
+        kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
+        workspace.commit("budget", "kl", kl)
+    if work:
+        work.close()
 
 
 class CalibratedFit:
@@ -107,42 +116,33 @@ class CalibratedFit:
     Args:
         plan: What to do.
         tokens: Calibration sequences, (N, T), int64.
-        unfinished: Layers that are still to be fitted.
-        progress: Show a bar on stderr.
-        deadline: See `deadline_of`.
+        held_out: Sequences at the front that are for choosing; no statistic and no step looks at them.
+
+    Attributes:
+        work: Is told what goes on and how much is done.
+        original: The text as the original has it, (N, T, D): before the present layer, behind its attention once
+            `pass_original` was called.
+        compressed: The text as the compressed layers send it into the present layer, (N, T, D).
+        following: The text behind the present layer of the original, once it was run.
 
     Raises:
-        RequestError: There are too few tokens for the statistics, or too few sequences to hold one out.
+        RequestError: There are too few tokens for the statistics.
     """
 
-    def __init__(
-        self, plan: Plan, tokens: torch.Tensor, unfinished: int, progress: bool, deadline: float | None = None
-    ) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, tokens: torch.Tensor, held_out: int) -> None:
+        self.plan, self.held_out, self.work = plan, held_out, Work()
         self.device = resolve_device(plan.recipe.device)
         self.products = fast_products(torch_dtype(plan.source.dtype), self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
         self.original = embed(plan.source, tokens)
         self.compressed = self.original
-        # Behind the present layer, once it was run; `original` then holds what its attention left behind.
         self.following: Activations | None = None
         # What o_proj reads in the finished layer, where it was computed.
         self.mixed: Activations | None = None
-        # Sequences at the front are for choosing; no statistic and no step looks at them.
         self.steps = plan.decisions.refinement_steps
-        if self.steps and len(tokens) < 2:
-            raise RequestError(
-                "refinement holds a calibration sequence out and there is only one; give --sequences 2 or more, a "
-                "longer --text, a smaller --sequence-length, or --refine 0"
-            )
-        held_out = min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4)
-        self.held_out = max(1, held_out) if self.steps else 0
-        self.runner = self._runner(0)
-        self.sample = list(self._parts())[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :]
-        settings = Settings(self.steps, self.batch, self.held_out)
-        batches_of_all, sampled = len(list(self._parts())), len(self.sample)
-        self.work = FitProgress(plan, batches_of_all, sampled, settings.all_steps, unfinished, deadline, progress)
+        self.runner = self.runner_of(0)
+        self.sample = list(self.parts())[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :]
 
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
         """Take the next layer's statistics, fit its closed form and refine it; `advance` comes after it.
@@ -153,18 +153,18 @@ class CalibratedFit:
         self.work.begin_fit()
         if self.compressed is self.original:
             self.compressed = self.original.copy()
-        statistics = self._pass_original(layer.layer, with_statistics=self.plan.recipe.fit != "weights")
+        statistics = self.pass_original(layer.layer, with_statistics=self.plan.recipe.fit != "weights")
         candidates = [layer]
         if self.plan.decisions.searches_kv_split and statistics is not None:
             candidates += kv_split_candidates(layer, self.plan)
         fits = [compose(self.plan, candidate, statistics) for candidate in candidates]
         for composed, _ in fits:
-            _check_finite(composed, layer.layer)
+            check_finite(composed, layer.layer)
         if len(fits) > 1:
-            fits.sort(key=lambda fit: self._regress(layer.layer, fit[0], self.sample)[1])
+            fits.sort(key=lambda fit: self.regress(layer.layer, fit[0], self.sample)[1])
         composed, report = fits[0]
         if self.plan.recipe.fit == "aligned":
-            composed, error = self._regress(layer.layer, composed)
+            composed, error = self.regress(layer.layer, composed)
             report = {**report, "attention_relative_error": error}
         settings = Settings(self.steps, self.batch, self.held_out)
         steps = self.work.steps_allowed(self.steps, settings.all_steps - settings.steps)
@@ -193,15 +193,33 @@ class CalibratedFit:
         if unchanged:
             self.compressed = following
         else:
-            runner = self.runner if stored is None else self._runner(layer, stored)
+            runner = self.runner if stored is None else self.runner_of(layer, stored)
             self.work.say(layer, "passing on")
-            for part in self._parts():
+            for part in self.parts():
                 self.compressed[part] = self._passed(runner, part)
                 self.work.add(MLP if self.mixed is not None else MLP + ATTENTION)
         self.original, self.following, self.mixed = following, None, None
         self.work.finish_layer()
         if layer + 1 < len(self.plan.layers):
-            self.runner = self._runner(layer + 1)
+            self.runner = self.runner_of(layer + 1)
+
+    def measure(self, layer: int, stored: StoredLayer, tokens: torch.Tensor) -> float:
+        """Return KL(original ‖ compressed) in nats per token on the text that a profile is measured on.
+
+        Args:
+            layer: The last layer that is compressed; it was fitted, and not advanced over.
+            stored: The layer as it was stored.
+            tokens: The calibration sequences, (N, T).
+        """
+        part = slice(0, measured_sequences(tokens))
+        self.work.say(layer, "measuring")
+        original, compressed = self._targets()[part], self.runner_of(layer, stored).run(self.compressed[part])[0].cpu()
+        for above in range(layer + 1, len(self.plan.layers)):
+            runner = self.runner_of(above)
+            original, compressed = (runner.run(stream)[0].cpu() for stream in (original, compressed))
+        head = HeadRunner(self.plan.source, self.device, self.products)
+        _, ((kl, _),) = compare_streams(head, tokens[part], original, compressed[None])
+        return kl
 
     def _passed(self, runner: LayerRunner, part: slice) -> torch.Tensor:
         """Return what a finished layer makes of a part of the compressed stream."""
@@ -212,11 +230,11 @@ class CalibratedFit:
     def _targets(self) -> Activations:
         """Return what the original has behind the present layer, computed once."""
         if self.following is None:
-            self._pass_original(None, with_statistics=False)
+            self.pass_original(None, with_statistics=False)
         assert self.following is not None
         return self.following
 
-    def _pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | None:
+    def pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | None:
         """Run the original layer once over the text, and keep everything that is wanted of it.
 
         Afterwards `following` is the stream behind the layer, and `original` that behind its attention.
@@ -229,7 +247,7 @@ class CalibratedFit:
         self.following = Activations(self.original.shape, torch.float32)
         if layer is not None:
             self.work.say(layer, "statistics" if accumulator else "targets")
-        for part in self._parts():
+        for part in self.parts():
             hidden = self.original[part]
             behind, captured = self.runner.run(hidden)
             if accumulator and part.start >= self.held_out:
@@ -239,7 +257,7 @@ class CalibratedFit:
             self.work.add(1.0 + (STATISTICS if accumulator else 0.0))
         return accumulator.finish() if accumulator else None
 
-    def _regress(
+    def regress(
         self, layer: int, composed: ComposedLayer, sample: Sequence[slice] | None = None
     ) -> tuple[ComposedLayer, float]:
         """Fit o_proj again to what the composed layer's attention really sends.
@@ -253,13 +271,15 @@ class CalibratedFit:
             The layer, and the squared error that is left of its attention's output; see `OutputRegression.solve`.
         """
         source = self.plan.source
-        runner = self._runner(layer, store_layer(composed, source.config.mea["bias"], self.plan.decisions.stored_dtype))
+        runner = self.runner_of(
+            layer, store_layer(composed, source.config.mea["bias"], self.plan.decisions.stored_dtype)
+        )
         weight, bias = runner.attention.o_proj.weight, runner.attention.o_proj.bias
         regression = OutputRegression(weight.shape[1], weight.shape[0])
         if sample is None:
             self.mixed = Activations((*self.original.shape[:2], weight.shape[1]), self.products)
         self.work.say(layer, "regression" if sample is None else "dividing the budget")
-        for part in self._parts() if sample is None else sample:
+        for part in self.parts() if sample is None else sample:
             mixed = runner.attend(self.compressed[part]).mixed
             if sample is None:
                 assert self.mixed is not None
@@ -273,15 +293,16 @@ class CalibratedFit:
         heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
 
-    def _parts(self) -> Iterator[slice]:
+    def parts(self) -> Iterator[slice]:
         """Yield batches of the text; what is held out comes in batches of its own, which no statistic looks at."""
         yield from batches(self.held_out, self.batch)
         yield from batches(self.original.shape[0], self.batch, self.held_out)
 
     def _composed_runner(self, layer: int, composed: ComposedLayer) -> LayerRunner:
-        return self._runner(layer, store_layer(composed, self.plan.source.config.mea["bias"], "F32"))
+        return self.runner_of(layer, store_layer(composed, self.plan.source.config.mea["bias"], "F32"))
 
-    def _runner(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
+    def runner_of(self, layer: int, stored: StoredLayer | None = None) -> LayerRunner:
+        """Return a layer to run, the original's or as it was stored."""
         return LayerRunner(self.plan.source, layer, stored, device=self.device, products=self.products)
 
 
@@ -316,6 +337,38 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
     return torch.cat((tokens, others))
 
 
+def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
+    """Return how many of the calibration sequences (N, T), at the front, no statistic and no step may look at.
+
+    Raises:
+        RequestError: There are too few sequences to hold one out.
+    """
+    held_out = measured_sequences(tokens) if plan.profile is not None else 0
+    if not plan.decisions.refinement_steps:
+        return held_out
+    if len(tokens) < 2:
+        raise RequestError(
+            "refinement holds a calibration sequence out and there is only one; give --sequences 2 or more, a "
+            "longer --text, a smaller --sequence-length, or --refine 0"
+        )
+    return max(1, held_out, min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4))
+
+
+def measured_sequences(tokens: torch.Tensor) -> int:
+    """Return how many of the calibration sequences (N, T), at the front, costs are measured on.
+
+    Raises:
+        RequestError: There are too few sequences to hold one out.
+    """
+    count, length = tokens.shape
+    if count < 2:
+        raise RequestError(
+            "a budget is measured on a calibration sequence that nothing is fitted to, and there is only one; give "
+            "--sequences 2 or more, a longer --text, a smaller --sequence-length, or --budget uniform"
+        )
+    return max(1, min(MEASURED_TOKENS // length, count // 4))
+
+
 def healing_sequences(plan: Plan) -> int:
     """Return the sequences beside the calibration's that distillation asks for: each seen once, and some held out."""
     decisions = plan.decisions
@@ -345,7 +398,8 @@ def stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Ten
     return CheckpointReader(directory).read("tokens")
 
 
-def _check_finite(composed: ComposedLayer, layer: int) -> None:
+def check_finite(composed: ComposedLayer, layer: int) -> None:
+    """Raise `RequestError` if a head that a fit has made is not finite."""
     for side in (composed.key, composed.value):
         if not np.isfinite(side.reconstruct()).all():
             raise RequestError(

@@ -7,6 +7,7 @@ into steps of refinement by the seconds that a unit has taken so far.
 
 import sys
 import time
+from collections.abc import Sequence
 from math import ceil, prod
 
 import torch
@@ -15,9 +16,9 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint import torch_dtype
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
+from mea_compress.planning.budget import candidates
 from mea_compress.planning.sizes import TOKENS_PER_STEP
 from mea_compress.planning.types import Plan
-from mea_compress.recipe import Recipe
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
 STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
@@ -28,15 +29,34 @@ HEALING_TRIALS = 1.15
 """All steps of a distillation, those of the trials of step sizes among them, for each of the full run."""
 TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
+MEASURED_TOKENS = 1 << 11
+"""Tokens that costs are measured on, of a profile and of the whole."""
+FITTED_TOKENS = 1 << 14
+"""Tokens that a profile's candidates are fitted to; a model wider than half of these takes more."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
 
 
-def deadline_of(recipe: Recipe) -> float | None:
-    """Return when all of a fit that begins now is to be over, on the clock of `time.monotonic`; None for whenever."""
-    return None if recipe.time_limit is None else time.monotonic() + 60 * recipe.time_limit
+class Work:
+    """Is told what goes on and how much is done; this one tells nobody, and knows no limit of time."""
+
+    def begin_fit(self) -> None:
+        """Say that the present layer is fitted, and not only passed through."""
+
+    def say(self, layer: int, what: str) -> None:
+        """Say what is going on."""
+
+    def add(self, units: float) -> None:
+        """Count work."""
+
+    def finish_layer(self) -> None:
+        """Say that the present layer is done."""
+
+    def steps_allowed(self, steps: int, trials: int) -> int:
+        """Return how many of some steps there is time for, with others beside them that are not kept."""
+        return steps
 
 
-class FitProgress:
+class FitProgress(Work):
     """One bar over all layers of a fit.
 
     Args:
@@ -132,6 +152,25 @@ def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     return units
 
 
+def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batches: int, measured: float) -> float:
+    """Return the work of a profile.
+
+    Args:
+        plan: What is profiled.
+        missing: Layers that are still to be measured, ascending.
+        batches: Batches of the text that candidates are fitted to.
+        trial_batches: Those of them that o_proj is fitted again to.
+        measured: Batches that costs are measured on, part of one as well.
+    """
+    recipe = plan.recipe
+    units = (missing[-1] + 1) * batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0))
+    for number in missing:
+        count = sum(len(counts) for counts in candidates(plan.layers[number], plan).values())
+        units += count * trial_batches * ATTENTION if recipe.fit == "aligned" else 0.0
+        units += (count + 2) * measured * (len(plan.layers) - number - 1)
+    return units
+
+
 def healing_units(plan: Plan) -> float:
     """Return the work of the distillation behind a fit, its trials of step sizes included."""
     steps = plan.decisions.healing_steps
@@ -170,5 +209,10 @@ def estimate_seconds(plan: Plan) -> float:
     compressed = sum(layer.compressed for layer in plan.layers)
     layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
     fit = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
+    if decisions.measures_budget:
+        fitted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
+        profiled = [layer.layer for layer in plan.layers if layer.compressed]
+        share = MEASURED_TOKENS / TOKENS_PER_STEP
+        fit += profile_units(plan, profiled, ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP, share)
     seconds = unit * (fit * decisions.needs_calibration + healing_units(plan))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

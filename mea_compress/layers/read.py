@@ -3,7 +3,7 @@
 import numpy as np
 
 from mea_compress.architectures import Checkpoint
-from mea_compress.architectures.checkpoint import projection_info
+from mea_compress.architectures.checkpoint import FLOATS, projection_info
 from mea_compress.checkpoint import TensorInfo, read_array
 from mea_compress.errors import RequestError
 from mea_compress.heads.composed import Array, FactoredHeads, split_heads
@@ -101,6 +101,17 @@ def read_projection(source: Checkpoint, layer: int, side: str) -> Array:
     projection[:, :-1] = read_array(info)
     projection[:, -1] = _read(source, bias) if source.reader.has(bias) else 0.0
     return _finite(projection, info)
+
+
+def check_finite(source: Checkpoint) -> None:
+    """Check that every number of a checkpoint is one, a tensor at a time.
+
+    Raises:
+        RequestError: One is NaN or infinite; the message names its tensor.
+    """
+    for info in source.reader.tensors.values():
+        if info.dtype in FLOATS:
+            _finite(read_array(info).astype(np.float32), info)
 
 
 def _read(source: Checkpoint, name: str) -> Array:

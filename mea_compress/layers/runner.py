@@ -124,7 +124,8 @@ class LayerRunner:
         state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size, dtype=dtype)
         state["norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
         base = getattr(modeling_mea, f"Mea{source.family.prefix}Model")
-        self.model: Any = base.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval().to(device)
+        with without_bars():
+            self.model: Any = base.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval().to(device)
         self.model.norm = nn.Identity()
         self.model.requires_grad_(False)
         self.attention: Any = self.model.layers[0].self_attn
@@ -205,6 +206,67 @@ class LayerRunner:
                 hook.remove()
 
 
+class HeadRunner:
+    """The final norm and the language-model head of a checkpoint, with whatever its family does to logits.
+
+    Args:
+        source: The checkpoint.
+        device: To compute on.
+        products: What matrix products are computed in.
+    """
+
+    def __init__(
+        self, source: Checkpoint, device: torch.device | str = "cpu", products: torch.dtype = torch.float32
+    ) -> None:
+        from mea_compress.modeling import modeling_mea
+
+        config = copy.deepcopy(source.model_config)
+        config.num_hidden_layers = 0
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = []
+        config.mea = {**config.mea, "layers": []}
+        config.dtype = torch.float32
+        name = "lm_head.weight" if not config.tie_word_embeddings else "model.embed_tokens.weight"
+        config.tie_word_embeddings = True  # one matrix in memory; embeddings are given
+        state = {
+            "model.embed_tokens.weight": source.reader.read(name).float(),
+            "model.norm.weight": source.reader.read("model.norm.weight").float(),
+        }
+        for bias in ("lm_head.bias",):
+            if source.reader.has(bias):
+                state[bias] = source.reader.read(bias).float()
+        causal = getattr(modeling_mea, f"Mea{source.family.prefix}ForCausalLM")
+        with without_bars():
+            model = causal.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+        self.model: Any = model.eval().to(device).requires_grad_(False)
+        self.device, self.products = torch.device(device), products
+        if products != torch.float32:
+            self.model.lm_head.to(products)
+
+    @torch.no_grad()
+    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the next-token log-probabilities (T, V), float32, of what the last layer sends, (T, D)."""
+        embeds = hidden.to(self.device, torch.float32)[None]
+        with torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32):
+            logits = self.model(inputs_embeds=embeds, use_cache=False).logits
+        return logits[0].float().log_softmax(-1)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Load models without transformers' bar; a layer takes no time, and hundreds of them are loaded."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def fast_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what matrix products are computed in: bfloat16 if the model is stored so and the hardware is made for it.
 
@@ -253,4 +315,13 @@ def _layer_state(source: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-__all__ = ["Activations", "LayerRunner", "CapturedAttention", "batches", "embed", "fast_products"]
+__all__ = [
+    "Activations",
+    "HeadRunner",
+    "LayerRunner",
+    "CapturedAttention",
+    "batches",
+    "embed",
+    "fast_products",
+    "without_bars",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from math import exp, inf
+from math import exp, inf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -194,6 +194,7 @@ def evaluate(
         longest = ids[int(mask.sum(1).argmax())]
         size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
         losses = _compare(models, original, ids, mask, size, progress)
+        _check_numbers(paths, reference, losses)
         if contexts:
             speeds = [_speed(model, original, ids[mask], contexts, batches or (1,), progress) for model in models]
         if retrieval:
@@ -311,6 +312,18 @@ def _compare(
             ]
             bar.update(len(rows))
     return totals
+
+
+def _check_numbers(paths: Sequence[Path | str], reference: Path | str | None, losses: Sequence[Comparison]) -> None:
+    """Raise `RequestError` where a model's logits are NaN, of which every figure would be one."""
+    sums = [(path, total.cross_entropy) for path, total in zip(paths, losses, strict=True)]
+    if reference is not None:
+        sums.append((reference, losses[0].reference_cross_entropy))
+    for path, total in sums:
+        if isnan(total):
+            raise RequestError(
+                f"the logits of {path} are not all numbers: look for NaN in its weights, or give `dtype` float32"
+            )
 
 
 def _speed(

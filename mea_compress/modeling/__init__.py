@@ -40,14 +40,21 @@ def register_with_transformers() -> None:
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Lets the import of transformers end with `register`; finds nothing itself."""
+    """Lets the import of transformers end with `register`; finds nothing itself.
+
+    Where a module of this package is what imports transformers, registering waits until that module is through: half of
+    it would be missing.
+    """
 
     def __init__(self) -> None:
         self.searching = False
+        self.own = 0  # modules of this package that are being loaded
+        self.waiting = False
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of transformers that the other finders give, whose loader registers when it is through."""
-        if fullname != "transformers" or self.searching:
+        """Return the spec that the other finders give, whose loader tells when it is through."""
+        own = fullname.startswith(f"{__name__}.")
+        if self.searching or not (own or fullname == "transformers"):
             return None
         self.searching = True
         try:
@@ -58,14 +65,30 @@ class _RegisterAfterImport(MetaPathFinder):
             return spec
         load = spec.loader.exec_module
 
-        def load_and_register(module: ModuleType) -> None:
-            load(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
+        def load_own(module: ModuleType) -> None:
+            self.own += 1
             try:
-                register()
-            except Exception as error:  # what is wrong with this package is no reason not to have transformers
-                warnings.warn(f"MEA checkpoints are not known to this transformers: {error}", stacklevel=2)
+                load(module)
+            finally:
+                self.own -= 1
+            self._register()
 
-        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        def load_transformers(module: ModuleType) -> None:
+            load(module)
+            self.waiting = True
+            self._register()
+
+        spec.loader.exec_module = load_own if own else load_transformers  # type: ignore[method-assign]
         return spec
+
+    def _register(self) -> None:
+        """Register once transformers is loaded and no module of this package is half loaded."""
+        if not self.waiting or self.own:
+            return
+        self.waiting = False
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        try:
+            register()
+        except Exception as error:  # what is wrong with this package is no reason not to have transformers
+            warnings.warn(f"MEA checkpoints are not known to this transformers: {error}", stacklevel=2)

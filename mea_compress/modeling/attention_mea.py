@@ -572,11 +572,31 @@ class MeaAttention(nn.Module):
         scaling = rotary.attention_scaling
         return (angles.cos() * scaling).to(keys.dtype), (angles.sin() * scaling).to(keys.dtype)
 
+    def _attends_as_sdpa(self) -> bool:
+        """Whether the configured attention is transformers' own: what others put in its place may do more (kvpress)."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        stock = self.config._attn_implementation == "sdpa"
+        return stock and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
+
     def _absorbs(self, queries: torch.Tensor, attention_mask: Any) -> bool:
-        """Whether to attend to the components themselves. `config.mea["decode"]` may say absorb or expand."""
-        choice, tokens = self.config.mea.get("decode", "auto"), queries.shape[-2]
-        stock = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
-        if choice == "expand" or not stock or not readable_mask(attention_mask, tokens):
+        """Whether to attend to the components themselves."""
+        tokens = queries.shape[-2]
+        stock = self._attends_as_sdpa() and not (self.training and self.attention_dropout)
+        return stock and readable_mask(attention_mask, tokens) and self.may_absorb(tokens, queries.device.type)
+
+    def may_absorb(self, tokens: int, device: str) -> bool:
+        """Return whether `attend_to_components` serves so many new tokens, and is faster than rebuilding heads.
+
+        ``config.mea["decode"]`` may say absorb or expand.
+
+        Args:
+            tokens: New tokens Q.
+            device: Device type, as in ``torch.device.type``.
+        """
+        choice = self.config.mea.get("decode", "auto")
+        if choice == "expand":
             return False
         key, value = self.key_form, self.value_form
         # Keys that are cached before RoPE are rebuilt tile by tile, whatever reads them.
@@ -586,7 +606,7 @@ class MeaAttention(nn.Module):
             return False
         sides = (key, self.key_width / self.head_dim), (value, self.value_width / self.head_dim)
         return choice == "absorb" or absorb_is_faster(
-            *sides, self.query_heads, self.heads, self.head_dim, tokens, queries.device.type
+            *sides, self.query_heads, self.heads, self.head_dim, tokens, device
         )
 
     def _logits(
@@ -644,10 +664,18 @@ class MeaAttention(nn.Module):
         norms = keys[:, 0, :, self.key_width :] if self.caches_norm_scalars else None
         return fused(absorbed.to(keys.dtype), components, values, norms, mask, queries.shape[2])
 
-    def _attend_to_components(
+    def attend_to_components(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation, mask: Any
     ) -> torch.Tensor:
-        """Attention of queries (B, Hq, Q, d) to what is cached: (B, Q, Hq, d)."""
+        """Return the attention of queries (B, Hq, Q, d), rotated, to what is cached: (B, Q, Hq, d).
+
+        Args:
+            queries: Of new tokens.
+            keys: As `project` returns them, without positions.
+            values: As `project` returns them.
+            rotation: cos and sin of every cached token, for keys that are cached before RoPE.
+            mask: As `add_mask` takes it.
+        """
         wide = torch.promote_types(queries.dtype, torch.float32)
         scaled = queries.to(wide) * self.scaling
         output = self._fused(scaled, keys, values, mask)  # (B, 1, rows, W)
@@ -694,7 +722,9 @@ class MeaAttention(nn.Module):
 
         cos, sin = position_embeddings
         cache, kwargs = take_cache(args, kwargs)
-        if cache is None and not self.training:
+        # An engine that calls this as remote code keeps the heads that are handed to its attention, by its own pages.
+        in_engine = self.config._attn_implementation == "vllm"
+        if cache is None and not self.training and not in_engine:
             refuse_missing_cache(sin)
         queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, d)
         if self.qk_norm:
@@ -711,9 +741,11 @@ class MeaAttention(nn.Module):
 
         weights = None
         if self._absorbs(queries, attention_mask):
-            output = self._attend_to_components(queries, keys, values, (cos, sin), attention_mask)
+            output = self.attend_to_components(queries, keys, values, (cos, sin), attention_mask)
         else:
             keys, values = self.expand(keys, values, (cos, sin))
+            if in_engine:  # its pages are made for as many heads as the configuration names
+                keys, values = (side.repeat_interleave(self.heads // side.shape[1], dim=1) for side in (keys, values))
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
@@ -727,7 +759,8 @@ class MeaAttention(nn.Module):
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
                 **kwargs,
-            )  # (B, T, Hq, d)
+            )  # (B, T, Hq, d), or flat from an engine
+        output = output.reshape(*hidden_states.shape[:-1], self.query_heads, self.head_dim)
         if self.has_head_norm:
             output = self.head_norm(output)
         return self.o_proj(output.flatten(-2)), weights

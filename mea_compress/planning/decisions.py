@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
@@ -9,12 +10,19 @@ from math import ceil
 from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
 from mea_compress.checkpoint.system import memory_bytes
-from mea_compress.compositions.base import DEFAULT_METHODS, method_form, method_name, method_needs_queries
+from mea_compress.compositions.base import (
+    DEFAULT_METHODS,
+    method_form,
+    method_name,
+    method_needs_queries,
+    method_shares_allocation,
+    side_choice,
+)
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.sizes import healing_batch, healing_bytes
 from mea_compress.planning.types import Decisions, LayerPlan, LayerSpec, SideSpec
-from mea_compress.recipe import Recipe
+from mea_compress.recipe import Recipe, budget_file
 
 # Calibration text where the recipe names no amount: this many tokens, in sequences of this length at most.
 _CALIBRATION_TOKENS = 1 << 17
@@ -26,7 +34,7 @@ _MEMORY_SHARE = 0.6
 # Hidden size from which layers that are healed are not refined before.
 _WIDE = 512
 # Steps of 4 K tokens: KL falls fastest in the first of them (0.19 to 0.11 in 25, to 0.084 in 100 on SmolLM2-135M).
-_HEALING_STEPS = {"fast": 0, "balanced": 100, "best": 300}
+_HEALING_STEPS = {"fast": 0, "balanced": 60, "best": 240}
 HEALING_EPOCHS = 3
 """Times that a distillation of nobody's number of steps sees its text at most: more of it is learned by heart."""
 
@@ -37,7 +45,15 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     healing = healing_steps(source, recipe, layers, sequences, length)
     steps = refinement_steps(source, recipe, healing > 0)
     calibrated = recipe.fit != "weights" or steps > 0
-    searched = recipe.fit == "aligned" and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    measured = measures_budget(recipe) and any(layer.compressed for layer in layers)
+    searched = (
+        not measured
+        and budget_file(recipe) is None
+        and recipe.fit == "aligned"
+        and any(layer.compressed and _can_split(recipe, layer.spec) for layer in layers)
+    )
+    if measured:
+        choice = "; ".join([*filter(None, [choice]), "widths of layers, keys and values by what each of them costs"])
     if searched:
         choice = "; ".join([*filter(None, [choice]), "keys and values divide a layer's budget as trial fits say"])
     return Decisions(
@@ -45,6 +61,8 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         sequences=sequences,
         sequence_length=length,
         refinement_steps=steps,
+        measures_budget=measured,
+        shares_rotary_allocation=_shares_allocation(recipe, layers),
         searches_kv_split=searched,
         stored_dtype=stored_dtype(source, recipe),
         has_static_shapes=not calibrated
@@ -56,6 +74,40 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         healing_steps=healing,
         healing_asked_for=healing > 0 and recipe.heal != "auto",
     )
+
+
+def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
+    """Return whether rotary pairs get the same components in all layers, chosen for all of them together."""
+    keys = [layer.spec.key for layer in layers if layer.compressed and layer.spec.key.form.per_pair]
+    return bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
+
+
+def measures_budget(recipe: Recipe) -> bool:
+    """Return whether widths are chosen by a measured profile: where that was asked for, or nothing speaks against it.
+
+    Raises:
+        RequestError: It was asked for and the rest of the recipe leaves nothing to choose, or no text to measure on.
+    """
+    obstacles = [
+        (recipe.fit == "weights", "--fit weights reads no text to measure on"),
+        (recipe.kv_ratio is None, "there is no --kv-ratio to divide"),
+        (
+            recipe.key_components is not None or recipe.value_components is not None,
+            "--key-components and --value-components say the widths",
+        ),
+        (recipe.kv_groups > 1, "--kv-groups needs widths that are alike"),
+        (recipe.split == "even", "--split even says how keys and values divide it"),
+        (recipe.rotary_allocation != "energy", "--rotary-allocation is for widths that are alike"),
+    ]
+    found = [reason for holds, reason in obstacles if holds]
+    if recipe.budget == "measured" and found:
+        raise RequestError(f"--budget measured cannot be: {found[0]}; leave one of them out")
+    return not found and recipe.budget in (None, "measured") and recipe.kv_ratio != 1
+
+
+def deadline_of(recipe: Recipe) -> float | None:
+    """Return when all of a fit that begins now is to be over, on the clock of `time.monotonic`; None for whenever."""
+    return None if recipe.time_limit is None else time.monotonic() + 60 * recipe.time_limit
 
 
 def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:

@@ -10,10 +10,13 @@ from typing import Any
 from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.emit.code import CarriedCode, carried_code
+from mea_compress.errors import RequestError
+from mea_compress.planning.budget import allocate, explicit, is_profile, read_widths
 from mea_compress.planning.decisions import choose_compositions, decide, decide_layer, needs_queries, stored_dtype
+from mea_compress.planning.profiles import Profile, read_profile
 from mea_compress.planning.sizes import cached_bytes, layer_parameters, layer_window, whole_costs
 from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, cache_sizes
-from mea_compress.recipe import Recipe, make_recipe, select_layers
+from mea_compress.recipe import Recipe, budget_file, make_recipe, select_layers
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import inspection_report
 
@@ -51,7 +54,7 @@ def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
     Raises:
         RequestError: The recipe asks for what the checkpoint cannot give.
     """
-    chosen = set(select_layers(recipe.layers, source.config.num_hidden_layers))
+    chosen = set(select_layers(_which_layers(recipe), source.config.num_hidden_layers))
     keys, values, choice = choose_compositions(source, recipe)
     layers = []
     for layer, section in enumerate(source.config.mea["layers"]):
@@ -59,7 +62,27 @@ def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
         spec = decide_layer(source, recipe, keys, values, before) if layer in chosen else before
         layers.append(_layer_plan(source, recipe, layer, before, spec))
     decisions = decide(source, recipe, layers, choice)
-    return Plan(source, recipe, tuple(layers), decisions, whole_costs(source, recipe, decisions, layers))
+    planned = Plan(source, recipe, tuple(layers), decisions, whole_costs(source, recipe, decisions, layers))
+    file = budget_file(recipe)
+    if file is None:
+        return planned
+    if is_profile(file):
+        return plan_budget(planned, read_profile(file))
+    return _with_specs(planned, explicit(planned, read_widths(file)))
+
+
+def plan_budget(plan: Plan, profile: Profile) -> Plan:
+    """Return the plan with the widths that a profile says cost least.
+
+    Args:
+        plan: The plan, with the same widths in every chosen layer.
+        profile: What each width of each layer costs.
+
+    Raises:
+        RequestError: The profile is of another model or other methods, or the share of the cache is too small.
+    """
+    specs, predicted = allocate(plan, profile)
+    return replace(_with_specs(plan, specs), profile=profile, predicted_kl=predicted)
 
 
 def plan_after_fit(plan: Plan, sections: Mapping[int, Mapping[str, Any]]) -> Plan:
@@ -69,12 +92,31 @@ def plan_after_fit(plan: Plan, sections: Mapping[int, Mapping[str, Any]]) -> Pla
         plan: The plan.
         sections: Entries of the ``mea`` section of the layers that were composed.
     """
+    return _with_specs(plan, {layer: LayerSpec.of(section) for layer, section in sections.items()})
+
+
+def _with_specs(plan: Plan, specs: Mapping[int, LayerSpec]) -> Plan:
+    """Return the plan with some layers cached in another way."""
     layers = list(plan.layers)
-    for layer, section in sections.items():
-        spec = LayerSpec.of(section)
+    for layer, spec in specs.items():
         layers[layer] = _layer_plan(plan.source, plan.recipe, layer, layers[layer].before, spec)
+    keys = [layer.spec.key for layer in layers if layer.compressed and layer.spec.key.form.per_pair]
+    if plan.decisions.shares_rotary_allocation and len({key.components for key in keys}) > 1:
+        raise RequestError(
+            "--rotary-allocation shared needs keys of one width in all layers; leave the budget uniform, or use "
+            "--rotary-allocation energy"
+        )
     costs = whole_costs(plan.source, plan.recipe, plan.decisions, layers)
     return replace(plan, layers=tuple(layers), costs=costs)
+
+
+def _which_layers(recipe: Recipe) -> str:
+    """Return which layers to compress, as `select_layers` takes it."""
+    if recipe.budget not in ("half", "deep"):
+        return recipe.layers
+    if recipe.layers != "all":
+        raise RequestError(f"--budget {recipe.budget} says which layers to compress and so does --layers; give one")
+    return recipe.budget
 
 
 def _layer_plan(source: Checkpoint, recipe: Recipe, layer: int, before: LayerSpec, spec: LayerSpec) -> LayerPlan:

@@ -9,7 +9,7 @@ from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
-from mea_compress.compositions.base import method_allocates_uniformly, side_choice
+from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
@@ -166,7 +166,7 @@ def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
                 section["groups"] = recipe.kv_groups
             key = layer.spec.key
             choice = side_choice(recipe, "key", key.composition)
-            if key.form.per_pair and method_allocates_uniformly(choice, recipe):
+            if key.form.per_pair and method_allocates_alike(choice, recipe):
                 section["rotary_components"] = uniform_rotary_components(key.components, source.head_dim)
         sections.append(section)
     try:

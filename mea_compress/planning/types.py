@@ -8,6 +8,7 @@ from typing import Any
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.modeling.section_mea import Form, side_form, side_section
+from mea_compress.planning.profiles import Profile
 from mea_compress.recipe import Recipe
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import plan_report, stock_outlook
@@ -110,11 +111,14 @@ class Decisions:
         sequences: Calibration sequences.
         sequence_length: Tokens of each.
         refinement_steps: Optimiser steps of a layer's refinement, 0 for none.
+        measures_budget: Whether widths are chosen by a profile, measured before the fit.
+        shares_rotary_allocation: Whether rotary pairs get the same components in all layers, chosen for all together.
         searches_kv_split: Whether the key/value split of a layer's budget is searched.
         stored_dtype: Safetensors name of the dtype that composed layers are stored in.
         has_static_shapes: Whether the plan alone says which tensors a fit makes and of which shapes.
         verifies_whole_model: Whether the result is loaded and run whole before it appears.
         choice: Why these compositions, where the recipe left it open; empty where it named them.
+        rotary_components: The components of each rotary pair, where all layers share them and they have been chosen.
         healing_steps: Optimiser steps of the distillation behind the fit at most, 0 for none.
         healing_asked_for: Whether the recipe names these steps, so that they are taken or refused.
     """
@@ -123,11 +127,14 @@ class Decisions:
     sequences: int
     sequence_length: int
     refinement_steps: int
+    measures_budget: bool
+    shares_rotary_allocation: bool
     searches_kv_split: bool
     stored_dtype: str
     has_static_shapes: bool
     verifies_whole_model: bool
     choice: str
+    rotary_components: tuple[int, ...] | None = None
     healing_steps: int = 0
     healing_asked_for: bool = False
 
@@ -163,6 +170,8 @@ class Plan(Shown):
         layers: In order.
         decisions: What follows from both.
         costs: Sizes of the whole.
+        profile: What each width of each layer costs, where widths were chosen by it.
+        predicted_kl: What the chosen widths cost by it, in nats per token.
     """
 
     source: Checkpoint
@@ -170,6 +179,8 @@ class Plan(Shown):
     layers: tuple[LayerPlan, ...]
     decisions: Decisions
     costs: Costs
+    profile: Profile | None = None
+    predicted_kl: float | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -191,6 +202,7 @@ class Plan(Shown):
             "output_bytes": self.costs.output_bytes,
             "memory_bytes": self.costs.memory_bytes,
             "stock_export": self.costs.stock_export,
+            **({} if self.predicted_kl is None else {"predicted_kl": self.predicted_kl}),
         }
 
     def report(self, batch: int = 1) -> str:

@@ -42,6 +42,7 @@ Bos = Literal["auto", "always", "never"]
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 _COUNTS = r"^[1-9]\d*(,[1-9]\d*)*$"
+_BUDGETS = ("measured", "uniform", "half", "deep", "full")
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
 
@@ -313,14 +314,28 @@ class Recipe(_Settings):
         "the family allows.",
         json_schema_extra=_group("How to compose", "METHOD"),
     )
+    budget: str | None = Field(
+        None,
+        description="How layers share what is kept: measured (by what each width of each layer costs; the default with "
+        "calibration), uniform, half, deep or full (the paper's: some layers, all alike), or a file that `profile` "
+        "wrote, or a list of widths.",
+        json_schema_extra=_group("What to keep", "NAME|FILE"),
+    )
+    width_multiple: int | None = Field(
+        None,
+        ge=1,
+        description="With a measured budget, cache multiples of this many channels (engines want 16 or 32).",
+        json_schema_extra=_group("What to keep", "N"),
+    )
     split: Literal["auto", "even"] = Field(
         "auto",
         description="How keys and values divide a layer's budget: as trial refinements say, or as in the source.",
         json_schema_extra=_group("What to keep"),
     )
-    rotary_budget: Literal["energy", "uniform"] = Field(
+    rotary_allocation: Literal["energy", "uniform", "shared"] = Field(
         "energy",
-        description="How frequency keys allocate components to rotary pairs: by energy, or as many to each.",
+        description="How frequency keys allocate components to rotary pairs: by a layer's own energy, as many to each, "
+        "or by energy alike in all layers (stock exports need one of the last two).",
         json_schema_extra=_group("How to compose"),
     )
     prune_by: Literal["pivot", "contribution"] = Field(
@@ -424,6 +439,15 @@ class Recipe(_Settings):
             _parse_layers(value)
         return value
 
+    @field_validator("budget")
+    @classmethod
+    def _budget_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in _BUDGETS and not Path(value).is_file():
+            near = difflib.get_close_matches(value, _BUDGETS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"kinds are {', '.join(_BUDGETS)}"
+            raise ValueError(f"is no kind of budget and no file: {value!r}; {hint}")
+        return value
+
     @field_validator("shard_size")
     @classmethod
     def _size_readable(cls, value: str) -> str:
@@ -439,6 +463,11 @@ class Recipe(_Settings):
     def healing_settings(self) -> HealRecipe | None:
         """How `run` heals what was written, None where `heal` says nothing of it."""
         return self.heal if isinstance(self.heal, HealRecipe) else None
+
+
+def budget_file(recipe: Recipe) -> Path | None:
+    """Return the file that a recipe's budget names, None where it names a kind of budget."""
+    return None if recipe.budget is None or recipe.budget in _BUDGETS else Path(recipe.budget)
 
 
 def parse_size(text: str) -> int:

@@ -59,28 +59,36 @@ def model_card(
 
 
 def export_card(
-    source: str, exported: Mapping[str, Any], versions: Mapping[str, str], source_card: str | None = None
+    source: str,
+    exported: Mapping[str, Any],
+    versions: Mapping[str, str],
+    source_card: str | None = None,
+    warning: str | None = None,
 ) -> str:
-    """Write the README.md of a stock checkpoint that was exported.
+    """Write the README.md of a stock checkpoint, or of a file for llama.cpp, that was exported.
 
     Args:
         source: Name of the model before compression; a path is shortened to its last part.
         exported: The JSON of `export`.
         versions: Package name to version.
         source_card: The compressed checkpoint's README.md; its licence and language are carried over.
+        warning: What to mind about engines.
 
     Returns:
         Markdown with the hub's YAML front matter, ending in a newline.
     """
     name = _published_name(source)
+    in_a_file = exported.get("format") == "gguf"
+    kind = "a file for llama.cpp" if in_a_file else f"a plain {exported['model_type']} checkpoint"
     body = [
-        f"# {name} with a smaller KV cache, as a plain {exported['model_type']} checkpoint",
+        f"# {name} with a smaller KV cache, as {kind}",
         f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
         "the query and output projections: what is left is grouped-query attention with "
         f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
-        "are written in config.json. It loads without remote code.",
+        + ("are written in the file." if in_a_file else "are written in config.json. It loads without remote code."),
         key_value_table(exported),
         stock_outlook(exported),
+        *([warning] if warning else []),
     ]
     return _card(name, ["kv-cache", "compression"], body, versions, source_card)
 

@@ -17,12 +17,23 @@ def check_plot(file: Path | str, retrieval: object) -> None:
         retrieval: What is asked for; None and nothing are no retrieval.
 
     Raises:
-        RequestError: There is no retrieval, matplotlib is not installed or cannot write this kind of file, or there is
-            no such directory.
+        RequestError: There is no retrieval, or as `check_file`.
     """
-    file = Path(file)
     if not retrieval:
         raise RequestError("`plot` draws what `retrieval` finds: give both")
+    check_file(file)
+
+
+def check_file(file: Path | str) -> None:
+    """Check, before any work, that a picture can be written.
+
+    Args:
+        file: Where it goes.
+
+    Raises:
+        RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory.
+    """
+    file = Path(file)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -74,4 +85,39 @@ def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -
     figure.savefig(file, dpi=150)
 
 
-__all__ = ["check_plot", "draw_retrieval"]
+def draw_profile(profile: Mapping[str, Any], file: Path | str) -> None:
+    """Draw a profile as heat maps, one a side: the KL by layer and width, on a logarithmic scale.
+
+    Args:
+        profile: The JSON of `profile`.
+        file: Where the picture goes; its ending says the format.
+
+    Raises:
+        RequestError: As `check_file`.
+    """
+    check_file(file)
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    points = profile["points"]
+    sides = list(dict.fromkeys(point["side"] for point in points))
+    layers = sorted({point["layer"] for point in points})
+    least = max(profile["floor"] / 10, 1e-6)
+    norm = LogNorm(least, max(max(point["kl"] for point in points), 10 * least))
+    figure = Figure(figsize=(1.5 + 2.8 * len(sides), 1.4 + 0.2 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, len(sides), squeeze=False)[0]
+    for axis, side in zip(axes, sides, strict=True):
+        found = {(point["layer"], point["components"]): point["kl"] for point in points if point["side"] == side}
+        widths = sorted({count for _, count in found})
+        rows = [[max(found.get((layer, count), float("nan")), least) for count in widths] for layer in layers]
+        picture = axis.imshow(rows, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set_xticks(range(len(widths)), [f"{count:.3g}" for count in widths])
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
+        axis.set_title({"key": "keys", "value": "values"}.get(side, side), fontsize=9)
+        axis.set_xlabel(f"component heads of {profile['heads']}")
+        axis.set_ylabel("layer")
+    figure.colorbar(picture, ax=axes, label="KL, nats per token")
+    figure.savefig(file, dpi=150)
+
+
+__all__ = ["check_file", "check_plot", "draw_profile", "draw_retrieval"]

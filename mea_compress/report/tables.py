@@ -105,6 +105,26 @@ def plan_report(plan: Mapping[str, Any]) -> str:
     return "\n\n".join([before_after(plan), layers, *_whole_caches(plan)])
 
 
+def profile_report(profile: Mapping[str, Any]) -> str:
+    """Report a profile (the JSON of `profile`): a row a layer, the KL at each share of each side's width."""
+    points = profile["points"]
+    columns = list(dict.fromkeys((point["side"], point["components"]) for point in points))
+    columns.sort(key=lambda column: (column[0] != "key", column))
+    costs = {(point["layer"], point["side"], point["components"]): point["kl"] for point in points}
+    rows: list[list[object]] = []
+    for layer in sorted({point["layer"] for point in points}):
+        found = [costs.get((layer, *column)) for column in columns]
+        rows.append([layer, *("" if cost is None else f"{max(cost, 0.0):.2g}" for cost in found)])
+    names = {"key": "keys", "value": "values", "both": "both"}
+    heading = [f"{names[side]} {components:.3g}" for side, components in columns]
+    about = (
+        f"KL in nats per token when one side of one layer alone is compressed to so many component heads of "
+        f"{profile['heads']}: {profile['key_composition']} keys, {profile['value_composition']} values, fit "
+        f"{profile['fit']}, {profile['tokens']:,} tokens. Rounding makes {profile['floor']:.2g}, taken off."
+    )
+    return "\n\n".join([about, table(rows, ["layer", *heading])])
+
+
 def _whole_caches(plan: Mapping[str, Any]) -> list[str]:
     """Return a table of whole caches at some lengths, from the JSON of `plan` or `inspect`, where it has them."""
     sizes = plan.get("cache", [])

@@ -22,7 +22,7 @@ CASES = {
     "default": ("llama", {}),
     "joint": ("mistral", {"key_composition": "joint", "value_composition": "joint"}),
     "normed": ("qwen3_moe", {"key_composition": "head", "value_composition": "head"}),
-    "exportable": ("llama", {"rotary_budget": "uniform"}),
+    "exportable": ("llama", {"rotary_allocation": "uniform"}),
     "fused": (
         "phi3-partial",
         {"fit": "weights", "refine": 0, "key_composition": "latent", "value_composition": "latent"},

@@ -248,7 +248,7 @@ def yaml_again(tmp_path, recipe):
 
 
 def test_flags_are_the_methods_options():
-    recipe = Recipe(kv_ratio=0.5, prune_by="contribution", rotary_budget="uniform")
+    recipe = Recipe(kv_ratio=0.5, prune_by="contribution", rotary_allocation="uniform")
     assert configured("prune", recipe).by == "contribution"
     assert configured("frequency", recipe).allocation == "uniform"
     assert configured({"method": "joint", "key_weight": 2.0}, recipe).key_weight == 2.0

@@ -94,7 +94,7 @@ def test_neither_format_is_proposed_where_none_holds_wide_heads(format, tmp_path
     out = compressed(tmp_path)
     with pytest.raises(RequestError, match="compress with --key-composition pool") as refusal:
         export(out, tmp_path / "export", format=format, progress=False)
-    assert ("--format" in str(refusal.value)) == (format == "llama")
+    assert ("--format" in str(refusal.value)) == (format != "stock")
     pooled = compressed(tmp_path, way="pool")
     export(pooled, tmp_path / "export", progress=False)
 
@@ -167,11 +167,11 @@ def test_energy_budgets_are_refused_before_and_after(tmp_path):
     with torch.no_grad():  # the first rotary pair has most of the energy, so that it gets most of the components
         model.model.layers[0].self_attn.k_proj.weight.unflatten(0, (4, 8))[:, ::4] *= 10
     save(model, tmp_path / "source")
-    kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_budget": "energy"}
+    kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_allocation": "energy"}
     recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
     assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
     compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    with pytest.raises(RequestError, match="--rotary-budget uniform"):
+    with pytest.raises(RequestError, match="--rotary-allocation uniform"):
         export(tmp_path / "out", tmp_path / "export", progress=False)
 
 

@@ -166,7 +166,7 @@ def test_rope_scaling_is_folded_in_also_beyond_the_trained_length(rope, tmp_path
 @pytest.mark.slow
 def test_compressed_by_activations_and_refined_groups_stay_apart(tmp_path):
     for way, key, value in (("1", "head", "latent"), ("2", "frequency", "latent"), ("3", "prune", "share")):
-        kinds = {"key_composition": key, "value_composition": value, "rotary_budget": "uniform"}
+        kinds = {"key_composition": key, "value_composition": value, "rotary_allocation": "uniform"}
         out = compressed(tmp_path, way=way, fit="aligned", refine=4, kv_groups=2, **kinds, **QUICK)
         assert json.loads((out / "config.json").read_text())["mea"]["layers"][0]["groups"] == 2
         assert export(out, tmp_path / f"{way} export", progress=False).form.groups == 2

@@ -7,7 +7,8 @@ from tiny import stock_checkpoint
 
 from mea_compress.compression import compress
 from mea_compress.fit import progress
-from mea_compress.fit.progress import STEP, FitProgress, deadline_of, estimate_seconds, healing_units
+from mea_compress.fit.progress import STEP, FitProgress, estimate_seconds, healing_units
+from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_modeling_mea import HEAD_DIM, HEADS, KEYS, PAIRS, VALUES, build, decode, forward, spec, tokens
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea_compress.modeling import attention_mea, configuration_mea, modeling_mea
 from mea_compress.modeling.decode_mea import (
@@ -79,13 +80,13 @@ def build_like(model):
 def absorbing(monkeypatch):
     """Counts how often an attention block read components as they lie."""
     calls = []
-    attend = attention_mea.MeaAttention._attend_to_components
+    attend = attention_mea.MeaAttention.attend_to_components
 
     def counted(self, *arguments):
         calls.append(self.layer_idx)
         return attend(self, *arguments)
 
-    monkeypatch.setattr(attention_mea.MeaAttention, "_attend_to_components", counted)
+    monkeypatch.setattr(attention_mea.MeaAttention, "attend_to_components", counted)
     return calls
 
 
@@ -369,6 +370,26 @@ def test_eager_attention_stays_as_written(absorbing):
         output = model(tokens(1, 1), past_key_values=cache, output_attentions=True)
     assert not absorbing
     assert output.attentions[0].shape == (1, 8, 1, 6)
+
+
+@pytest.mark.parametrize("kinds", [("head", "head"), ("frequency", "latent"), ("latent", "latent"), ("pool", "pool")])
+def test_an_attention_put_in_place_of_sdpa_is_called(kinds, absorbing, monkeypatch):
+    """As kvpress does, which hides tokens in there."""
+    model, ids, calls = build("Llama", *kinds, dtype=torch.float32), tokens(1, 8), []
+    model.config.mea["decode"] = "absorb"
+    expected = decode(model, ids, 5)[0]
+    assert absorbing
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module, query, key, value, *arguments, **options):
+        calls.append(key.shape)
+        return stock(module, query, key, 2 * value, *arguments, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attend)
+    absorbing.clear()
+    found = decode(model, ids, 5)[0]
+    assert not absorbing and calls[-1][2:] == (8, 8)
+    assert not torch.allclose(found, expected, atol=1e-2)
 
 
 def test_an_unknown_choice_is_refused():

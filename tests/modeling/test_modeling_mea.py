@@ -6,6 +6,7 @@ import torch
 from tiny import SIZES, save, scatter
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea_compress.modeling import configuration_mea, modeling_mea
 from mea_compress.modeling.attention_mea import read_position, write_position
@@ -257,3 +258,24 @@ BAD = [
 def test_an_impossible_section_is_refused(section, message):
     with pytest.raises(ValueError, match=message):
         configuration_mea.MeaLlamaConfig(**SIZES, head_dim=HEAD_DIM, mea=copy.deepcopy(section))
+
+
+@pytest.mark.parametrize(("keys", "values"), [("frequency", "latent"), ("pool", "pool"), ("latent", "share")])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_an_engine_is_handed_every_head_and_may_answer_flat(family, keys, values, monkeypatch):
+    """As vLLM runs remote code: no cache of transformers, pages for all heads, tokens that continue others."""
+    model, ids = build(family, keys, values, head_norm=True), tokens(1, 9)
+
+    def engine(module, query, key, value, attention_mask, **options):
+        assert key.shape[1] == value.shape[1] == HEADS
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
+        )
+        return output.transpose(1, 2).reshape(query.shape[2], -1), None
+
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", engine)
+        model.config._attn_implementation = "vllm"
+        found = model(ids, position_ids=torch.arange(5, 14)[None], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # RoPE sees differences of positions alone

@@ -1,0 +1,157 @@
+"""A file that llama.cpp runs, from an export in Llama's format: names, order of channels, explicit frequencies.
+
+llama.cpp rotates neighbouring channels where transformers rotates channels half a head apart, so rows of q_proj and
+k_proj are put in its order. Frequencies that are not its base's powers stand in the tensor ``rope_freqs.weight``, as
+1 over a frequency with the base 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mea_compress.checkpoint import CheckpointReader
+from mea_compress.errors import RequestError
+from mea_compress.exporting.gguf_tokenizer import add_tokenizer
+from mea_compress.heads.composed import Array
+
+WEIGHTS = ("stored", "f32", "f16", "bf16", "q8_0")
+"""Types of matrices in the file; vectors are float32."""
+FILE = "model.gguf"
+
+_STORED = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_FACTORS = "rope_freqs.weight"
+_MODEL = {
+    "rope_freqs": "rope_freqs",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def require_gguf() -> None:
+    """Raise `RequestError` where the package that writes such files is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise RequestError(
+            "`format` gguf needs the package gguf; pip install 'mea-compress[gguf]', or choose another format"
+        ) from None
+
+
+def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") -> None:
+    """Write a Llama checkpoint as GGUF, one tensor in memory at a time.
+
+    Args:
+        directory: The checkpoint, as `export` writes it in Llama's format.
+        file: New file.
+        name: Of the model, as the file says it.
+        weights: One of `WEIGHTS`; ``stored`` is the checkpoint's own type.
+
+    Raises:
+        RequestError: llama.cpp has no tokenizer or no scaling of RoPE like the checkpoint's.
+    """
+    import gguf
+
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    reader = CheckpointReader(directory)
+    kind = weights if weights != "stored" else _STORED[reader.info("model.norm.weight").dtype]
+    matrices = gguf.GGMLQuantizationType[kind.upper()]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    factors = _add_sizes(writer, config)
+    add_tokenizer(writer, directory, config["vocab_size"])
+
+    def stored_type(shape: tuple[int, ...]) -> Any:
+        whole_blocks = matrices is not gguf.GGMLQuantizationType.Q8_0 or shape[-1] % 32 == 0
+        return matrices if len(shape) > 1 and whole_blocks else gguf.GGMLQuantizationType.F32
+
+    shapes = {} if factors is None else {_FACTORS: factors.shape}
+    shapes |= {tensor: info.shape for tensor, info in reader.tensors.items()}
+    for tensor, shape in shapes.items():
+        kept = stored_type(shape)
+        size = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kept))
+        writer.add_tensor_info(_name(tensor), shape, np.dtype(np.float32), size, raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for tensor, shape in shapes.items():
+        rows: Any = factors if tensor == _FACTORS else reader.read_array(tensor).astype(np.float32)
+        projection = tensor.split(".")[-2]
+        if projection in heads:
+            rows = _neighbours(rows, heads[projection])
+        writer.write_tensor_data(gguf.quants.quantize(rows, stored_type(shape)))
+    writer.close()
+
+
+def _add_sizes(writer: Any, config: dict[str, Any]) -> Array | None:
+    """Write what llama.cpp asks of the shape, and return the factors of frequencies where there are some."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    base, factors = _frequencies(config)
+    writer.add_rope_freq_base(base)
+    return factors
+
+
+def _frequencies(config: dict[str, Any]) -> tuple[float, Array | None]:
+    """Return the base of the rotary frequencies, and the numbers that they are divided by, (head_dim / 2,)."""
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "default":
+        return rope["rope_theta"], None
+    if rope["rope_type"] == "longrope" and rope["short_factor"] == rope["long_factor"] and rope["rope_theta"] == 1:
+        return 1.0, np.array(rope["short_factor"], dtype=np.float32)
+    if rope["rope_type"] not in ("linear", "llama3"):
+        raise RequestError(
+            f"RoPE of the type {rope['rope_type']} is not written as GGUF; export with --format llama and convert that "
+            "with llama.cpp's own script"
+        )
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    frequencies = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.double().numpy()
+    return 1.0, (1 / frequencies).astype(np.float32)
+
+
+def _neighbours(rows: Array, heads: int) -> Array:
+    """Return rows of a projection, or its bias, with the two channels of every rotary pair beside each other."""
+    shape = rows.shape
+    return np.ascontiguousarray(rows.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape))
+
+
+def _name(tensor: str) -> str:
+    """Return llama.cpp's name of a tensor."""
+    stem, kind = tensor.rsplit(".", 1)
+    if stem in _MODEL:
+        return f"{_MODEL[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{_LAYER[part]}.{kind}"
+
+
+__all__ = ["FILE", "WEIGHTS", "require_gguf", "write_gguf"]

@@ -1,0 +1,294 @@
+"""Measure what compressing one side of one layer costs, by width (METHOD §7 and §9).
+
+The original runs once over the calibration text, layer by layer. At each layer every candidate is fitted as `compress`
+would fit it, and runs over held-out text; then all candidates of the layer go together through the layers above it, so
+that each is loaded once for all, and their next-token distributions are compared with the original's. No first-order
+estimate stands in: each cost is a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mea_compress.architectures import open_checkpoint
+from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.workspace import Workspace
+from mea_compress.emit.directory import fingerprint
+from mea_compress.errors import RequestError
+from mea_compress.fit.closed_form import compose
+from mea_compress.fit.comparison import compare_streams
+from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
+from mea_compress.fit.progress import FITTED_TOKENS, Work, profile_units
+from mea_compress.layers.runner import HeadRunner, LayerRunner, batches
+from mea_compress.layers.store import store_layer
+from mea_compress.planning.budget import candidates, with_side
+from mea_compress.planning.plans import plan_source
+from mea_compress.planning.profiles import Profile, ProfilePoint
+from mea_compress.planning.types import LayerPlan, Plan
+from mea_compress.recipe import Recipe, make_recipe, to_yaml
+from mea_compress.text.reading import text_state
+
+# Decoder layers stay in memory, in float32, up to this many bytes.
+_RESIDENT_BYTES = 4 << 30
+# Relative noise that changes nothing but the roundings behind it.
+_NOISE = 1e-6
+
+
+def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: bool) -> Profile:
+    """Measure the profile of a plan.
+
+    Args:
+        plan: Methods, fit and layers; its widths do not matter.
+        tokens: Calibration sequences, (N, T), int64; costs are measured on the first.
+        commit: Results of layers that an earlier run has measured, and where new ones go.
+        progress: Show a bar on stderr.
+
+    Raises:
+        RequestError: There is too little text, or a layer cannot be composed from it.
+    """
+    measured, fitted = _division(plan, tokens)
+    layers = [layer for layer in plan.layers if layer.compressed and candidates(layer, plan)]
+    if not layers:
+        raise RequestError(
+            "no layer has a width between nothing and all that it caches, so there is nothing to profile"
+        )
+    missing = [layer.layer for layer in layers if commit.get(layer.layer) is None]
+    if missing:
+        profiler = _Profiler(plan, tokens[: measured + fitted], measured, missing, progress)
+        for layer in plan.layers[: missing[-1] + 1]:
+            if layer.layer in missing:
+                commit.put(layer.layer, profiler.profile(layer))
+            if layer.layer < missing[-1]:
+                profiler.advance(layer.layer)
+        profiler.close()
+    results = [commit.results[str(layer.layer)] for layer in layers]
+    source, first = plan.source, layers[0].spec
+    return Profile(
+        source=str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name),
+        key_composition=first.key.composition,
+        value_composition=first.value.composition,
+        fit=plan.recipe.fit,
+        layers=len(plan.layers),
+        heads=source.config.num_key_value_heads,
+        head_dim=source.head_dim,
+        tokens=measured * (tokens.shape[1] - 1),
+        cross_entropy=results[0]["cross_entropy"],
+        floor=sum(result["floor"] for result in results) / len(results),
+        points=tuple(ProfilePoint(**point) for result in results for point in result["points"]),
+    )
+
+
+class Commit:
+    """Keeps what was measured of each layer, so that nothing is measured twice.
+
+    Args:
+        results: What an earlier run has kept, by layer.
+        save: Called with a layer and its results.
+    """
+
+    def __init__(
+        self, results: dict[str, Any], save: Callable[[str, Any], object] = lambda layer, result: None
+    ) -> None:
+        self.results, self.save = results, save
+
+    def get(self, layer: int) -> dict[str, Any] | None:
+        """Return what was measured of a layer, or None."""
+        return self.results.get(str(layer))
+
+    def put(self, layer: int, result: dict[str, Any]) -> None:
+        """Keep what was measured of a layer."""
+        self.results[str(layer)] = result
+        self.save(str(layer), result)
+
+
+def _division(plan: Plan, tokens: torch.Tensor) -> tuple[int, int]:
+    """Return how many of the sequences (N, T) costs are measured on, and how many candidates are fitted to.
+
+    Raises:
+        RequestError: There are too few.
+    """
+    count, length = tokens.shape
+    measured = measured_sequences(tokens)
+    wanted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
+    return measured, min(ceil(wanted / length), count - measured)
+
+
+def profile_in(plan: Plan, workspace: Workspace, progress: bool) -> Profile:
+    """Measure the profile of a compression that is under way, on its own calibration text."""
+    commit = Commit(
+        dict(workspace.manifest.get("profile", {})), lambda layer, result: workspace.commit("profile", layer, result)
+    )
+    return measure_profile(plan, stored_tokens(plan, workspace, progress)[: plan.decisions.sequences], commit, progress)
+
+
+class _Bar(Work):
+    """A bar over units of work: one batch of text through one decoder layer.
+
+    Args:
+        total: Units of all work.
+        progress: Show it on stderr.
+    """
+
+    def __init__(self, total: float, progress: bool) -> None:
+        self.bar = tqdm(
+            total=total,
+            desc="profiling",
+            disable=not progress,
+            file=sys.stderr,
+            bar_format="{l_bar}{bar}| {elapsed}, {remaining} left",
+        )
+
+    def say(self, layer: int, what: str) -> None:
+        self.bar.set_description(f"profiling layer {layer}: {what}")
+
+    def add(self, units: float) -> None:
+        self.bar.update(units)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+class _Profiler:
+    """The original's text on its way through the layers, and the layers above.
+
+    Args:
+        plan: Methods and fit.
+        tokens: Sequences, (N, T), those that costs are measured on in front.
+        measured: Sequences that costs are measured on.
+        missing: Layers that are still to be measured.
+        progress: Show a bar on stderr.
+    """
+
+    def __init__(self, plan: Plan, tokens: torch.Tensor, measured: int, missing: Sequence[int], progress: bool) -> None:
+        self.plan, self.tokens = plan, tokens[:measured]
+        self.fit = CalibratedFit(plan, tokens, measured)
+        self.head: HeadRunner | None = None
+        self.resident: dict[int, LayerRunner] = {}
+        source = plan.source
+        first = source.family.layer.partition("{layer}")[0]
+        size = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(first))
+        self.keeps_layers = 4 * size <= _RESIDENT_BYTES
+        parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
+        self.fit.work = self.bar = _Bar(profile_units(plan, missing, parts, sampled, share), progress)
+
+    def profile(self, layer: LayerPlan) -> dict[str, Any]:
+        """Measure every candidate of the present layer."""
+        fit, plan = self.fit, self.plan
+        fit.compressed = fit.original.copy()
+        statistics = fit.pass_original(layer.layer, with_statistics=plan.recipe.fit != "weights")
+        sent = []  # what the layer sends for the measured text, one (M, T, D) for each candidate
+        wanted = [(side, count) for side, counts in candidates(layer, plan).items() for count in counts]
+        held = list(batches(fit.held_out, fit.batch))
+        for side, count in wanted:
+            composed, _ = compose(plan, with_side(layer, side, count), statistics)
+            check_finite(composed, layer.layer)
+            if plan.recipe.fit == "aligned":
+                composed, _ = fit.regress(layer.layer, composed, fit.sample)
+            bias = plan.source.config.mea["bias"]
+            runner = fit.runner_of(layer.layer, store_layer(composed, bias, plan.decisions.stored_dtype))
+            sent.append(torch.cat([runner.run(fit.compressed[part])[0].cpu() for part in held]))
+        assert fit.following is not None
+        original = torch.cat([fit.following[part] for part in held])  # (M, T, D)
+        noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
+        behind = self._above(layer.layer, torch.stack([original, original * (1 + _NOISE * noise), *sent]))
+        if self.head is None:
+            self.head = HeadRunner(plan.source, fit.device, fit.products)
+        own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
+        floor = rounding[0]
+        points = [
+            ProfilePoint(layer.layer, side, count, kl - floor, cross_entropy - own)
+            for (side, count), (kl, cross_entropy) in zip(wanted, costs, strict=True)
+        ]
+        return {"floor": floor, "cross_entropy": own, "points": [asdict(point) for point in points]}
+
+    def advance(self, layer: int) -> None:
+        """Send the original's text through the present layer."""
+        self.fit.compressed = self.fit.original
+        self.fit.advance(layer, None)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+    def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the last layer sends where a layer sends (C, M, T, D)."""
+        rows = hidden.flatten(0, 1)  # (C M, T, D)
+        for above in range(layer + 1, len(self.plan.layers)):
+            runner = self.resident.get(above) or self.fit.runner_of(above)
+            if self.keeps_layers:
+                self.resident[above] = runner
+            for part in batches(len(rows), self.fit.batch):
+                rows[part] = runner.run(rows[part])[0].cpu()
+                self.bar.add(len(rows[part]) / self.fit.batch)
+        self.resident.pop(layer, None)
+        return rows.unflatten(0, hidden.shape[:2])
+
+
+def profile(
+    source: Path | str,
+    *,
+    out: Path | str | None = None,
+    recipe: Recipe | Path | str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Profile:
+    """Measure what compressing one side of one layer costs, by width, on text that nothing was fitted to.
+
+    Args:
+        source: Checkpoint directory.
+        out: JSON file for the result, which `budget` of a recipe takes. What is measured is kept beside it as it comes,
+            and a run that was interrupted goes on there.
+        recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults. Methods, fit, layers and
+            text count; how much to keep does not.
+        progress: Show a bar on stderr.
+        **settings: Fields of `Recipe` that win over it, such as ``text="calibration.txt"``.
+
+    Raises:
+        RequestError: The checkpoint is not usable, or there is too little text.
+
+    Example:
+        >>> found = profile("SRC", text="held-out.txt", sequence_length=32, sequences=16, progress=False)
+        >>> sorted({point.side for point in found.points})
+        ['key', 'value']
+    """
+    share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
+    wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
+    plan = plan_source(open_checkpoint(Path(source)), wanted)
+    file = None if out is None else Path(out)
+    kept, commit = None, Commit({})
+    if file is not None:
+        kept = file.with_name(f"{file.name}.partial")
+        request = {
+            "source": fingerprint(plan.source.reader, plan.source.raw_config),
+            "recipe": to_yaml(plan.recipe),
+            "text": text_state(plan.recipe.text) if plan.recipe.text else None,
+        }
+        commit = Commit(_kept_results(kept, request))
+        commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})
+    result = measure_profile(plan, calibration_tokens(plan, progress), commit, progress)
+    if file is not None and kept is not None:
+        write_json(file, result.to_json())
+        kept.unlink(missing_ok=True)
+    return result
+
+
+def _kept_results(file: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Return what an interrupted run of the same request has measured, by layer."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return dict(data["layers"]) if data["request"] == request else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+__all__ = ["Commit", "Profile", "ProfilePoint", "measure_profile", "profile", "profile_in"]

@@ -1,0 +1,77 @@
+"""What is refused for an engine, and what is said of head sizes."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from exporting import HEAD, compressed
+from tiny import stock_checkpoint
+
+from mea_compress.cli import cli
+from mea_compress.errors import RequestError
+from mea_compress.exporting.engines import ENGINES, check_engine, head_dim_warning
+from mea_compress.exporting.form import StockForm
+from mea_compress.exporting.stock import export
+
+WIDE = StockForm(groups=1, head_dim=128, source_pairs=tuple(range(32)) * 2, keeps_rope=False)
+PLAIN = StockForm(groups=2, head_dim=64, source_pairs=tuple(range(32)), keeps_rope=True)
+# Engines that drop or refuse rotary frequencies that are written down, or are not known to read them.
+WITHOUT_LONGROPE = ("llama.cpp", "onnxruntime-genai", "tgi", "ctranslate2", "mistral.rs", "mlc-llm")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_heads_that_keep_their_rope_are_served_everywhere_and_wide_ones_where_longrope_is_known(engine):
+    check_engine(engine, PLAIN, "llama", "stock")
+    if engine in WITHOUT_LONGROPE:
+        with pytest.raises(RequestError, match="--format gguf" if engine == "llama.cpp" else "pool"):
+            check_engine(engine, WIDE, "llama", "stock")
+    else:
+        check_engine(engine, WIDE, "llama", "stock")
+
+
+def test_a_file_for_llama_cpp_is_for_no_other_engine():
+    check_engine("llama.cpp", WIDE, "llama", "gguf")
+    with pytest.raises(RequestError, match=r"vllm reads no GGUF.*--format stock"):
+        check_engine("vllm", WIDE, "llama", "gguf")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-cpu", "mlx"])
+def test_qwen2_with_wide_heads_goes_by_llama_s_format(engine):
+    with pytest.raises(RequestError, match=r"qwen2.*--format llama"):
+        check_engine(engine, WIDE, "qwen2", "stock")
+    check_engine(engine, WIDE, "llama", "llama")
+
+
+def test_a_head_size_without_a_kernel_is_refused_with_the_nearest_that_have_one():
+    check_engine("vllm", StockForm(1, 320, WIDE.source_pairs, False), "llama", "stock")
+    with pytest.raises(RequestError, match=r"320 channels.*256 or 512"):
+        check_engine("vllm-cpu", StockForm(1, 320, WIDE.source_pairs, False), "llama", "stock")
+    with pytest.raises(RequestError, match=r"16 channels.*have 32 "):
+        check_engine("vllm-cpu", StockForm(1, 16, WIDE.source_pairs, False), "llama", "stock")
+    assert head_dim_warning(1, 128) is None
+    assert "192 and 256" in head_dim_warning(1, 200) and "512 (" in head_dim_warning(1, 640)
+
+
+def test_an_unknown_engine_is_answered_with_those_that_are_known():
+    with pytest.raises(RequestError, match=r"no engine 'vlm'.*vllm, vllm-cpu"):
+        check_engine("vlm", PLAIN, "llama", "stock")
+
+
+def test_the_command_refuses_before_it_writes_and_the_card_says_what_to_mind(tmp_path):
+    out = compressed(tmp_path)
+    refused = CliRunner().invoke(cli, ["export", str(out), str(tmp_path / "export"), "--for", "onnxruntime-genai"])
+    assert isinstance(refused.exception, (RequestError, SystemExit)) and not (tmp_path / "export").exists()
+    result = export(out, tmp_path / "export", engine="transformers", progress=False)
+    card = (tmp_path / "export" / "README.md").read_text()
+    for text in (card, result.report()):
+        assert "onnxruntime-genai" in text and "Heads of 8 channels" in text
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["format"] == "stock"
+
+
+def test_weights_are_chosen_for_gguf_alone(tmp_path):
+    stock_checkpoint(tmp_path / "source")
+    out = compressed(tmp_path, way="pool", **HEAD)
+    with pytest.raises(RequestError, match="`weights` are chosen for GGUF alone"):
+        export(out, tmp_path / "export", weights="f16", progress=False)
+    with pytest.raises(RequestError, match="no `weights` 'q2'"):
+        export(out, tmp_path / "export", format="gguf", weights="q2", progress=False)
