@@ -7,6 +7,7 @@ backquotes; a command shows those that it has a flag for as this flag.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -393,12 +394,15 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
 @click.option("--teacher", metavar="SRC", type=_PATH, required=True, help="The original checkpoint to learn from.")
 @click.option("--out", metavar="DIR", type=_PATH, help="Write the healed checkpoint here; without it OUT is replaced.")
 @_options(HealRecipe)
-def heal(checkpoint: Path, teacher: Path, out: Path | None, **flags: Any) -> None:
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
+def heal(checkpoint: Path, teacher: Path, out: Path | None, resume: bool, **flags: Any) -> None:
     """Distil a compressed checkpoint from its original; without text it learns from text the original makes."""
     from mea_compress.healing import heal as heal_checkpoint
 
-    settings = from_flags(HealRecipe, flags)
-    _show(heal_checkpoint(checkpoint, teacher=teacher, out=out, **given_settings(settings)))
+    settings = given_settings(from_flags(HealRecipe, flags))
+    result = heal_checkpoint(checkpoint, teacher=teacher, out=out, resume=resume, **settings)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher has started, one prints
+        _show(result)
 
 
 @cli.command()

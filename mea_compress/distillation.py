@@ -7,22 +7,30 @@ is kept is the best on held-out text, the start included.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea_compress.checkpoint.files import write_text
+from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
+from mea_compress.processes import is_first_process, process_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +39,7 @@ _RATES = (0.003, 0.01, 0.03)
 """Step sizes to try, as a share of a tensor's root mean square."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
+_PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
 
@@ -45,6 +54,9 @@ class DistillationSettings:
         rates: Step sizes to try, as a share of a tensor's root mean square.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
+        temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
+        cross_entropy: Share of the text's own cross-entropy in the loss.
+        gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
             as those of the trials took; None for whenever. Without trials it is not heeded.
     """
@@ -55,12 +67,15 @@ class DistillationSettings:
     rates: tuple[float, ...] = _RATES
     products: torch.dtype = torch.float32
     seed: int = 0
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    gradient_checkpointing: bool = False
     deadline: float | None = None
 
     @property
     def trial_steps(self) -> int:
         """Optimiser steps of one trial."""
-        return max(3, self.steps // 20)
+        return max(3, min(20, self.steps // 20))
 
     @property
     def all_steps(self) -> int:
@@ -92,8 +107,11 @@ def distil(
     held_out: torch.Tensor,
     settings: DistillationSettings,
     tick: Callable[[float], object] = lambda loss: None,
+    state: Path | None = None,
 ) -> Distillation:
     """Distil a model in place; what requires gradients is trained and holds the best weights afterwards.
+
+    Several processes that a launcher has started share the sequences of every step among them.
 
     Args:
         model: The compressed model, float32.
@@ -102,6 +120,8 @@ def distil(
         held_out: Sequences to choose by, ids (M, T).
         settings: Steps, step size, precision.
         tick: Called with the loss after every optimiser step.
+        state: Directory that keeps how far it has come, and from which it goes on if it was stopped; None keeps
+            nothing. It must be of the same model, teacher, sequences and settings.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
@@ -112,41 +132,112 @@ def distil(
         total = measure(model, teacher, looked_at, settings.products)
         return total.kl / total.tokens
 
-    best = _Best(parameters, look())
-    start = best.weights
-    curve, rate, steps, taken = [(0, best.value)], None, settings.steps, 0
+    start = {name: weight.detach().clone() for name, weight in parameters.items()}
+    progress = _Progress.resumed(state, start) or _Progress(state, look(), start)
 
-    def count(loss: float) -> None:
-        nonlocal taken
-        taken += 1
-        tick(loss)
-
-    if settings.learning_rate is None:
-        began, found = time.monotonic(), {}
-        for tried in settings.rates:
-            if not _steps_left(settings, began, taken):
-                break
-            _set(parameters, start)
-            _run(model, teacher, training, _group(parameters, tried), settings, settings.trial_steps, count)
-            found[tried] = look()
-            best.offer(found[tried], parameters)
-        finite = {tried: value for tried, value in found.items() if math.isfinite(value)}
-        rate = min(finite or found or settings.rates, key=lambda tried: found.get(tried, math.inf))
-        steps = _steps_left(settings, began, taken) if len(found) == len(settings.rates) else 0
+    def train(groups: list[dict[str, Any]], steps: int, on_step: Callable[[int], object] | None = None) -> None:
         _set(parameters, start)
+        _run(model, teacher, training, groups, settings, steps, tick, on_step, state if on_step else None)
+
+    began, before = time.monotonic(), progress.taken
+    if settings.learning_rate is None:
+        for tried in settings.rates:
+            if str(tried) in progress.found:
+                continue
+            if not _steps_left(settings, began, progress.taken - before):
+                break
+            train(_group(parameters, tried), settings.trial_steps)
+            progress.taken += settings.trial_steps
+            value = look()
+            progress.found[str(tried)] = value if math.isfinite(value) else math.inf
+            progress.offer(value, parameters)
+            progress.save()
+        _set(parameters, start)
+        rate = min(settings.rates, key=lambda tried: progress.found.get(str(tried), math.inf))
         groups = _group(parameters, rate)
+        if progress.steps is None:
+            tried_all = len(progress.found) == len(settings.rates)
+            progress.steps = _steps_left(settings, began, progress.taken - before) if tried_all else 0
+            progress.save()
     else:
+        rate, progress.steps = None, settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
 
     def on_step(step: int) -> None:
         value = look()
-        curve.append((step, value))
-        best.offer(value, parameters)
+        progress.curve = [point for point in progress.curve if point[0] < step] + [(step, value)]
+        progress.offer(value, parameters)
+        progress.save()
 
-    if steps:
-        _run(model, teacher, training, groups, settings, steps, count, on_step)
-    _set(parameters, best.weights)
-    return Distillation(rate, tuple(curve), steps, taken)
+    if progress.steps:
+        train(groups, progress.steps, on_step)
+    _set(parameters, progress.best_weights)
+    return Distillation(rate, tuple(progress.curve), progress.steps, progress.taken + progress.steps)
+
+
+class _Progress:
+    """How far a distillation has come: trials, curve, and the best weights so far with the KL that they have.
+
+    Args:
+        directory: Where `save` keeps it, or None.
+        value: KL at the start.
+        weights: At the start, by name.
+    """
+
+    def __init__(self, directory: Path | None, value: float, weights: Mapping[str, torch.Tensor]) -> None:
+        self.directory = directory
+        self.best_value = value if math.isfinite(value) else math.inf
+        self.best_weights = dict(weights)
+        self.found: dict[str, float] = {}
+        self.curve: list[tuple[int, float]] = [(0, value)]
+        self.steps: int | None = None
+        self.taken = 0
+        self._offered = True
+
+    @staticmethod
+    def resumed(directory: Path | None, like: Mapping[str, torch.Tensor]) -> _Progress | None:
+        """Return what `save` has kept, None where it has nothing."""
+        if directory is None or not (directory / _PROGRESS).is_file():
+            return None
+        kept = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+        weights = load_file(directory / kept["best"])
+        progress = _Progress(directory, kept["curve"][0][1], {k: weights[k].to(like[k].device) for k in like})
+        progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
+        progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
+        progress._offered = False
+        return progress
+
+    def offer(self, value: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep weights that are better than the best so far."""
+        if value < self.best_value:
+            self.best_value, self._offered = value, True
+            self.best_weights = {name: weight.detach().clone() for name, weight in parameters.items()}
+
+    def save(self) -> None:
+        """Write it down, complete or not at all."""
+        if self.directory is None or not is_first_process():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        name = f"best-{self.taken + self.curve[-1][0]}.safetensors"
+        if not self._offered:
+            name = json.loads((self.directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
+        else:
+            save_file(
+                {key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, self.directory / name
+            )
+        record = {
+            "best": name,
+            "best_value": self.best_value,
+            "found": self.found,
+            "curve": self.curve,
+            "steps": self.steps,
+            "taken": self.taken,
+        }
+        write_text(self.directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
+        self._offered = False
+        for old in self.directory.glob("best-*.safetensors"):
+            if old.name != name:
+                old.unlink()
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
@@ -154,7 +245,7 @@ def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int
 
     Args:
         settings: With the deadline.
-        began: When the first trial began.
+        began: When this process began with its trials.
         taken: Steps since then.
     """
     if settings.deadline is None:
@@ -176,19 +267,6 @@ def measure(
         with _autocast(model, products):
             total += compare_models(model, teacher, rows, torch.ones_like(rows, dtype=torch.bool))
     return total
-
-
-class _Best:
-    """The best weights so far and the KL that they have."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], value: float) -> None:
-        self.value = math.inf
-        self.offer(value, parameters)
-
-    def offer(self, value: float, parameters: Mapping[str, nn.Parameter]) -> None:
-        if value < self.value or not hasattr(self, "weights"):
-            self.value = value if math.isfinite(value) else math.inf
-            self.weights = {name: weight.detach().clone() for name, weight in parameters.items()}
 
 
 def _set(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
@@ -232,56 +310,109 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 class _Callback(TrainerCallback):
     """Reports every step, looks at the held-out text every so often, and stops at a loss that is not finite."""
 
-    def __init__(self, steps: int, tick: Callable[[float], object], look: Callable[[int], object] | None) -> None:
-        self.tick, self.look = tick, look
+    def __init__(
+        self, steps: int, tick: Callable[[float], object], look: Callable[[int], object] | None, saves: bool
+    ) -> None:
+        self.tick, self.look, self.saves = tick, look, saves
         self.looks = {round(steps * (index + 1) / _LOOKS) for index in range(_LOOKS)}
-        self.last_loss = math.nan
+        self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.tick(self.last_loss)
-        if not math.isfinite(self.last_loss):
+        loss = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        self.tick(loss)
+        if not math.isfinite(loss):
             control.should_training_stop = True
         elif self.look is not None and state.global_step in self.looks:
             self.look(state.global_step)
+            control.should_save = self.saves
         return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remove the checkpoints before the last, which is complete."""
+        if state.is_world_process_zero:
+            for directory in Path(args.output_dir).glob("checkpoint-*"):
+                if directory.name != f"checkpoint-{state.global_step}":
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Loss(nn.Module):
+    """The loss of a student as a module, so that whatever wraps a model for several processes wraps this.
+
+    Args:
+        student: The model that is trained.
+        teacher: Its original; no part of the module.
+        settings: Temperature, cross-entropy, products.
+        sliced: Whether each model's head alone makes its logits, so that those of one sequence at a time will do.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, settings: DistillationSettings, sliced: bool
+    ) -> None:
+        super().__init__()
+        self.student, self.settings, self.sliced = student, settings, sliced
+        object.__setattr__(self, "teacher", teacher)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the loss per token of ids (B, T)."""
+        loss_of = _sliced_loss if self.sliced else _whole_loss
+        teacher: Any = self.teacher
+        with _autocast(teacher, self.settings.products):
+            return loss_of(self.student, teacher, input_ids, self.settings.temperature, self.settings.cross_entropy)
 
 
 class _Distiller(Trainer):
-    """Trainer whose loss is KL(teacher ‖ student) per token."""
+    """Trainer of a `_Loss`, whose checkpoints hold what is trained alone."""
 
-    def __init__(
-        self, teacher: PreTrainedModel, products: torch.dtype, reporter: _Callback, sliced: bool, **arguments: Any
-    ) -> None:
+    def __init__(self, reporter: _Callback, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.teacher, self.products, self.reporter, self.sliced = teacher, products, reporter, sliced
+        self.reporter = reporter
         self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids = inputs["input_ids"]
-        with _autocast(self.teacher, self.products):
-            # Wrapped for several processes, a model is called as a whole, or its gradients would not be shared.
-            loss_of = _sliced_loss if self.sliced and model is self.model else _whole_loss
-            loss = loss_of(model, self.teacher, ids)
-        self.reporter.last_loss = loss.item()
+        loss = model(inputs["input_ids"])
+        # Of all processes, for all of them are to stop where one meets a loss that is not finite.
+        self.reporter.losses.append(float(self.accelerator.reduce(loss.detach(), "mean")))
         return (loss, {}) if return_outputs else loss
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        model: Any = self.model
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
-def _whole_loss(model: Any, teacher: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return KL(teacher ‖ model) per token of ids (B, T)."""
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}
+        save_file(weights, directory / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
+
+
+def _whole_loss(
+    model: Any, teacher: PreTrainedModel, ids: torch.Tensor, temperature: float = 1.0, cross_entropy: float = 0.0
+) -> torch.Tensor:
+    """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy."""
     with torch.no_grad():
-        log_r = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    logits = model(input_ids=ids, use_cache=False).logits
-    divergence = nn.functional.kl_div(logits.float().log_softmax(-1), log_r, log_target=True, reduction="sum")
-    return divergence / ids.numel()
+        log_p = (teacher(input_ids=ids, use_cache=False).logits.float() / temperature).log_softmax(-1)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    log_q = (logits / temperature).log_softmax(-1)
+    divergence = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    loss = (1 - cross_entropy) * temperature**2 * divergence / ids.numel()
+    if cross_entropy:
+        loss = loss + cross_entropy * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return loss
 
 
-def _sliced_loss(model: Any, teacher: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _sliced_loss(
+    model: Any, teacher: PreTrainedModel, ids: torch.Tensor, temperature: float = 1.0, cross_entropy: float = 0.0
+) -> torch.Tensor:
     """Return what `_whole_loss` returns, with the logits of one sequence at a time in memory."""
     with torch.no_grad():
         target = _hidden(teacher, ids)
-    return _SlicedDivergence.apply(_hidden(model, ids), target, _head(model), _head(teacher))
+    return _SlicedLoss.apply(_hidden(model, ids), target, _head(model), _head(teacher), ids, temperature, cross_entropy)
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -295,31 +426,51 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-class _SlicedDivergence(torch.autograd.Function):
-    """KL per token of two heads' logits; the gradient of the hidden states is made with them and kept."""
+class _SlicedLoss(torch.autograd.Function):
+    """The loss of two heads' logits; the gradient of the hidden states is made with them and kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, target: torch.Tensor, head: nn.Linear, expected: nn.Linear) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        target: torch.Tensor,
+        head: nn.Linear,
+        expected: nn.Linear,
+        ids: torch.Tensor,
+        temperature: float,
+        cross_entropy: float,
+    ) -> Any:
         gradient = torch.empty_like(hidden)
-        tokens = hidden.shape[0] * hidden.shape[1]
+        tokens, predictions = ids.numel(), ids[:, 1:].numel()
+        scale, share = (1 - cross_entropy) * temperature**2 / tokens, cross_entropy / predictions
         total = hidden.new_zeros((), dtype=torch.float32)
         for row, (own, other) in enumerate(zip(hidden, target, strict=True)):  # (T, D) each
             logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
             expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
             wide = torch.promote_types(logits.dtype, torch.float32)
+            of_logits: torch.Tensor | float = 0.0
+            if cross_entropy:
+                next_ids = ids[row, 1:, None]
+                q = logits[:-1].softmax(-1, dtype=wide)
+                total += share * (_log_sum(logits[:-1], q) - logits[:-1].gather(1, next_ids)[:, 0].to(wide)).sum()
+                q.scatter_add_(1, next_ids, torch.full_like(next_ids, -1, dtype=wide))
+                of_logits = torch.cat((share * q, q.new_zeros(1, q.shape[1])))
+            if temperature != 1:
+                logits, expected_logits = logits / temperature, expected_logits / temperature
             q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
             difference = expected_logits.to(wide, copy=True).sub_(logits)
             # KL = sum of p (a - b) - log-sum of a + log-sum of b.
-            total += (torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)).sum()
-            gradient[row] = (q.sub_(p).to(head.weight.dtype) @ head.weight).to(gradient.dtype)  # of logits: q - p
-        gradient /= tokens
+            divergence = torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)
+            total += scale * divergence.sum()
+            whole = q.sub_(p).mul_(scale / temperature) + of_logits
+            gradient[row] = (whole.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
-        return total / tokens
+        return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None, None
+        return gradient * outer[0], None, None, None, None, None, None
 
 
 def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -358,26 +509,26 @@ def _run(
     steps: int,
     tick: Callable[[float], object],
     look: Callable[[int], object] | None = None,
+    state: Path | None = None,
 ) -> None:
-    """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`."""
+    """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`.
+
+    With a directory `state`, checkpoints are kept there whenever `look` is called, and training goes on from the last.
+    """
     device = next(model.parameters()).device
     sample = ids[:1, :8].to(device)
     with _autocast(model, settings.products):
         sliced = all(_head_alone_makes_logits(one, sample) for one in (model, teacher))
-    micro = settings.batch_size
-    if device.type == "cpu":  # what is kept for gradients should stay small, and products are no faster with more
-        micro = min(micro, max(1, HEALING_MICRO_TOKENS // ids.shape[1]))
-    if not sliced:
-        micro = min(micro, max_batch_size(ids.shape[1], vocabulary_size(teacher)))
-    while settings.batch_size % micro:
-        micro -= 1
-    reporter = _Callback(steps, tick, look)
+    reporter = _Callback(steps, tick, look, state is not None)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    micro, accumulated = _micro_batch(settings, device, ids.shape[1], sliced, vocabulary_size(teacher))
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed, device):
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(state or scratch),
             max_steps=steps,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // micro,
+            gradient_accumulation_steps=accumulated,
             max_grad_norm=1.0,
             seed=settings.seed,
             data_seed=settings.seed,
@@ -388,21 +539,49 @@ def _run(
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # several devices take several processes
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         distiller = _Distiller(
-            teacher,
-            settings.products,
             reporter,
-            sliced,
-            model=model,
+            model=_Loss(model, teacher, settings, sliced),
             args=arguments,
             train_dataset=_Rows(ids),
             callbacks=[reporter],
             optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_peak, steps))),
         )
         distiller.remove_callback(PrinterCallback)
-        distiller.train()
+        distiller.train(resume_from_checkpoint=None if state is None else _last_checkpoint(state))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
+
+
+def _micro_batch(
+    settings: DistillationSettings, device: torch.device, length: int, sliced: bool, vocabulary: int
+) -> tuple[int, int]:
+    """Return the sequences that a process runs at once, and how often it does so in a step."""
+    count = process_count()
+    if settings.batch_size % count:
+        raise RequestError(
+            f"`batch_size` {settings.batch_size} cannot be shared out to {count} processes: give a multiple of {count}"
+        )
+    own = micro = settings.batch_size // count
+    if device.type == "cpu":  # what is kept for gradients should stay small, and products are no faster with more
+        micro = min(micro, max(1, HEALING_MICRO_TOKENS // length))
+    if not sliced:
+        micro = min(micro, max_batch_size(length, vocabulary))
+    while own % micro:
+        micro -= 1
+    return micro, own // micro
+
+
+def _last_checkpoint(state: Path) -> str | None:
+    """Return the last of the Trainer's checkpoints that is complete: its state is written behind all else."""
+    complete = []
+    for directory in state.glob("checkpoint-*"):
+        with suppress(OSError, ValueError):
+            complete.append((json.loads((directory / "trainer_state.json").read_text())["global_step"], str(directory)))
+    return max(complete)[1] if complete else None

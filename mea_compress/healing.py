@@ -13,11 +13,14 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -27,18 +30,21 @@ from mea_compress.checkpoint import (
     NewTensor,
     TensorInfo,
     as_array,
+    dtype_name,
     torch_dtype,
+    write_checkpoint,
     write_shard,
 )
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
 from mea_compress.checkpoint.layout import lay_out
+from mea_compress.checkpoint.workspace import Workspace, open_workspace
 from mea_compress.decoding import check_decoding
 from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.code import carried_code, write_code
-from mea_compress.emit.directory import versions
+from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
-from mea_compress.fit.refinement import mask_cross_group_gradients
+from mea_compress.fit.refinement import kept_by_forms, mask_cross_group_gradients
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
     check_ids,
@@ -49,10 +55,12 @@ from mea_compress.loading import (
     vocabulary_size,
 )
 from mea_compress.measure.metrics import check_same_vocabulary
+from mea_compress.modeling.attention_mea import MeaAttention
+from mea_compress.processes import from_first_process, is_first_process, join_processes
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
 from mea_compress.text.documents import Documents
-from mea_compress.text.reading import TextChoice, read_documents
+from mea_compress.text.reading import TextChoice, read_documents, text_state
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
 
@@ -121,9 +129,17 @@ class HealingResult(Shown):
 
 
 def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters to train by name, and freeze all others."""
+    """Return the parameters to train by name, and freeze all others, such as heads that a form promises to keep."""
+    kept = tuple(
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, MeaAttention)
+        for own in kept_by_forms(module)
+    )
     trainable = {
-        name: parameter for name, parameter in model.named_parameters() if train == "all" or _ATTENTION.search(name)
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (train == "all" or _ATTENTION.search(name)) and not name.startswith(kept)
     }
     if not trainable:
         raise RequestError("the student has no weights that are recognised as attention: use all for `train`")
@@ -231,13 +247,20 @@ def heal(
     device: str = "auto",
     progress: bool = True,
     train: Literal["attention", "all"] = "attention",
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    gradient_checkpointing: bool = False,
+    resume: bool = False,
 ) -> HealingResult:
     """Distil a compressed checkpoint from its original, and keep the better of before and after.
 
-    AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to
-    zero; products are bfloat16 where the student is stored so and the hardware is made for it. A tenth of the sequences
-    (64 at most) is held out: the step size and the weights are those that do best there, and the healed weights,
-    rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
+    AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to a
+    twentieth; products are bfloat16 where the student is stored so and the hardware is made for it. A tenth of the
+    sequences (64 at most) is held out: the step size and the weights are those that do best there, and the healed
+    weights, rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
+
+    How far it has come is kept beside `out`, in a directory with ``.partial`` behind its name, until it is through.
+    Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step.
 
     Args:
         checkpoint: Directory of the compressed checkpoint, the student.
@@ -254,13 +277,17 @@ def heal(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         progress: Show bars on stderr.
         train: ``attention`` trains the attention blocks only, ``all`` every weight.
+        temperature: Divides the logits of both models.
+        cross_entropy: Share of the text's own cross-entropy in the loss, 0 to 1; KL from the original is the rest.
+        gradient_checkpointing: Less memory for a second run of each layer in every step.
+        resume: Go on where an interrupted run of the same request stopped.
 
     Returns:
         What was done, as in ``healing.json`` in the directory of the weights.
 
     Raises:
-        RequestError: A path is wrong or in the way, vocabularies differ, the text is too short, or a number
-            makes no sense.
+        RequestError: A path is wrong or in the way, the teacher is another model, the text is too short, a number
+            makes no sense, or there is something to take up and `resume` is off.
 
     Example:
         >>> result = heal("HALF", teacher="SRC", out="HEALED", text="held-out.txt", steps=2, progress=False)
@@ -274,12 +301,99 @@ def heal(
         raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise RequestError(f"`learning_rate` {learning_rate} is not a positive number: give one such as 1e-4")
+    if not 0 < temperature < math.inf:
+        raise RequestError(f"`temperature` {temperature} is not a positive number: give one such as 2")
+    if not 0 <= cross_entropy <= 1:
+        raise RequestError(f"`cross_entropy` {cross_entropy} is no share of the loss: give 0 to 1")
     if train not in ("attention", "all"):
         raise RequestError(f"`train` {train} is unknown: use attention or all")
     _check_places(student, teacher, out)
-    target = resolve_device(device)
+    _check_models(student, teacher)
+    target = join_processes(resolve_device(device))
+    progress = progress and is_first_process()
     documents = None if text is None else read_documents(text)
+    settings = DistillationSettings(
+        steps,
+        batch_size,
+        learning_rate,
+        seed=seed,
+        temperature=temperature,
+        cross_entropy=cross_entropy,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    request = asdict(settings) | {"products": None, "train": train, "sequence_length": sequence_length, "bos": bos}
+    states = {
+        "the checkpoint": fingerprint(CheckpointReader(student), CheckpointReader(student).config()),
+        "the teacher": fingerprint(CheckpointReader(teacher), CheckpointReader(teacher).config()),
+        "the request": json.loads(json.dumps(request)),
+        "the text": None if text is None else text_state(text),
+        "a library version": versions(),
+    }
+    with _state(out, states, resume) as state:
+        result, changed = _healed(
+            student, teacher, out, documents, settings, sequence_length, bos, target, train, progress, state, began
+        )
+        if is_first_process():
+            _publish(student, out, changed, result)
+    return result
 
+
+@contextmanager
+def _state(out: Path, states: dict[str, Any], resume: bool) -> Iterator[Workspace | None]:
+    """Open the directory beside `out` that keeps how far healing has come; of several processes the first has it.
+
+    It is removed when the block is through, and after an error.
+    """
+    if not is_first_process():
+        yield None
+        return
+    with open_workspace(out, states, resume) as workspace:
+        yield workspace
+        workspace.discard()
+
+
+def _check_models(student: Path, teacher: Path) -> None:
+    """Check, from their configurations, that a teacher may be what a student was made from.
+
+    Raises:
+        RequestError: They differ in family, depth, hidden size or vocabulary.
+    """
+    configs = [CheckpointReader(path).config() for path in (student, teacher)]
+    families = [str(config.get("model_type", "")).removeprefix("mea_") for config in configs]
+    told = {
+        "num_hidden_layers": "layers",
+        "hidden_size": "channels",
+        "vocab_size": "tokens in its vocabulary",
+    }
+    for key, what in told.items():
+        own, other = (config.get(key) for config in configs)
+        if own != other:
+            raise RequestError(
+                f"{teacher} has {other} {what} and {student} {own}: give the original it was made from as `teacher`"
+            )
+    if families[0] not in (families[1], "llama"):  # which other families are exported as
+        raise RequestError(
+            f"{teacher} is a {families[1]} and {student} a {families[0]}: give the original it was made from as "
+            "`teacher`"
+        )
+
+
+def _healed(
+    student: Path,
+    teacher: Path,
+    out: Path,
+    documents: Documents | None,
+    settings: DistillationSettings,
+    sequence_length: int | None,
+    bos: Bos,
+    target: torch.device,
+    train: str,
+    progress: bool,
+    state: Workspace | None,
+    began: float,
+) -> tuple[HealingResult, dict[str, torch.Tensor]]:
+    """Distil the student; return what was done, and its new weights by name, none where it did not help."""
+    steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
     teacher_model = load_model(teacher, None, target)
     model = load_model(student, None, target)
     products = fast_products(model.dtype, target)
@@ -297,13 +411,16 @@ def heal(
         )
     tokenizer = load_tokenizer(student)
     prefix = sequence_prefix(tokenizer, bos)
-    training, held_out = _sequences(
-        documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress
-    )
-
-    for ids in (training, held_out):
-        check_ids(ids, vocabulary_size(model), student)
-    settings = DistillationSettings(steps, batch_size, learning_rate, products=products, seed=seed)
+    training = held_out = torch.empty(0)
+    if is_first_process():
+        training, held_out = _stored_sequences(
+            state,
+            lambda: _sequences(documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress),
+        )
+        for ids in (training, held_out):
+            check_ids(ids, vocabulary_size(model), student)
+    training, held_out = from_first_process((training, held_out))
+    settings = replace(settings, products=products)
     before = measure(model, teacher_model, held_out, products)
     with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
@@ -311,7 +428,8 @@ def heal(
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
             bar.update(1)
 
-        distillation = distil(model, teacher_model, training, held_out, settings, tick)
+        place = from_first_process(None if state is None else state.work / "training")
+        distillation = distil(model, teacher_model, training, held_out, settings, tick, place)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(parameter.to(stored[name]))
@@ -325,8 +443,8 @@ def heal(
     result = HealingResult(
         out=out,
         steps=steps,
-        tokens=settings.all_steps * batch_size * length,
-        learning_rate=learning_rate,
+        tokens=distillation.all_steps * batch_size * length,
+        learning_rate=settings.learning_rate,
         relative_rate=distillation.rate,
         train=train,
         text="sampled from the teacher" if documents is None else documents.title,
@@ -342,7 +460,7 @@ def heal(
         seconds=round(time.monotonic() - began, 1),
         prefix_ids=prefix,
     )
-    if not better:
+    if not better and is_first_process():
         print(
             f"healing did not help (KL {before.kl / before.tokens:.4g} → {after.kl / after.tokens:.4g} on held-out "
             "text), and the weights stay as they were: try a lower learning rate, or more steps",
@@ -351,8 +469,26 @@ def heal(
     weights = model.state_dict()
     # Under train: all a tied weight may be stored under both of its names.
     changed = {name: weights[name] for name in (stored if train == "all" else changed_names) if name in weights}
-    _publish(student, out, changed if better else {}, result)
-    return result
+    return result, changed if better else {}
+
+
+def _stored_sequences(
+    state: Workspace | None, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sequences that `make` gives, kept so that a resumed run has the same."""
+    assert state is not None
+    directory = state.work / "text"
+    if not state.result_of("text", "tokens"):
+        names = ("training", "held_out")
+        arrays = [as_array(ids) for ids in make()]
+        entries = [
+            NewTensor(name, dtype_name(array.dtype), array.shape, partial(np.asarray, array))
+            for name, array in zip(names, arrays, strict=True)
+        ]
+        write_checkpoint(directory, entries)
+        state.commit("text", "tokens", len(arrays[0]))
+    reader = CheckpointReader(directory)
+    return reader.read("training"), reader.read("held_out")
 
 
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:

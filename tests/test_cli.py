@@ -119,6 +119,7 @@ class TestCommands:
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
         expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4, "teacher": Path("SRC")}
+        expected |= {"resume": False}
         assert calls == [("heal", (Path("OUT"),), expected)]
 
     def test_evaluate(self, calls):

@@ -31,6 +31,27 @@ def pair():
     return student, teacher
 
 
+@pytest.mark.parametrize("options", [(2.0, 0.0), (1.0, 0.3), (0.5, 1.0)])
+def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options):
+    student, teacher = pair
+    temperature, share = options
+    results = []
+    for loss_of in (_whole_loss, _sliced_loss):
+        loss = loss_of(student, teacher, IDS[:3], *options)
+        loss.backward()
+        results.append((loss.item(), gradients(student)))
+    with torch.no_grad():
+        logits, expected = (model(IDS[:3]).logits.double() for model in (student, teacher))
+    p, q = ((each / temperature).softmax(-1) for each in (expected, logits))
+    kl = (p * (p.log() - q.log())).sum(-1).mean() * temperature**2
+    ce = -logits.log_softmax(-1)[:, :-1].gather(2, IDS[:3, 1:, None]).mean()
+    (whole, found), (sliced, same) = results
+    assert whole == pytest.approx(float((1 - share) * kl + share * ce), rel=1e-4)
+    assert sliced == pytest.approx(whole, rel=1e-4)
+    for name, gradient in same.items():
+        torch.testing.assert_close(gradient, found[name], rtol=1e-3, atol=1e-6)
+
+
 def gradients(student):
     found = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
     student.zero_grad()
@@ -93,3 +114,36 @@ def test_the_same_seed_gives_the_same_weights(pair):
         distil(one, teacher, IDS[:16], IDS[16:], DistillationSettings(4, 8, seed=3))
     for (name, weight), same in zip(student.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(weight, same), name
+
+
+@pytest.mark.parametrize("at", [5, 11, 21])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_curve(pair, at, tmp_path):
+    """Stopped in the trials, before the first checkpoint and behind one."""
+    student, teacher = pair
+    stopped, settings = copy.deepcopy(student), DistillationSettings(20, 8, seed=3)
+    whole = distil(student, teacher, IDS[:16], IDS[16:], settings)
+    count = iter(range(100))
+
+    def stop(_):
+        if next(count) == at:
+            raise KeyboardInterrupt
+
+    begun = copy.deepcopy(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distil(begun, teacher, IDS[:16], IDS[16:], settings, stop, tmp_path / "state")
+    ticks = []
+    resumed = distil(stopped, teacher, IDS[:16], IDS[16:], settings, ticks.append, tmp_path / "state")
+    assert resumed == whole and 0 < len(ticks) < settings.all_steps
+    for (name, weight), same in zip(student.state_dict().items(), stopped.state_dict().values(), strict=True):
+        assert torch.equal(weight, same), name
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    student, teacher = pair
+    other = copy.deepcopy(student)
+    found = [
+        distil(one, teacher, IDS[:16], IDS[16:], DistillationSettings(6, 8, 1e-3, gradient_checkpointing=checkpointing))
+        for one, checkpointing in ((student, False), (other, True))
+    ]
+    assert found[0].curve[-1][1] == pytest.approx(found[1].curve[-1][1], rel=1e-4) != found[0].curve[0][1]
+    assert not other.is_gradient_checkpointing

@@ -3,6 +3,9 @@ import json
 import math
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mea_compress.checkpoint import CheckpointReader
+from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.healing import HealingResult, heal
 from mea_compress.healing import _publish as publish
@@ -52,6 +56,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+CURVE = {"steps": 20, "batch_size": 4, "learning_rate": None}
 SETTINGS = {"steps": 40, "batch_size": 8, "device": "cpu", "progress": False, "learning_rate": 1e-2}
 
 
@@ -245,3 +250,137 @@ def test_wrong_requests(tmp_path, teacher):
     tiny_llama(vocab_size=40).save_pretrained(tmp_path / "other")
     with pytest.raises(RequestError, match="vocabulary"):
         heal(student, teacher=tmp_path / "other", **SETTINGS)
+
+
+def test_heads_that_were_kept_stay_kept(tmp_path, teacher):
+    settings = {"kv_ratio": 0.5, "fit": "weights", "key_composition": "prune", "value_composition": "share"}
+    compress(teacher, tmp_path / "student", progress=False, **settings)
+    before = weights(tmp_path / "student")
+    assert heal(tmp_path / "student", teacher=teacher, **SETTINGS).kept == "healed"
+    after, attention = weights(tmp_path / "student"), "model.layers.0.self_attn."
+    changed = {name.removeprefix(attention) for name in after if not torch.equal(before[name], after[name])}
+    assert "k_proj.weight" not in changed and "value_composition.weight" not in changed
+    assert {"q_proj.weight", "o_proj.weight"} <= changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 3}, "has 3 layers"),
+        ({"hidden_size": 32}, "has 32 channels"),
+        ({"vocab_size": 40}, "has 40 tokens in its vocabulary"),
+    ],
+)
+def test_a_teacher_of_another_kind_is_refused(changes, said, tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    before = files(student)
+    tiny_llama(**changes).save_pretrained(tmp_path / "other")
+    with pytest.raises(RequestError, match=said) as refusal:
+        heal(student, teacher=tmp_path / "other", **SETTINGS)
+    assert "\n" not in str(refusal.value) and files(student) == before
+
+
+def test_a_teacher_of_another_family_is_refused(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    for directory, family in ((student, "mistral"), (teacher, "qwen2")):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"model_type": family}))
+    with pytest.raises(RequestError, match=r"is a qwen2 and .* a mistral"):
+        heal(student, teacher=teacher, **SETTINGS)
+
+
+KILLED = """
+import os, signal, sys
+from mea_compress import healing
+from mea_compress.healing import heal
+import mea_compress.distillation as distillation
+
+left = int(sys.argv[4])
+step = distillation._Callback.on_step_end
+
+def counted(self, *arguments, **options):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments, **options)
+
+distillation._Callback.on_step_end = counted
+options = {"steps": 20, "batch_size": 4, "device": "cpu", "progress": False}
+heal(sys.argv[1], teacher=sys.argv[2], out=sys.argv[3], resume="resume" in sys.argv, **options)
+"""
+
+
+def in_a_process(*command) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join(sys.path)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_what_was_killed_goes_on_to_the_same_curve_and_weights(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    whole = heal(student, teacher=teacher, out=tmp_path / "whole", **SETTINGS | CURVE)
+    for kill in (5, 23):  # in the trials, and in the run, behind a checkpoint
+        out = tmp_path / f"killed-{kill}"
+        stopped = in_a_process("-c", KILLED, student, teacher, out, kill)
+        assert stopped.returncode == -9, stopped.stderr[-2000:]
+        assert not out.exists() and out.with_name(out.name + ".partial").is_dir()
+        with pytest.raises(RequestError, match="--resume"):
+            heal(student, teacher=teacher, out=out, **SETTINGS | CURVE)
+        with pytest.raises(RequestError, match="the request changed"):
+            heal(student, teacher=teacher, out=out, resume=True, **SETTINGS | CURVE | {"steps": 21})
+        resumed = in_a_process("-c", KILLED, student, teacher, out, 1000, "resume")
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+        record = json.loads((out / "healing.json").read_text())
+        assert [tuple(point) for point in record["curve"]] == [pytest.approx(point) for point in whole.curve]
+        assert record["tokens"] == whole.tokens and record["kept"] == whole.kept == "healed"
+        healed, expected = weights(out), weights(tmp_path / "whole")
+        for name, tensor in healed.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        assert not out.with_name(out.name + ".partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_two_processes_give_the_curve_of_one(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    alone = heal(student, teacher=teacher, out=tmp_path / "alone", **SETTINGS | CURVE)
+    launch = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port(),
+    )
+    command = (
+        "-m",
+        "mea_compress",
+        "heal",
+        student,
+        "--teacher",
+        teacher,
+        "--out",
+        tmp_path / "both",
+        "--device",
+        "cpu",
+    )
+    done = in_a_process(*launch, *command, "--steps", CURVE["steps"], "--batch-size", CURVE["batch_size"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("kl after") == 1  # one of them prints
+    record = json.loads((tmp_path / "both" / "healing.json").read_text())
+    assert [step for step, _ in record["curve"]] == [step for step, _ in alone.curve]
+    for (_, value), (_, expected) in zip(record["curve"], alone.curve, strict=True):
+        assert value == pytest.approx(expected, rel=1e-3)
+    assert record["kl_after"] == pytest.approx(alone.kl_after, rel=1e-3) and record["tokens"] == alone.tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both", "student", "teacher"]
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -112,6 +112,11 @@ class Workspace:
             elif self.result_of("shards", child.name) is None:
                 child.unlink()
 
+    def discard(self) -> None:
+        """Remove all of it: what it was for is elsewhere."""
+        with contextlib.suppress(OSError):
+            _remove(self.work)
+
     def publish(self, out: Path) -> None:
         """Make the checkpoint durable, rename it to OUT and remove the scratch."""
         sync_tree(self.path)

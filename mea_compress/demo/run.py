@@ -1,12 +1,13 @@
-"""The demonstration: train a small native MEA model on text every machine has, compress it, heal it, compare the three.
+"""The demonstration: train a small native MEA model on text every machine has, compress it, heal it, compare them.
 
 The text is the running Python's library, so nothing is downloaded. What a directory holds afterwards::
 
     text/train.txt, text/held-out.txt    documents of the library, split by document
     original/                            the trained model with its tokenizer; reused while its settings stay the same
-    paper-start/                         half of its KV cache, the paper's way: from the weights alone
-    compressed/                          half of its KV cache, aligned and refined layer by layer
-    healed/                              the same after distillation from the original
+    paper-start/                         a quarter of its KV cache, the paper's way: from the weights alone
+    paper-healed/                        the same after distillation from the original
+    compressed/                          a quarter of its KV cache, in the closed form of `compress`
+    healed/                              the same after as much distillation
     demo.json                            settings and figures
 """
 
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
 
     from mea_compress.demo.training import Size
 
-# What is done to the cache: everything else is the default of `compress`.
-COMPRESSION: dict[str, Any] = {"kv_ratio": 0.5}
+# What is done to the cache, of which a quarter leaves something to heal: all but healing, which is shown by itself.
+COMPRESSION: dict[str, Any] = {"kv_ratio": 0.25, "refine": 0, "heal": 0}
 # The paper's start, from the weights alone, to compare with.
 PAPER: dict[str, Any] = {**COMPRESSION, "key_composition": "head", "value_composition": "head", "fit": "weights"}
 # Counted up when the same settings train another model.
-VERSION = 2
+VERSION = 3
 
 _STAGES = 5
 _MARK = "demo.json"
 # What of a size has no part in training the original.
-_NOT_TRAINED = ("healing_share", "refining_steps", "calibration_sequences", "measured_sequences")
+_NOT_TRAINED = ("healing_share", "calibration_sequences", "measured_sequences")
 
 
 def run_demo(
@@ -55,7 +56,7 @@ def run_demo(
     size: Size | None = None,
     progress: bool = True,
 ) -> str:
-    """Run all stages in a directory and compare the original, the compressed and the healed checkpoint.
+    """Run all stages in a directory and compare the original with compressed and healed checkpoints.
 
     Args:
         directory: New, empty, or of an earlier demonstration, whose compressed checkpoints are replaced.
@@ -94,35 +95,39 @@ def run_demo(
     original = directory / "original"
     _train_unless_there(original, documents, size, target, seed, stages)
 
-    paper, compressed, healed = (directory / name for name in ("paper-start", "compressed", "healed"))
-    for path in (paper, compressed, healed):
+    starts = {"paper-start": "paper-healed", "compressed": "healed"}
+    for path in (directory / name for pair in starts.items() for name in pair):
         shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
-    stages.begin("compressing it to half of its KV cache, the paper's way and with alignment and refinement")
+    stages.begin("compressing it to a quarter of its KV cache, the paper's way and with aligned heads")
     everywhere = {"seed": seed, "device": device}
-    start = compress(original, paper, recipe=load_recipe(None, PAPER | everywhere), progress=progress)
-    calibration = {"text": train_text, "sequences": size.calibration_sequences, "refine": size.refining_steps}
-    recipe = load_recipe(None, COMPRESSION | calibration | everywhere)
-    result = compress(original, compressed, recipe=recipe, progress=progress)
-    stages.begin(f"healing: {size.healing_steps} steps of distillation from the original")
-    heal(
-        compressed,
-        teacher=original,
-        text=train_text,
-        steps=size.healing_steps,
-        out=healed,
-        batch_size=size.batch_size,
-        sequence_length=size.context,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    calibration = {"text": train_text, "sequences": size.calibration_sequences}
+    recipes = {"paper-start": PAPER | everywhere, "compressed": COMPRESSION | calibration | everywhere}
+    results = {
+        name: compress(original, directory / name, recipe=load_recipe(None, settings), progress=progress)
+        for name, settings in recipes.items()
+    }
+    stages.begin(f"healing both: {size.healing_steps} steps of distillation from the original")
+    for start, healed in starts.items():
+        heal(
+            directory / start,
+            teacher=original,
+            text=train_text,
+            steps=size.healing_steps,
+            out=directory / healed,
+            batch_size=size.batch_size,
+            sequence_length=size.context,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
     stages.begin("measuring on held-out text")
-    parameters = {"original": result.plan.costs.parameters_before, "paper-start": start.plan.costs.parameters_after}
-    parameters |= dict.fromkeys(("compressed", "healed"), result.plan.costs.parameters_after)
+    parameters = {"original": results["compressed"].plan.costs.parameters_before}
+    for pair in starts.items():
+        parameters |= dict.fromkeys(pair, results[pair[0]].plan.costs.parameters_after)
     figures = {
-        path.name: evaluate(
-            path,
+        name: evaluate(
+            directory / name,
             text=held_out_text,
             reference=original,
             sequence_length=size.context,
@@ -130,15 +135,15 @@ def run_demo(
             device=device,
             progress=progress,
         ).to_json()
-        | {"parameters": parameters[path.name]}
-        for path in (original, paper, compressed, healed)
+        | {"parameters": parameters[name]}
+        for name in parameters
     }
     stages.end()
     write_json(
         directory / _MARK,
         {"seed": seed, "size": asdict(size), "seconds": stages.seconds, "figures": figures},
     )
-    return f"{_table(figures)}\n\n{_what_next(original, healed, held_out_text)}"
+    return f"{_table(figures)}\n\n{_what_next(original, directory / 'healed', held_out_text)}"
 
 
 def _write_texts(size: Size, train_text: Path, held_out_text: Path) -> list[str]:
@@ -228,7 +233,7 @@ def _what_next(original: Path, healed: Path, text: Path) -> str:
     program = shlex.quote(_program())
     first, last, held_out = (shlex.quote(str(path)) for path in (original, healed, text))
     train = shlex.quote(str(text.with_name("train.txt")))
-    out = shlex.quote(str(original.with_name("quarter")))
+    out = shlex.quote(str(original.with_name("half")))
     return "\n".join(
         [
             f"Losses in nats per token, on {text}. The checkpoints: {original}, "
@@ -237,7 +242,7 @@ def _what_next(original: Path, healed: Path, text: Path) -> str:
             "What to type next:",
             f"  {program} inspect {last}",
             f"  {program} evaluate {last} --reference {first} --text {held_out}",
-            f"  {program} compress {first} {out} --kv-ratio 0.25 --text {train} --refine 30",
+            f"  {program} compress {first} {out} --kv-ratio 0.5 --text {train}",
         ]
     )
 

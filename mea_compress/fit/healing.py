@@ -86,7 +86,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
             bar.update(1)
 
-        distillation = distil(student, teacher, training, held_out_ids, settings, tick)
+        distillation = distil(student, teacher, training, held_out_ids, settings, tick, workspace.work / "healing")
     kept = torch_dtype(plan.decisions.stored_dtype)
     with torch.no_grad():
         for weights in trained.values():

@@ -241,16 +241,22 @@ def trainable_parameters(attention: Any) -> dict[str, torch.nn.Parameter]:
         for parameter in coded.values():
             parameter.requires_grad_(True)
         return coded
-    frozen: list[str] = []
-    for side, form in (("key", attention.key_form), ("value", attention.value_form)):
-        names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}
-        frozen += [names[part] for part in form.frozen]
+    frozen = kept_by_forms(attention)
     chosen = {}
     for name, parameter in attention.named_parameters():
-        if "norm" not in name and not name.startswith(tuple(frozen)):
+        if "norm" not in name and not name.startswith(frozen):
             chosen[name] = parameter.requires_grad_(True)
     mask_cross_group_gradients(attention)
     return chosen
+
+
+def kept_by_forms(attention: Any) -> tuple[str, ...]:
+    """Return what the names begin with of weights that the forms of an attention module promise to keep."""
+    kept: list[str] = []
+    for side, form in (("key", attention.key_form), ("value", attention.value_form)):
+        names = {"proj": f"{side[0]}_proj.", "composition": f"{side}_composition."}
+        kept += [names[part] for part in form.frozen]
+    return tuple(kept)
 
 
 def _order(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:

@@ -106,7 +106,10 @@ class HealRecipe(_Settings):
     bos: Bos | None = Field(None, description=f"{_BOS_HELP}; auto without it.", json_schema_extra=_group("Data"))
     steps: int = Field(200, ge=1, description="Optimiser steps.", json_schema_extra=_group("Training", "N"))
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate; cosine to zero.", json_schema_extra=_group("Training", "X")
+        None,
+        gt=0,
+        description="Peak learning rate; found by short trials without it.",
+        json_schema_extra=_group("Training", "X"),
     )
     train: Literal["attention", "all"] | None = Field(
         None,
@@ -115,6 +118,24 @@ class HealRecipe(_Settings):
     )
     batch_size: int | None = Field(
         None, ge=1, description="Sequences in a step.", json_schema_extra=_group("Training", "N")
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Divides the logits of both models; 1 without it.",
+        json_schema_extra=_group("Training", "X"),
+    )
+    cross_entropy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the text's own cross-entropy in the loss; 0 without it.",
+        json_schema_extra=_group("Training", "X"),
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Less memory: every layer is run a second time for its gradients.",
+        json_schema_extra=_group("Training"),
     )
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence.", json_schema_extra=_group("Data", "N")
