@@ -54,6 +54,8 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> None:
     tokens, types = _tokens(described, vocabulary, file)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
+        if types.count(_BYTE) < 256:  # llama.cpp ends its process over a character that has no token
+            raise RequestError(f"{file} has no token for every byte, which llama.cpp needs; {_OWN}")
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(_prepends_space(described, file))

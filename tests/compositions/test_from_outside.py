@@ -158,7 +158,7 @@ def check_remote_code(out, tmp_path):
 @pytest.mark.parametrize("fit", ["weights", "aligned"])
 def test_a_method_of_one_s_own_goes_to_the_end(fit, tmp_path):
     strided()
-    settings = {} if fit == "weights" else {"sequences": 4, "sequence_length": 32}
+    settings = {} if fit == "weights" else {"sequences": 4, "sequence_length": 32, "budget": "uniform", "heal": 0}
     result = compressed(tmp_path, {"method": "strided", "keep": "last"}, fit=fit, **settings)
     layers = json.loads((result.out / "config.json").read_text())["mea"]["layers"]
     assert layers[0]["value_composition"] == "strided" and layers[0]["value_form"] == "pooled"

@@ -170,9 +170,9 @@ def test_energy_budgets_are_refused_before_and_after(tmp_path):
     save(model, tmp_path / "source")
     kinds = {"key_composition": "frequency", "value_composition": "latent", "rotary_allocation": "energy"}
     recipe = Recipe(kv_ratio=0.5, fit="weights", **kinds)
-    assert "uniform" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
+    assert "shared" in make_plan(tmp_path / "source", recipe).costs.stock_export["reason"]
     compress(tmp_path / "source", tmp_path / "out", recipe=recipe, progress=False)
-    with pytest.raises(RequestError, match="--rotary-allocation uniform"):
+    with pytest.raises(RequestError, match="--rotary-allocation shared"):
         export(tmp_path / "out", tmp_path / "export", progress=False)
 
 

