@@ -232,7 +232,7 @@ HOSTILE = {
     "pickles": (only_pickles, "only pickled weights"),
     "no-weights": (no_weights, "no \\*.safetensors"),
     "no-config": (no_config, "config.json"),
-    "family": (configs(model_type="unheard_of"), "supported are"),
+    "family": (configs(model_type="unheard_of"), "that this release of transformers knows"),
     "no-type": (configs(model_type=...), "has no model_type"),
     "heads": (configs(num_key_value_heads=3), "cannot share 3"),
     "no-heads": (configs(num_attention_heads=...), "num_attention_heads must be"),
