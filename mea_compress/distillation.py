@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -153,7 +153,7 @@ def distil(
             progress.offer(value, parameters)
             progress.save()
         _set(parameters, start)
-        rate = min(settings.rates, key=lambda tried: progress.found.get(str(tried), math.inf))
+        rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
             tried_all = len(progress.found) == len(settings.rates)
@@ -238,6 +238,18 @@ class _Progress:
         for old in self.directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
+
+
+def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
+    """Return the largest step size whose trial lowered the KL, or the one whose trial ended lowest.
+
+    A short run favours small steps: on babyllama105 at half of its cache 0.003 is ahead of 0.01 after 12 of 60 steps,
+    and behind it at their end (KL 0.0317 and 0.0272).
+    """
+    start = progress.curve[0][1]
+    found = {rate: progress.found.get(str(rate), math.inf) for rate in rates}
+    gained = [rate for rate, value in found.items() if value < start]
+    return max(gained) if gained else min(rates, key=lambda rate: found[rate])
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:

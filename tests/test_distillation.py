@@ -1,11 +1,14 @@
 """Distillation: its loss against the plain one, the step size that it finds, and what it keeps."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import stock_model
 
+from mea_compress import distillation
 from mea_compress.distillation import (
     DistillationSettings,
     _head_alone_makes_logits,
@@ -147,3 +150,16 @@ def test_gradient_checkpointing_changes_nothing(pair):
     ]
     assert found[0].curve[-1][1] == pytest.approx(found[1].curve[-1][1], rel=1e-4) != found[0].curve[0][1]
     assert not other.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ({"0.1": 0.8, "0.2": 0.9, "0.3": 1.1}, 0.2),  # the largest that gained
+        ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 0.2),  # none gained: the least bad
+        ({"0.1": 0.8}, 0.1),  # there was no time for the others
+    ],
+)
+def test_the_largest_step_that_gains_is_taken(found, chosen):
+    progress = SimpleNamespace(curve=[(0, 1.0)], found=found)
+    assert distillation._choose_rate((0.1, 0.2, 0.3), progress) == chosen
