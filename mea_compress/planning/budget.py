@@ -24,6 +24,8 @@ from mea_compress.planning.types import LayerPlan, LayerSpec, Plan, SideSpec
 _OPTIONS = 64
 # Costs below this, in nats per token, are equal to nothing: logarithms are interpolated.
 _NOTHING = 1e-6
+# What each side's absence counts on top, so that of widths that cost nothing the widest is taken.
+_PREFERENCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _options(plan: Plan, profile: Profile, layer: LayerPlan, side: str) -> list[
         chosen = [replace(spec, components=count)]
         if side == "both":
             chosen.append(replace(layer.spec.value, components=count))
-        options.append(_Option(both * width, tuple(chosen), cost))
+        options.append(_Option(both * width, tuple(chosen), cost + _PREFERENCE * (1 - width / whole)))
     kept = (layer.before.key, layer.before.value) if side == "both" else (before,)
     return [*options, _Option(both * whole, kept, 0.0)]
 

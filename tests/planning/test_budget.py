@@ -105,6 +105,11 @@ def test_what_costs_nothing_is_cut_down_to_the_least(tmp_path):
     assert all(layer.spec.value.components > 3 for layer in chosen.layers)
 
 
+def test_where_nothing_costs_anything_all_of_the_budget_is_used(tmp_path):
+    plan = make_plan(stock_checkpoint(tmp_path / "source"), half())
+    assert plan_budget(plan, made_up(plan, lambda layer, side, share: 0.0)).bytes_after == plan.bytes_after
+
+
 def test_widths_are_multiples_of_what_was_asked_for(tmp_path):
     plan = make_plan(stock_checkpoint(tmp_path / "source"), half(width_multiple=4))
     chosen = plan_budget(plan, made_up(plan))
