@@ -25,7 +25,7 @@ _OPTIONS = 64
 # Costs below this, in nats per token, are equal to nothing: logarithms are interpolated.
 _NOTHING = 1e-6
 # What each side's absence counts on top, so that of widths that cost nothing the widest is taken.
-_PREFERENCE = 1e-9
+_PREFERENCE = 1e-12
 
 
 @dataclass(frozen=True)
