@@ -52,7 +52,7 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth(tmp_path):
     made.create_optimizer_and_scheduler(200)
     rates = []
     for _ in range(200):
-        rates.append(made.lr_scheduler.get_last_lr()[0] / 1e-3)
+        rates.append(made.lr_scheduler.get_last_lr()[0] / made.args.learning_rate)
         made.optimizer.step()
         made.lr_scheduler.step()
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1) and rates[199] == pytest.approx(0.1)

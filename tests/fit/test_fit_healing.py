@@ -20,7 +20,7 @@ from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 from mea_compress.text.sampling import sample_sequences
 
-QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "refine": 0}
+QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "uniform", "refine": 0}
 
 
 def run(source, out, **changes):
