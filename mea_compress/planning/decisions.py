@@ -111,6 +111,7 @@ def measures_budget(recipe: Recipe, at_cache: bool = False) -> bool:
             recipe.key_components is not None or recipe.value_components is not None,
             "--key-components and --value-components say the widths",
         ),
+        (recipe.sequences == 1, "--sequences 1 leaves none to measure on"),
         (recipe.kv_groups > 1, "--kv-groups needs widths that are alike"),
         (recipe.split == "even", "--split even says how keys and values divide it"),
         (recipe.rotary_allocation != "energy", "--rotary-allocation is for widths that are alike"),

@@ -208,6 +208,7 @@ def test_paper_budgets_choose_layers(tmp_path):
         ({"fit": "weights"}, "reads no text"),
         ({"kv_groups": 2}, "--kv-groups"),
         ({"split": "even"}, "--split even"),
+        ({"sequences": 1}, "--sequences 1"),
         ({"key_components": 2}, "--key-components"),
     ],
 )
