@@ -14,14 +14,12 @@ from mea_compress.compositions.base import configured, side_choice
 from mea_compress.compositions.frequency import allocate_components
 from mea_compress.compositions.groups import cluster, divided
 from mea_compress.fit.layers import CalibratedFit, stored_tokens
+from mea_compress.fit.progress import FITTED_TOKENS
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.layers.read import read_heads
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import LayerPlan, Plan
-
-# Tokens that energies are taken from; a model wider than half of these takes more.
-_TOKENS = 1 << 14
 
 
 def share_rotary_components(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
@@ -50,9 +48,13 @@ def _energies(plan: Plan, layers: list[LayerPlan], workspace: Workspace, progres
     """Return the energies of each layer's components, (P, H) each; H is of one group where heads are in groups."""
     with tqdm(total=len(layers), desc="rotary pairs", unit="layer", disable=not progress, file=sys.stderr) as bar:
         if plan.recipe.fit == "weights":
-            return [_layer_energies(plan, layer, None) for layer in layers if bar.update(1) or True]
+            found = []
+            for layer in layers:
+                found.append(_layer_energies(plan, layer, None))
+                bar.update(1)
+            return found
         tokens = stored_tokens(plan, workspace, progress)
-        wanted = max(_TOKENS, 2 * plan.source.config.hidden_size)
+        wanted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
         stream = CalibratedFit(plan, tokens[: ceil(wanted / tokens.shape[1])], 0)
         found = []
         for layer in plan.layers[: layers[-1].layer + 1]:

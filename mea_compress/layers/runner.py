@@ -233,9 +233,8 @@ class HeadRunner:
             "model.embed_tokens.weight": source.reader.read(name).float(),
             "model.norm.weight": source.reader.read("model.norm.weight").float(),
         }
-        for bias in ("lm_head.bias",):
-            if source.reader.has(bias):
-                state[bias] = source.reader.read(bias).float()
+        if source.reader.has("lm_head.bias"):
+            state["lm_head.bias"] = source.reader.read("lm_head.bias").float()
         causal = getattr(modeling_mea, f"Mea{source.family.prefix}ForCausalLM")
         with without_bars():
             model = causal.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
