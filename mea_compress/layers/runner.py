@@ -227,7 +227,8 @@ class HeadRunner:
             config.layer_types = []
         config.mea = {**config.mea, "layers": []}
         config.dtype = torch.float32
-        name = "lm_head.weight" if not config.tie_word_embeddings else "model.embed_tokens.weight"
+        # As the loader has it: a head that is stored is used, whatever config.json says of ties.
+        name = "lm_head.weight" if source.reader.has("lm_head.weight") else "model.embed_tokens.weight"
         config.tie_word_embeddings = True  # one matrix in memory; embeddings are given
         state = {
             "model.embed_tokens.weight": source.reader.read(name).float(),
