@@ -8,6 +8,7 @@ from typing import Any
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
 from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint, other_bytes, versions, write_config
@@ -73,7 +74,7 @@ def compress(
     renamed last. Tensors that do not change are copied as bytes. SRC is only read.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory, or a hub id, ``OWNER/NAME[@REVISION]``.
         out: New directory.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults.
         resume: Take up an interrupted run.
@@ -88,7 +89,7 @@ def compress(
         >>> result.plan.bytes_after, result.out.name
         (256, 'HALF')
     """
-    source, out = Path(source), Path(out).absolute()
+    source, out = local_directory(source), Path(out).absolute()
     plan = plan_source(open_checkpoint(source), make_recipe(recipe, settings))
     if resume and (already_published(out) or (out / "compression.json").is_file()):
         return _load_finished_result(plan, out)
@@ -247,7 +248,7 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     source, recipe = plan.source, plan.recipe
     recipe_yaml = to_yaml(recipe)
     (target / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-    name = str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name)
+    name = source.name
     write_json(
         target / "compression.json",
         {

@@ -13,6 +13,7 @@ from mea_compress.architectures.common_config import ModelShape, read_common_con
 from mea_compress.architectures.families import MEA_PREFIX, Family, LayerGeometry, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.hub import repository_of
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
@@ -46,6 +47,12 @@ class Checkpoint:
     config: ModelShape
     native: bool
     raw_config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Return what the model is called: its hub id, as config.json says, or the name of its directory."""
+        directory = self.reader.directory
+        return str(repository_of(directory) or self.raw_config.get("_name_or_path") or directory.resolve().name)
 
     @cached_property
     def model_config(self) -> Any:

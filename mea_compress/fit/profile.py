@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.directory import fingerprint
 from mea_compress.errors import RequestError
@@ -73,7 +74,7 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
     results = [commit.results[str(layer.layer)] for layer in layers]
     source, first = plan.source, layers[0].spec
     return Profile(
-        source=str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name),
+        source=source.name,
         key_composition=first.key.composition,
         value_composition=first.value.composition,
         fit=plan.recipe.fit,
@@ -245,7 +246,7 @@ def profile(
     """Measure what compressing one side of one layer costs, by width, on text that nothing was fitted to.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory or hub id.
         out: JSON file for the result, which `budget` of a recipe takes. What is measured is kept beside it as it comes,
             and a run that was interrupted goes on there.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults. Methods, fit, layers and
@@ -263,7 +264,7 @@ def profile(
     """
     share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
     wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
-    plan = plan_source(open_checkpoint(Path(source)), wanted)
+    plan = plan_source(open_checkpoint(local_directory(source)), wanted)
     file = None if out is None else Path(out)
     kept, commit = None, Commit({})
     if file is not None:
