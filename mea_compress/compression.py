@@ -8,6 +8,7 @@ from typing import Any
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.fp8 import keep_in_full
 from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
@@ -239,6 +240,9 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]
+    if source.quantised and not source.at_cache:
+        blocks = [source.attention(layer).removesuffix(".") for layer in range(len(layers))]
+        config["quantization_config"] = keep_in_full(config, source.reader, blocks)
     config["mea"] = {**source.config.mea, "layers": layers}
     write_config(workspace.path, config)
     return config

@@ -363,6 +363,10 @@ def _check_models(student: Path, teacher: Path) -> None:
         RequestError: They differ in family, depth, hidden size or vocabulary.
     """
     configs = [CheckpointReader(path).config() for path in (student, teacher)]
+    if configs[0].get("quantization_config") is not None:
+        raise RequestError(
+            f"{student} stores quantised weights, which are not trained: compress an unquantised original"
+        )
     families = [str(config.get("model_type", "")).removeprefix("mea_") for config in configs]
     told = {
         "num_hidden_layers": "layers",

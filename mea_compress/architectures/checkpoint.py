@@ -5,19 +5,21 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures.common_config import ModelShape, read_common_config
 from mea_compress.architectures.families import MEA_PREFIX, Family, LayerGeometry, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
-from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.fp8 import Fp8Reader, fp8_layout
 from mea_compress.checkpoint.hub import repository_of
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
 _MOST_LAYERS = 10_000
+# Settings of how a model is stored and loaded.
+_NOT_OF_THE_MODEL = ("auto_map", "architectures", "quantization_config")
 ADAPTER_CONFIG = "adapter_config.json"
 # What puts a name in front of every tensor when it is saved instead of the model in it.
 _WRAPPERS = {
@@ -61,6 +63,11 @@ class Checkpoint:
             return self.config
         where = str(self.reader.directory / "config.json")
         return model_configuration(self.raw_config, self.family, self.native, where)
+
+    @property
+    def quantised(self) -> bool:
+        """Return whether weights are stored in fp8, with scales."""
+        return isinstance(self.reader, Fp8Reader)
 
     @property
     def at_cache(self) -> bool:
@@ -109,14 +116,15 @@ class Checkpoint:
         if self.at_cache:
             return _common_dtype(self.reader, self.attention_tensors())
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused
-        return self.reader.info(f"{self.family.attention(0)}{name}.weight").dtype
+        return self.reader.dtype_of(f"{self.family.attention(0)}{name}.weight")
 
     def attention_tensors(self) -> list[str]:
         """Return the names of all tensors of attention blocks, without those that compose heads; of all if unknown."""
         layers = range(self.config.num_hidden_layers)
         prefixes = tuple(self.attention(layer) for layer in layers if self.geometry(layer) is not None)
-        own = [name for name in self.reader.tensors if name.startswith(prefixes) and "_composition." not in name]
-        return own or list(self.reader.tensors)
+        names = self.reader.model_names
+        own = [name for name in names if name.startswith(prefixes) and "_composition." not in name]
+        return own or names
 
 
 GEOMETRY = tuple(field.name for field in fields(LayerGeometry))
@@ -131,9 +139,9 @@ def _common_dtype(reader: CheckpointReader, names: list[str]) -> str:
     """
     counts: dict[str, int] = {}
     for name in names:
-        info = reader.info(name)
-        if info.dtype in FLOATS:
-            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes // (DTYPE_BITS[info.dtype] // 8)
+        dtype = reader.dtype_of(name)
+        if dtype in FLOATS:
+            counts[dtype] = counts.get(dtype, 0) + prod(reader.info(name).shape)
     if not counts:
         raise RequestError(
             f"{reader.directory}: no attention weight is one of {', '.join(FLOATS)}; save the model unquantised first"
@@ -165,6 +173,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     reader.check_generation_config()
     where = str(directory / "config.json")
     family = find_family(raw, where)
+    layout = fp8_layout(raw)
+    if layout is not None:
+        reader = Fp8Reader(directory, layout)
     native = str(raw["model_type"]).startswith(MEA_PREFIX)
     if family.at_cache:
         return _open_at_cache(reader, family, raw, where, native)
@@ -193,7 +204,7 @@ def _open_at_cache(
             f"{where}: architectures says {', '.join(map(str, names))}, which is no causal language model and would "
             f"become one; give the checkpoint of a {stock[-1]}"
         )
-    settings = {key: _decoded(value) for key, value in raw.items() if key not in ("auto_map", "architectures")}
+    settings = {key: _decoded(value) for key, value in raw.items() if key not in _NOT_OF_THE_MODEL}
     try:
         if not native:
             stock_config = classes[0].__mro__[1].from_dict(copy.deepcopy(settings))
@@ -287,7 +298,7 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
 
 def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]:
     """Return the settings of the MEA form; a stock checkpoint gets a section that says ``none`` for every layer."""
-    fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+    fields = {key: value for key, value in raw.items() if key not in ("model_type", *_NOT_OF_THE_MODEL)}
     if not native:
         heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         layers = [every_head(heads) for _ in range(raw["num_hidden_layers"])]
@@ -344,7 +355,7 @@ def _check_tensors(source: Checkpoint) -> None:
     for layer in range(source.config.num_hidden_layers):
         for name, shape in attention_shapes(source, layer).items():
             info = _check_tensor(reader, name, shape)
-            if info.dtype not in FLOATS:
+            if reader.dtype_of(name) not in FLOATS:
                 raise RequestError(
                     f"{info.file}: tensor {name} is {info.dtype}; attention weights must be one of {', '.join(FLOATS)}"
                 )

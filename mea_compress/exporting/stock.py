@@ -136,6 +136,10 @@ def export(
             f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock "
             "checkpoint does; serve it with transformers"
         )
+    if source.quantised:
+        raise RequestError(
+            f"{checkpoint} stores weights in fp8, which no export does; export what an original in bfloat16 became"
+        )
     form = stock_form(source, source.config.mea["layers"], format)
     model_type = source.family.model_type if format == "stock" else "llama"
     if engine is not None:

@@ -102,7 +102,7 @@ class BlockRunner:
         prefix, index = _layer_prefix(source, layer), layer
         state = {
             name: source.reader.read(name).to(dtype)
-            for name in source.reader.tensors
+            for name in source.reader.model_names
             if _belongs(name, prefix) and "_composition." not in name
         }
 
@@ -310,7 +310,7 @@ def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
     path = _layer_list(source)
     state = {
         name: source.reader.read(name).float()
-        for name in source.reader.tensors
+        for name in source.reader.model_names
         if not re.search(rf"(^|\.){path}\.\d+\.", name)
     }
 

@@ -70,7 +70,8 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         and not healing
         and recipe.dtype is None
         and not any(layer.needs_queries for layer in layers if layer.compressed),
-        verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES,
+        # What stored fp8 is run as depends on the machine.
+        verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES and not source.quantised,
         choice=choice,
         healing_steps=healing,
         healing_asked_for=healing > 0 and recipe.heal != "auto",
@@ -175,6 +176,10 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
                 f"--heal {recipe.heal} distils projections, and those of {source.family.model_type} stay as they are; "
                 "use `mea-compress heal` afterwards"
             )
+        return 0
+    if source.quantised:
+        if recipe.heal not in ("auto", "0"):
+            raise RequestError(f"--heal {recipe.heal} trains through weights that are stored in fp8 here; use --heal 0")
         return 0
     if recipe.heal != "auto":
         return int(recipe.heal)
