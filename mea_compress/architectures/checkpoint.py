@@ -96,6 +96,18 @@ class Checkpoint:
         return f"{geometry.block}."
 
     @property
+    def heads(self) -> int:
+        """Return the key/value heads, of the first layer where they differ."""
+        return self.first_geometry.heads
+
+    @property
+    def is_alike(self) -> bool:
+        """Return whether all layers that cache keys and values have as many heads, keys and values alike wide."""
+        layers = (self.geometry(layer) for layer in range(self.config.num_hidden_layers))
+        sizes = {(one.heads, one.head_dim, one.value_dim, one.rotary_dim > 0) for one in layers if one is not None}
+        return len(sizes) == 1 and all(head_dim == value_dim for _, head_dim, value_dim, _ in sizes)
+
+    @property
     def head_dim(self) -> int:
         """Return the channels of a head, of the first layer where they differ."""
         return self.first_geometry.head_dim
@@ -392,16 +404,22 @@ def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -
     return info
 
 
-def kept_in_float32(source: Checkpoint) -> re.Pattern[str] | None:
-    """Return what the names of tensors look like that transformers keeps in float32, whatever a model is loaded in."""
+def kept_in_float32(source: Checkpoint, dtype: str) -> re.Pattern[str] | None:
+    """Return what the names of tensors look like that transformers keeps in float32 where a model is loaded in a dtype.
+
+    Args:
+        source: The checkpoint.
+        dtype: As torch calls it. More is kept in float32 beside float16 than beside bfloat16, which has its range.
+    """
     if not source.at_cache:  # none of the families that are written out has any
         return None
     from mea_compress.modeling import family_classes
 
     names: set[str] = set()
     for kind in family_classes(source.family.model_type)[1:]:
-        names.update(getattr(kind, "_keep_in_fp32_modules", None) or ())
         names.update(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == "float16":
+            names.update(getattr(kind, "_keep_in_fp32_modules", None) or ())
     return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(names))) if names else None
 
 

@@ -62,7 +62,7 @@ def write_weights(plan: Plan, workspace: Workspace, progress: bool) -> None:
             }
     entries, dtype = _entries(plan, fitted), plan.recipe.dtype
     if dtype is not None:
-        kept = kept_in_float32(plan.source)
+        kept = kept_in_float32(plan.source, dtype)
         scales = plan.source.reader.tensors.keys() - set(plan.source.reader.model_names)
         entries = [entry if entry.name in scales else _cast(entry, dtype, kept) for entry in entries]
     # Tensors of any size are made where all are cast: one of them in memory at a time.
