@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
 from mea_compress.fit.progress import FITTED_TOKENS, Work, profile_units
-from mea_compress.layers.runner import HeadRunner, LayerRunner, batches
+from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
 from mea_compress.planning.plans import plan_source
 from mea_compress.planning.profiles import Profile, ProfilePoint
+from mea_compress.planning.sizes import largest_layer
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.text.reading import text_state
@@ -54,8 +55,13 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
         progress: Show a bar on stderr.
 
     Raises:
-        RequestError: There is too little text, or a layer cannot be composed from it.
+        RequestError: There is too little text, a layer cannot be composed from it, or layers differ in their heads.
     """
+    if plan.source.at_cache and not plan.source.is_alike:
+        raise RequestError(
+            f"the layers of this {plan.source.family.model_type} model differ in the heads that they cache, and a "
+            "profile counts heads; compress it with a uniform budget"
+        )
     measured, fitted = _division(plan, tokens)
     layers = [layer for layer in plan.layers if layer.compressed and candidates(layer, plan)]
     if not layers:
@@ -79,7 +85,7 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
         value_composition=first.value.composition,
         fit=plan.recipe.fit,
         layers=len(plan.layers),
-        heads=source.config.num_key_value_heads,
+        heads=source.heads,
         head_dim=source.head_dim,
         tokens=measured * (tokens.shape[1] - 1),
         cross_entropy=results[0]["cross_entropy"],
@@ -173,12 +179,9 @@ class _Profiler:
     def __init__(self, plan: Plan, tokens: torch.Tensor, measured: int, missing: Sequence[int], progress: bool) -> None:
         self.plan, self.tokens = plan, tokens[:measured]
         self.fit = CalibratedFit(plan, tokens, measured)
-        self.head: HeadRunner | None = None
+        self.head: Any = None
         self.resident: dict[int, LayerRunner] = {}
-        source = plan.source
-        first = source.family.layer.partition("{layer}")[0]
-        size = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(first))
-        self.keeps_layers = 4 * size <= _RESIDENT_BYTES
+        self.keeps_layers = 4 * largest_layer(plan.source) * len(plan.layers) <= _RESIDENT_BYTES
         parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
         self.fit.work = self.bar = _Bar(profile_units(plan, missing, parts, sampled, share), progress)
 
@@ -193,7 +196,7 @@ class _Profiler:
         for side, count in wanted:
             composed, _ = compose(plan, with_side(layer, side, count), statistics)
             check_finite(composed, layer.layer)
-            if plan.recipe.fit == "aligned":
+            if plan.recipe.fit == "aligned" and not plan.source.at_cache:  # where o_proj stays as it is
                 composed, _ = fit.regress(layer.layer, composed, fit.sample)
             bias = plan.source.config.mea["bias"]
             runner = fit.runner_of(layer.layer, store_layer(composed, bias, plan.decisions.stored_dtype))
@@ -203,7 +206,7 @@ class _Profiler:
         noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
         behind = self._above(layer.layer, torch.stack([original, original * (1 + _NOISE * noise), *sent]))
         if self.head is None:
-            self.head = HeadRunner(plan.source, fit.device, fit.products)
+            self.head = fit.head_runner()
         own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
         floor = rounding[0]
         points = [
