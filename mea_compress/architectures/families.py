@@ -152,6 +152,12 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
+    for key in ("vision_config", "audio_config"):
+        if isinstance(config.get(key), dict):
+            raise RequestError(
+                f"{where}: this {model_type} checkpoint has more than a language model in it ({key}), and language "
+                "models are compressed by themselves; give a checkpoint of its language model alone"
+            )
     known = {family.model_type: family for family in FAMILIES}
     stock_type = model_type.removeprefix(MEA_PREFIX)
     unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
