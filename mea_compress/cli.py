@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.recipe import (
+    FORMER_NAMES,
     EvaluateRecipe,
     HealRecipe,
     Recipe,
@@ -67,6 +68,11 @@ class _Option(click.Option):
         self.group = group
 
 
+def _flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 def _debug_option() -> click.Option:
     return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
@@ -77,6 +83,12 @@ class _Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse arguments, flags under the names that they had in earlier versions among them."""
+        former = {_flag(before): _flag(after) for before, after in FORMER_NAMES.items()}
+        flags = [(arg.partition("=")[0], arg) for arg in args]
+        return super().parse_args(ctx, [arg.replace(flag, former.get(flag, flag), 1) for flag, arg in flags])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; its own flags stand for parameters in what a wrong request is answered."""
@@ -222,7 +234,7 @@ def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[
                 kind = click.Choice(get_args(kind))
             shape = {"is_flag": True, "default": None} if kind is bool else {"type": _PATH if kind is Path else kind}
             function = click.option(
-                "--" + name.replace("_", "-"),
+                _flag(name),
                 name,
                 cls=_Option,
                 group=extra["group"],
