@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from math import ceil, prod
 from pathlib import Path
@@ -63,12 +64,12 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
     missing = [layer.layer for layer in layers if commit.get(layer.layer) is None]
     if missing:
         profiler = _Profiler(plan, tokens[: measured + fitted], measured, missing, progress)
-        for layer in plan.layers[: missing[-1] + 1]:
-            if layer.layer in missing:
-                commit.put(layer.layer, profiler.profile(layer))
-            if layer.layer < missing[-1]:
-                profiler.advance(layer.layer)
-        profiler.close()
+        with closing(profiler.bar):
+            for layer in plan.layers[: missing[-1] + 1]:
+                if layer.layer in missing:
+                    commit.put(layer.layer, profiler.profile(layer))
+                if layer.layer < missing[-1]:
+                    profiler.advance(layer.layer)
     results = [commit.results[str(layer.layer)] for layer in layers]
     source, first = plan.source, layers[0].spec
     return Profile(
@@ -186,10 +187,6 @@ class _Profiler:
         """Send the original's text through the present layer."""
         self.fit.compressed = self.fit.original
         self.fit.advance(layer, None)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
 
     def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer sends where a layer sends (C, M, T, D)."""
