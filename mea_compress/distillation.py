@@ -38,8 +38,11 @@ from mea_compress.processes import is_first_process, process_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RATES = (0.003, 0.01, 0.03)
-"""Step sizes to try, as a share of a tensor's root mean square."""
+_RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
+"""Step sizes to choose from, as a share of a tensor's root mean square."""
+_TRIALS = 3  # as many as there mostly are
+_LEAST_GAIN = 0.5
+"""Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
@@ -55,7 +58,7 @@ class DistillationSettings:
         steps: Optimiser steps of the full run.
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
-        rates: Step sizes to try, as a share of a tensor's root mean square.
+        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -83,8 +86,9 @@ class DistillationSettings:
 
     @property
     def all_steps(self) -> int:
-        """Optimiser steps, trials among them."""
-        return self.steps + (0 if self.learning_rate is not None else len(self.rates) * self.trial_steps)
+        """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
+        trials = 0 if self.learning_rate is not None else min(_TRIALS, len(self.rates))
+        return self.steps + trials * self.trial_steps
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,7 @@ def distil(
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
-        for tried in settings.rates:
-            if str(tried) in progress.found:
-                continue
+        while (tried := _next_rate(settings.rates, progress)) is not None:
             if not _steps_left(settings, began, progress.taken - before):
                 break
             train(_group(parameters, tried), settings.trial_steps)
@@ -160,8 +162,7 @@ def distil(
         rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
-            tried_all = len(progress.found) == len(settings.rates)
-            progress.steps = _steps_left(settings, began, progress.taken - before) if tried_all else 0
+            progress.steps = _steps_left(settings, began, progress.taken - before) if tried is None else 0
             progress.save()
     else:
         rate, progress.steps = None, settings.steps
@@ -264,16 +265,38 @@ def _keeping(directory: Path) -> Iterator[None]:
         raise refusal(OSError(errno.ENOSPC, ""), directory) from error
 
 
+def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
+    """Return the step size to try next: from the middle up for as long as that is good enough, or down until one gains.
+
+    Returns:
+        One of `rates`, or None if enough was tried.
+    """
+    middle, start = len(rates) // 2, progress.curve[0][1]
+    if str(rates[middle]) not in progress.found:
+        return rates[middle]
+    climbs = progress.found[str(rates[middle])] < start
+    for rate in rates[middle + 1 :] if climbs else reversed(rates[:middle]):
+        value = progress.found.get(str(rate))
+        if value is None:
+            return rate
+        if _choose_rate(rates, progress) != rate if climbs else value < start:
+            return None
+    return None
+
+
 def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
-    """Return the largest step size whose trial lowered the KL, or the one whose trial ended lowest.
+    """Return the largest step size whose trial gained at least half of the best one's, or the one that ended lowest.
 
     A short run favours small steps: on babyllama105 at half of its cache 0.003 is ahead of 0.01 after 12 of 60 steps,
     and behind it at their end (KL 0.0317 and 0.0272).
     """
     start = progress.curve[0][1]
     found = {rate: progress.found.get(str(rate), math.inf) for rate in rates}
-    gained = [rate for rate, value in found.items() if value < start]
-    return max(gained) if gained else min(rates, key=lambda rate: found[rate])
+    best = min(rates, key=lambda rate: found[rate])
+    gain = start - found[best]
+    if not gain > 0:
+        return best
+    return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
@@ -531,7 +554,7 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 
 def _share_of_peak(steps: int, step: int) -> float:
     """Return the step size of a step as a share of its peak: a short warm-up, and a cosine to a twentieth."""
-    warm_up = max(1, min(8, steps // 5))
+    warm_up = max(1, min(20, steps // 5))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * cosine)
 
