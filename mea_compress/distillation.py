@@ -259,7 +259,7 @@ def _keeping(directory: Path) -> Iterator[None]:
     except RequestError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(directory).free < _LEAST_FREE
+        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(directory.parent).free < _LEAST_FREE
         if not full:
             raise
         raise refusal(OSError(errno.ENOSPC, ""), directory) from error
