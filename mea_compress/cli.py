@@ -189,6 +189,13 @@ def _none_for_nothing(_: click.Context, __: click.Parameter, values: tuple[Any, 
     return values or None
 
 
+def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
+    """Return a file for a result, before the hours that the result takes."""
+    if file is not None and str(file) != "-" and not os.access(file.parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{file.parent} is no directory that this user may write to")
+    return file
+
+
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Return the names of a list such as frequency+latent,joint."""
     return None if value is None else parse_names(value)
@@ -272,6 +279,7 @@ def _json_option(function: Function) -> Function:
         "json_file",
         type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
         metavar="FILE",
+        callback=_writable,
         help="Write the result as JSON; - prints it instead of the table.",
     )(function)
 
@@ -549,6 +557,7 @@ def validate(recipes: tuple[str, ...], source: Path | None, changes: tuple[str, 
     "json_file",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     metavar="FILE",
+    callback=_writable,
     help="Write the result as JSON here too; - prints it instead of the table.",
 )
 def sweep(
