@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from math import ceil, prod
+from math import ceil, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,10 @@ class _Profiler:
         if self.head is None:
             self.head = HeadRunner(plan.source, fit.device, fit.products)
         own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
+        if not all(isfinite(number) for numbers in (rounding, *costs) for number in numbers):
+            raise RequestError(
+                "the model's logits are not all numbers, so no cost can be measured: look for NaN in its weights"
+            )
         floor = rounding[0]
         points = [
             ProfilePoint(layer.layer, side, count, kl - floor, cross_entropy - own)
