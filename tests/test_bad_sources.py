@@ -98,6 +98,10 @@ def test_a_model_that_computes_nan_has_no_figures(tmp_path):
     shutil.copytree(source, broken)
     spoil(broken, "model.norm.weight")
     measure = ("--text", text, "--sequence-length", "16", "--limit", "2")
+    shutil.copytree(source, tmp_path / "student")
+    heal = ("heal", tmp_path / "student", "--teacher", broken, "--out", tmp_path / "healed", "--steps", "1")
+    message = told(tmp_path, *heal, "--text", text, "--sequence-length", "16")
+    assert f"the logits of {broken} or " in message
     for arguments in ((broken,), (source, "--reference", broken), (source, broken)):
         message = told(tmp_path, "evaluate", *arguments, *measure)
         assert f"the logits of {broken} are not all numbers" in message and "--dtype float32" in message
