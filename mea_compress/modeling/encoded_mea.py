@@ -358,12 +358,12 @@ def is_plain(
     scaling, softcap, s_aux = (told.get(name) for name in ("scaling", "softcap", "s_aux"))
     if scaling is None or output.shape != (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]):
         return False
-    groups = query.shape[1] // key.shape[1]
     seen = query.shape[2] if causal else key.shape[2]
-    keys, values = (side[:, :, :seen].to(wide).repeat_interleave(groups, 1) for side in (key, value))
-    logits = query[:, :, -1:].to(wide) @ keys.mT * scaling
+    last = query[:, :, -1].unflatten(1, (key.shape[1], -1))  # (B, H, Hq / H, d): heads are not copied for their queries
+    logits = (last @ key[:, :, :seen].mT).to(wide).flatten(1, 2)[:, :, None] * scaling
     weights = attention_weights(logits, None if mask is None else mask[..., -1:, :], softcap, s_aux)
-    expected = (weights @ values)[:, :, 0]
+    weights = weights[:, :, 0].unflatten(1, (key.shape[1], -1)).to(value.dtype)
+    expected = (weights @ value[:, :, :seen]).flatten(1, 2).to(wide)
     difference = (output[:, -1].to(wide) - expected).abs().max()
     return bool(difference <= _ROUNDING.get(query.dtype, _COARSE_ROUNDING) * expected.abs().max())
 
