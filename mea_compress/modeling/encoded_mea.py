@@ -236,16 +236,19 @@ class EncodedAttention(nn.Module):
             return ""
         return str(config.replaced) if config._attn_implementation == ATTENTION else ""
 
-    def may_absorb(self, query_heads: int, tokens: int, device: str, mask: Any, settings: dict[str, Any]) -> bool:
+    def may_absorb(self, queries: torch.Tensor, length: int, mask: Any, settings: dict[str, Any]) -> bool:
         """Return whether new tokens attend to the components themselves, and faster than to heads rebuilt of them.
 
+        A sequence whose tokens are all new is expanded, however short it is: the first one always is, and the same is
+        to become of the same.
+
         Args:
-            query_heads: Hq.
-            tokens: New tokens Q.
-            device: Device type, as in ``torch.device.type``.
+            queries: Of the new tokens, (B, Hq, Q, d).
+            length: All tokens T, new ones included.
             mask: What the model made for its attention implementation.
             settings: What the block hands to its attention function beside.
         """
+        tokens, device = queries.shape[2], queries.device.type
         unknown = {name for name, value in settings.items() if value is not None} - _WITHOUT_EFFECT - _READ
         if unknown or settings.get("dropout") or settings.get("scaling") is None or not readable_mask(mask, tokens):
             return False
@@ -259,7 +262,8 @@ class EncodedAttention(nn.Module):
         heads, head_dim = self.mea["heads"], self.mea["head_dim"]
         if choice != "auto" or all(form.plain for form, _ in sides):
             return choice == "absorb"
-        return absorb_is_faster(sides[0], sides[1], query_heads, heads, head_dim, tokens, device)
+        faster = absorb_is_faster(sides[0], sides[1], queries.shape[1], heads, head_dim, tokens, device)
+        return tokens < length and faster
 
     def attend_to_components(
         self,
@@ -407,7 +411,7 @@ def attend(
             with torch.no_grad():
                 stand_in.plain = is_plain(query, key, value, attention_mask, told, output, causal)
         return output, weights
-    if module.may_absorb(query.shape[1], query.shape[2], query.device.type, attention_mask, settings):
+    if module.may_absorb(query, key.shape[2], attention_mask, settings):
         output, weights = module.attend_to_components(query, key, value, attention_mask, **told)
         return output, weights if implementation == "eager" else None
     return function(module, query, *module.rebuild(key, value), attention_mask, **settings)
