@@ -63,7 +63,6 @@ def export_card(
     exported: Mapping[str, Any],
     versions: Mapping[str, str],
     source_card: str | None = None,
-    warning: str | None = None,
 ) -> str:
     """Write the README.md of a stock checkpoint, or of a file for llama.cpp, that was exported.
 
@@ -72,7 +71,6 @@ def export_card(
         exported: The JSON of `export`.
         versions: Package name to version.
         source_card: The compressed checkpoint's README.md; its licence and language are carried over.
-        warning: What to mind about engines.
 
     Returns:
         Markdown with the hub's YAML front matter, ending in a newline.
@@ -86,9 +84,8 @@ def export_card(
         "the query and output projections: what is left is grouped-query attention with "
         f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
         + ("are written in the file." if in_a_file else "are written in config.json. It loads without remote code."),
-        key_value_table(exported),
+        key_value_table({name: value for name, value in exported.items() if name != "warning"}),
         stock_outlook(exported),
-        *([warning] if warning else []),
     ]
     return _card(name, ["kv-cache", "compression"], body, versions, source_card)
 
