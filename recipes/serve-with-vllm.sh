@@ -28,7 +28,7 @@ else
     SERVED=$OUT/half
 fi
 
-options=(--served-model-name half --host 127.0.0.1 --port "$PORT" --enforce-eager --max-model-len 512)
+options=(--served-model-name half --host 127.0.0.1 --port "$PORT" --enforce-eager --max-model-len auto)
 if ! grep -qs chat_template "$SERVED/tokenizer_config.json" && [[ ! -f $SERVED/chat_template.jinja ]]; then
     printf '%s' "{% for message in messages %}{{ message['content'] }}{% endfor %}" > "$OUT/plain.jinja"
     options+=(--chat-template "$OUT/plain.jinja")

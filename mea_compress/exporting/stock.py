@@ -67,7 +67,7 @@ class ExportResult(Shown):
         return {
             "format": self.format,
             "model_type": self.model_type,
-            "key_value_heads": self.form.groups,
+            "key_value_heads": list(self.form.layer_groups) or self.form.groups,
             "head_dim": self.form.head_dim,
             **self.cost.to_json(),
             "warning": engine_warning(self.form, self.format),
@@ -152,16 +152,16 @@ def export(
             out, form, cost, verify_export(source, form, workspace.path, progress), model_type, format
         )
         if format == "gguf":
-            _replace_by_gguf(workspace.path, _source_name(source), weights)
+            _replace_by_gguf(workspace.path, _source_name(source), weights, form)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)
         workspace.publish(out)
     return result
 
 
-def _replace_by_gguf(directory: Path, name: str, weights: str) -> None:
+def _replace_by_gguf(directory: Path, name: str, weights: str, form: StockForm) -> None:
     """Write the file for llama.cpp, and take away the checkpoint that it was made from, its tokenizer included."""
-    write_gguf(directory, directory / FILE, name, weights)
+    write_gguf(directory, directory / FILE, name, weights, form.layer_groups)
     for file in directory.iterdir():
         if file.suffix in (".safetensors", ".json", ".model", ".jinja"):
             file.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mea_compress.report.tables import key_value_table, one_line, plan_report, share, stock_outlook
+from mea_compress.report.tables import head_counts, key_value_table, one_line, plan_report, share, stock_outlook
 
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -82,7 +82,8 @@ def export_card(
         f"# {name} with a smaller KV cache, as {kind}",
         f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
         "the query and output projections: what is left is grouped-query attention with "
-        f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
+        f"{head_counts(exported['key_value_heads'])} key/value head(s) of {exported['head_dim']} channels, whose "
+        "rotary frequencies "
         + ("are written in the file." if in_a_file else "are written in config.json. It loads without remote code."),
         key_value_table({name: value for name, value in exported.items() if name != "warning"}),
         stock_outlook(exported),

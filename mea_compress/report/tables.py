@@ -214,12 +214,18 @@ def stock_outlook(outlook: Mapping[str, Any]) -> str:
         weights = f"q_proj and o_proj grow {width:g} times, weights by {format_bytes(added)}"
     since = "never for one sequence" if tokens is None else f"from {tokens:,} cached tokens on"
     since = "always" if tokens == 0 else since
+    heads = head_counts(outlook["key_value_heads"])
     costs = (
-        f"Stock export: {outlook['key_value_heads']} key/value head(s) of {outlook['head_dim']} channels; {weights}, "
-        f"the cache by {format_bytes(saved)} less a token; memory is saved {since}."
+        f"Stock export: {heads} key/value head(s) of {outlook['head_dim']} channels; {weights}, the cache by "
+        f"{format_bytes(saved)} less a token; memory is saved {since}."
     )
     warning = outlook.get("warning")
     return f"{costs} {warning}" if warning else costs
+
+
+def head_counts(heads: int | Sequence[int]) -> str:
+    """Return the number of heads of all layers, or of those with the fewest and the most."""
+    return str(heads) if isinstance(heads, int) else f"{min(heads)} to {max(heads)}"
 
 
 def one_line(cell: object) -> str:
