@@ -169,11 +169,11 @@ def measured(checkpoint, options):
     }
 
 
-def beside(row, original, share):
+def beside(row, original):
     """What a row is of the original's."""
     if "cached_tokens" in row:
-        return {"kept_share": share, "expected_tokens": int(original["cached_tokens"] / share)}
-    return {f"{what}_ratio": row[what] / original[what] for what in row if what != "steps"}
+        return {"expected_tokens": int(original["cached_tokens"] / row["kept_share"])}
+    return {f"{what}_ratio": row[what] / original[what] for what in original if what != "steps"}
 
 
 def main():
@@ -214,8 +214,9 @@ def main():
     for checkpoint in [*([arguments.original] if arguments.original else []), *arguments.checkpoints]:
         name = "original" if checkpoint == arguments.original else checkpoint.name
         row = apart("speed", str(checkpoint), options) if arguments.speed else measured(checkpoint, options)
-        if "original" in result:
-            row |= beside(row, result["original"], kept_share(checkpoint))
+        if name != "original":
+            row["kept_share"] = kept_share(checkpoint)
+            row |= beside(row, result["original"]) if arguments.original else {}
         result[name] = row
         print(name, json.dumps(row), flush=True)
         if arguments.json:

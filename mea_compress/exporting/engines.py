@@ -39,7 +39,7 @@ ENGINES = {
     "llama.cpp": Engine(
         format="gguf", written_frequencies="its converter leaves them out and rotates keys wrongly without a word"
     ),
-    "openvino": Engine(known_by="reported"),
+    "openvino": Engine(),
     "onnxruntime-genai": Engine(
         written_frequencies="its builder leaves them out without a word and answers wrongly from the first token",
         known_by="reported",
