@@ -7,25 +7,28 @@ is kept is the best on held-out text, the start included.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.checkpoint.files import write_text
+from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
@@ -35,11 +38,15 @@ from mea_compress.processes import is_first_process, process_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RATES = (0.003, 0.01, 0.03)
-"""Step sizes to try, as a share of a tensor's root mean square."""
+_RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
+"""Step sizes to choose from, as a share of a tensor's root mean square."""
+_TRIALS = 3  # as many as there mostly are
+_LEAST_GAIN = 0.5
+"""Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
+_LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
 
@@ -51,7 +58,7 @@ class DistillationSettings:
         steps: Optimiser steps of the full run.
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
-        rates: Step sizes to try, as a share of a tensor's root mean square.
+        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -79,8 +86,9 @@ class DistillationSettings:
 
     @property
     def all_steps(self) -> int:
-        """Optimiser steps, trials among them."""
-        return self.steps + (0 if self.learning_rate is not None else len(self.rates) * self.trial_steps)
+        """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
+        trials = 0 if self.learning_rate is not None else min(_TRIALS, len(self.rates))
+        return self.steps + trials * self.trial_steps
 
 
 @dataclass(frozen=True)
@@ -141,9 +149,7 @@ def distil(
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
-        for tried in settings.rates:
-            if str(tried) in progress.found:
-                continue
+        while (tried := _next_rate(settings.rates, progress)) is not None:
             if not _steps_left(settings, began, progress.taken - before):
                 break
             train(_group(parameters, tried), settings.trial_steps)
@@ -156,8 +162,7 @@ def distil(
         rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
-            tried_all = len(progress.found) == len(settings.rates)
-            progress.steps = _steps_left(settings, began, progress.taken - before) if tried_all else 0
+            progress.steps = _steps_left(settings, began, progress.taken - before) if tried is None else 0
             progress.save()
     else:
         rate, progress.steps = None, settings.steps
@@ -217,14 +222,16 @@ class _Progress:
         """Write it down, complete or not at all."""
         if self.directory is None or not is_first_process():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with _keeping(self.directory):
+            self._write(self.directory)
+
+    def _write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         name = f"best-{self.taken + self.curve[-1][0]}.safetensors"
         if not self._offered:
-            name = json.loads((self.directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
+            name = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
         else:
-            save_file(
-                {key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, self.directory / name
-            )
+            save_file({key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, directory / name)
         record = {
             "best": name,
             "best_value": self.best_value,
@@ -233,23 +240,63 @@ class _Progress:
             "steps": self.steps,
             "taken": self.taken,
         }
-        write_text(self.directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
+        write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
         self._offered = False
-        for old in self.directory.glob("best-*.safetensors"):
+        for old in directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
 
 
+@contextmanager
+def _keeping(directory: Path) -> Iterator[None]:
+    """Turn what libraries say of a full disk, each in words of its own and none as OSError, into the sentence for it.
+
+    Raises:
+        DiskFullError: The block failed, and there is no room left.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(directory.parent).free < _LEAST_FREE
+        if not full:
+            raise
+        raise refusal(OSError(errno.ENOSPC, ""), directory) from error
+
+
+def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
+    """Return the step size to try next: from the middle up for as long as that is good enough, or down until one gains.
+
+    Returns:
+        One of `rates`, or None if enough was tried.
+    """
+    middle, start = len(rates) // 2, progress.curve[0][1]
+    if str(rates[middle]) not in progress.found:
+        return rates[middle]
+    climbs = progress.found[str(rates[middle])] < start
+    for rate in rates[middle + 1 :] if climbs else reversed(rates[:middle]):
+        value = progress.found.get(str(rate))
+        if value is None:
+            return rate
+        if _choose_rate(rates, progress) != rate if climbs else value < start:
+            return None
+    return None
+
+
 def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
-    """Return the largest step size whose trial lowered the KL, or the one whose trial ended lowest.
+    """Return the largest step size whose trial gained at least half of the best one's, or the one that ended lowest.
 
     A short run favours small steps: on babyllama105 at half of its cache 0.003 is ahead of 0.01 after 12 of 60 steps,
     and behind it at their end (KL 0.0317 and 0.0272).
     """
     start = progress.curve[0][1]
     found = {rate: progress.found.get(str(rate), math.inf) for rate in rates}
-    gained = [rate for rate, value in found.items() if value < start]
-    return max(gained) if gained else min(rates, key=lambda rate: found[rate])
+    best = min(rates, key=lambda rate: found[rate])
+    gain = start - found[best]
+    if not gain > 0:
+        return best
+    return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
@@ -507,7 +554,7 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 
 def _share_of_peak(steps: int, step: int) -> float:
     """Return the step size of a step as a share of its peak: a short warm-up, and a cosine to a twentieth."""
-    warm_up = max(1, min(8, steps // 5))
+    warm_up = max(1, min(20, steps // 5))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * cosine)
 
@@ -565,7 +612,8 @@ def _run(
             optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_peak, steps))),
         )
         distiller.remove_callback(PrinterCallback)
-        distiller.train(resume_from_checkpoint=None if state is None else _last_checkpoint(state))
+        with nullcontext() if state is None else _keeping(state):
+            distiller.train(resume_from_checkpoint=None if state is None else _last_checkpoint(state))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()

@@ -422,6 +422,8 @@ def _healed(
     training, held_out = from_first_process((training, held_out))
     settings = replace(settings, products=products)
     before = measure(model, teacher_model, held_out, products)
+    if math.isnan(before.kl):
+        raise RequestError(f"the logits of {teacher} or {student} are not all numbers: look for NaN in their weights")
     with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import stock_model
 
 from mea_compress import distillation
@@ -17,6 +19,7 @@ from mea_compress.distillation import (
     distil,
     measure,
 )
+from mea_compress.errors import DiskFullError
 
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -97,7 +100,7 @@ def test_a_step_size_is_found_and_the_best_is_kept(pair, products):
     assert done.rate == 0.05 and after.kl < 0.7 * before
     assert min(value for _, value in done.curve) == pytest.approx(after.kl / after.tokens, rel=1e-3)
     assert done.curve[0] == (0, pytest.approx(before / after.tokens, rel=1e-3)) and done.curve[-1][0] == 40
-    assert len(losses) == settings.all_steps == 40 + 2 * 3
+    assert len(losses) == done.all_steps
     assert all(weight.dtype == torch.float32 for weight in student.parameters() if weight.requires_grad)
 
 
@@ -141,6 +144,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_curve(pair, at, 
         assert torch.equal(weight, same), name
 
 
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_full_disk_is_one_sentence_whatever_libraries_call_it(library, pair, tmp_path, monkeypatch):
+    student, teacher = pair
+    room, settings = [], DistillationSettings(20, 8, seed=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room[0]))
+
+    def refuse(*_, **__):
+        if library == "torch":
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    place, name = {"safetensors": (distillation, "save_file"), "torch": (torch, "save")}[library]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, refuse)
+        room[:] = [0]
+        with pytest.raises(DiskFullError, match=r"state: the disk or quota is full"):
+            distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+        room[:] = [1 << 30]
+        if library == "torch":  # which says nothing of a disk: with room left it is something else
+            with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+                distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    resumed = distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    assert resumed == distil(student, teacher, IDS[:16], IDS[16:], settings)
+
+
 def test_gradient_checkpointing_changes_nothing(pair):
     student, teacher = pair
     other = copy.deepcopy(student)
@@ -153,13 +181,33 @@ def test_gradient_checkpointing_changes_nothing(pair):
 
 
 @pytest.mark.parametrize(
+    ("values", "tried", "chosen"),
+    [
+        ((0.9, 0.8, 0.7, 0.6, 0.5), (3, 4, 5), 5),
+        ((0.9, 0.8, 0.7, 0.6, 0.9), (3, 4, 5), 4),
+        ((0.9, 0.8, 0.7, 1.1, 0.1), (3, 4), 3),  # a larger one that does worse ends it
+        ((0.9, 0.8, 1.2, 0.1, 0.1), (3, 2), 2),
+        ((0.9, 1.1, math.inf, 0.1, 0.1), (3, 2, 1), 1),
+        ((1.1, 1.2, 1.3, 0.1, 0.1), (3, 2, 1), 1),
+    ],
+)
+def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
+    rates, progress, order = (1, 2, 3, 4, 5), SimpleNamespace(curve=[(0, 1.0)], found={}), []
+    while (rate := distillation._next_rate(rates, progress)) is not None:
+        order.append(rate)
+        progress.found[str(rate)] = values[rate - 1]
+    assert tuple(order) == tried and distillation._choose_rate(rates, progress) == chosen
+
+
+@pytest.mark.parametrize(
     ("found", "chosen"),
     [
-        ({"0.1": 0.8, "0.2": 0.9, "0.3": 1.1}, 0.2),  # the largest that gained
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 0.2),  # the largest that gained as good as the most
+        ({"0.1": 0.8, "0.2": 0.95, "0.3": 0.99}, 0.1),
         ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 0.2),  # none gained: the least bad
         ({"0.1": 0.8}, 0.1),  # there was no time for the others
     ],
 )
-def test_the_largest_step_that_gains_is_taken(found, chosen):
+def test_the_largest_step_size_that_gains_enough_is_taken(found, chosen):
     progress = SimpleNamespace(curve=[(0, 1.0)], found=found)
     assert distillation._choose_rate((0.1, 0.2, 0.3), progress) == chosen

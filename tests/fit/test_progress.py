@@ -7,9 +7,11 @@ from tiny import stock_checkpoint
 
 from mea_compress.compression import compress
 from mea_compress.fit import progress
-from mea_compress.fit.progress import STEP, FitProgress, estimate_seconds, healing_units
+from mea_compress.fit.profile import profile
+from mea_compress.fit.progress import STEP, FitProgress, WorkBar, estimate_seconds, healing_units
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import make_plan
+from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "uniform"}
@@ -29,6 +31,24 @@ def test_the_bar_ends_full(refine, layers, tmp_path, monkeypatch):
     rest = work.total - work.done
     assert rest <= work.layer_units + (2 - last) * work.passing
     assert work.expected > 0 or rest == 0
+
+
+@pytest.mark.parametrize("name", ["fitting", "profiling"])
+def test_a_bar_ends_before_what_went_wrong_is_said(name, tmp_path, monkeypatch):
+    """Left open, it would be drawn again behind the message."""
+    source, closed, close = stock_checkpoint(tmp_path / "src"), [], WorkBar.close
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkBar, "close", lambda self: (closed.append(self.name), close(self)))
+    monkeypatch.setattr(WorkBar, "say", stop)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "profiling":
+            profile(source, progress=False, sequence_length=32, sequences=16)
+        else:
+            compress(source, tmp_path / "out", recipe=Recipe(**QUICK, refine=0, heal=0), progress=False)
+    assert closed == [name]
 
 
 def test_a_time_limit_shortens_refinement(tmp_path, monkeypatch):
@@ -59,7 +79,8 @@ def test_distillation_behind_the_fit_comes_before_refinement(tmp_path, monkeypat
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     behind = healing_units(healed)
-    assert behind > healed.decisions.healing_steps * 3 * len(healed.layers)
+    batch = healing_batch(healed.decisions.sequence_length) * healed.decisions.sequence_length / TOKENS_PER_STEP
+    assert behind > healed.decisions.healing_steps * batch * 3 * len(healed.layers)
     for rest in (40, 400):
         clock[0] = 0.0
         work = FitProgress(healed, 2, 1, 110, 1, deadline=behind + rest)
@@ -115,5 +136,5 @@ def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
     assert seconds(refine=10_000, time_limit=2.0) == 120
     assert seconds(budget="measured") > seconds()
     healing = seconds(heal=20) - seconds()
-    assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3
+    assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3 * 16 * 32 / 4096
     assert seconds(fit="weights", heal=20) == pytest.approx(healing)
