@@ -11,6 +11,7 @@ from mea_compress.architectures.families import LayerGeometry, Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
+from mea_compress.exporting.engines import engine_warning
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
@@ -215,4 +216,9 @@ def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
     except RequestError as error:
         return {"reason": str(error)}
     cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
-    return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}
+    return {
+        "key_value_heads": form.groups,
+        "head_dim": form.head_dim,
+        **cost.to_json(),
+        "warning": engine_warning(form),
+    }
