@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
+from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
@@ -34,6 +35,7 @@ from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.planning.types import LayerPlan, Plan
+from mea_compress.text.kept_samples import kept_samples
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import token_sequences
@@ -364,15 +366,28 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
         if len(tokens) > count:  # what lies at the front of a text is no fair sample of it
             tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))]
         return tokens
-    model, own = load_model(directory, device=recipe.device), None
-    with suppress(RequestError):
-        own = load_tokenizer(directory)
-    tokens = sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
-    if not decisions.healing_steps:
-        return tokens
-    extra = _extra_sequences(count, length)  # by another seed, so that calibration has the same text without them
-    others = sample_sequences(model, own, extra, length, recipe.seed + 1, bos=recipe.bos, progress=progress)
-    return torch.cat((tokens, others))
+    extra = _extra_sequences(count, length) if decisions.healing_steps else 0
+
+    def sample() -> torch.Tensor:
+        model, own = load_model(directory, device=recipe.device), None
+        with suppress(RequestError):
+            own = load_tokenizer(directory)
+        tokens = sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
+        if not extra:
+            return tokens
+        # By another seed, so that calibration has the same text without them.
+        others = sample_sequences(model, own, extra, length, recipe.seed + 1, bos=recipe.bos, progress=progress)
+        return torch.cat((tokens, others))
+
+    what = {
+        "model": fingerprint(plan.source.reader, plan.source.raw_config),
+        "shape": [count, extra, length],
+        "seed": recipe.seed,
+        "bos": recipe.bos,
+        "device": resolve_device(recipe.device).type,
+        "versions": versions(),
+    }
+    return kept_samples(what, sample)
 
 
 def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
