@@ -30,7 +30,7 @@ from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
-from mea_compress.processes import is_first_process, process_count
+from mea_compress.processes import from_first_process, is_first_process, process_count
 from mea_compress.top_logits import TopLoss, top_divergence
 
 if TYPE_CHECKING:
@@ -97,12 +97,14 @@ class Distillation:
         curve: KL on held-out text in nats per token by optimiser step, from 0 on.
         steps: Optimiser steps of the full run.
         all_steps: Optimiser steps, those of trials among them.
+        losses: What was trained on by optimiser step, of the full run.
     """
 
     rate: float | None
     curve: tuple[tuple[int, float], ...]
     steps: int
     all_steps: int
+    losses: tuple[float, ...] = ()
 
 
 def distil(
@@ -146,7 +148,9 @@ def distil(
 
     def train(groups: list[dict[str, Any]], steps: int, on_step: Callable[[int], object] | None = None) -> None:
         _set(parameters, start)
-        _run(model, teacher, training, groups, settings, steps, tick, on_step, state if on_step else None, learnt)
+        losses = progress.losses if on_step else []
+        here = state if on_step else None
+        _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
@@ -181,7 +185,8 @@ def distil(
     if progress.steps:
         train(groups, progress.steps, on_step)
     _set(parameters, progress.best_weights)
-    return Distillation(rate, tuple(progress.curve), progress.steps, progress.taken + progress.steps)
+    all_steps = progress.taken + progress.steps
+    return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tuple(progress.losses))
 
 
 class _Progress:
@@ -199,6 +204,7 @@ class _Progress:
         self.best_weights = dict(weights)
         self.found: dict[str, float] = {}
         self.curve: list[tuple[int, float]] = [(0, value)]
+        self.losses: list[float] = []
         self.steps: int | None = None
         self.taken = 0
         self._offered = True
@@ -213,6 +219,7 @@ class _Progress:
         progress = _Progress(directory, kept["curve"][0][1], {k: weights[k].to(like[k].device) for k in like})
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
+        progress.losses = kept["losses"]
         progress._offered = False
         return progress
 
@@ -239,6 +246,7 @@ class _Progress:
             "best_value": self.best_value,
             "found": self.found,
             "curve": self.curve,
+            "losses": self.losses,
             "steps": self.steps,
             "taken": self.taken,
         }
@@ -262,7 +270,7 @@ def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
-    """Return the steps of the full run that are left the time for.
+    """Return the steps of the full run that are left the time for, by the clock of the first process.
 
     Args:
         settings: With the deadline.
@@ -274,8 +282,8 @@ def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int
     now = time.monotonic()
     left = settings.deadline - now
     if not taken:
-        return settings.steps if left > 0 else 0
-    return max(0, min(settings.steps, int(left * taken / (now - began))))
+        return from_first_process(settings.steps if left > 0 else 0)
+    return from_first_process(max(0, min(settings.steps, int(left * taken / (now - began)))))
 
 
 @torch.no_grad()
@@ -346,15 +354,21 @@ class _Callback(TrainerCallback):
     """Reports every step, looks at the held-out text every so often, and stops at a loss that is not finite."""
 
     def __init__(
-        self, steps: int, tick: Callable[[float], object], look: Callable[[int], object] | None, saves: bool
+        self,
+        steps: int,
+        tick: Callable[[float], object],
+        history: list[float],
+        look: Callable[[int], object] | None,
+        saves: bool,
     ) -> None:
-        self.tick, self.look, self.saves = tick, look, saves
+        self.tick, self.history, self.look, self.saves = tick, history, look, saves
         self.looks = {round(steps * (index + 1) / _LOOKS) for index in range(_LOOKS)}
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         loss = sum(self.losses) / len(self.losses)
         self.losses.clear()
+        self.history[state.global_step - 1 :] = [loss]  # steps behind the checkpoint it went on from are done again
         self.tick(loss)
         if not math.isfinite(loss):
             control.should_training_stop = True
@@ -644,19 +658,21 @@ def _run(
     settings: DistillationSettings,
     steps: int,
     tick: Callable[[float], object],
+    history: list[float],
     look: Callable[[int], object] | None = None,
     state: Path | None = None,
     counted: torch.Tensor | None = None,
 ) -> None:
     """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`.
 
-    With a directory `state`, checkpoints are kept there whenever `look` is called, and training goes on from the last.
+    The loss of every step goes to `history`. With a directory `state`, checkpoints are kept there whenever `look` is
+    called, and training goes on from the last.
     """
     device = next(model.parameters()).device
     sample = ids[:1, :8].to(device)
     with _autocast(model, settings.products):
         sliced = all(_head_alone_makes_logits(one, sample) for one in (model, teacher))
-    reporter = _Callback(steps, tick, look, state is not None)
+    reporter = _Callback(steps, tick, history, look, state is not None)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     micro, accumulated = _micro_batch(settings, device, ids.shape[1], sliced, vocabulary_size(teacher))

@@ -54,6 +54,8 @@ from mea_compress.loading import (
 )
 from mea_compress.measure.metrics import check_same_vocabulary
 from mea_compress.processes import from_first_process, is_first_process, join_processes
+from mea_compress.report.cards import healed_card
+from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
 from mea_compress.stages import Stages, parse_stages
@@ -67,6 +69,8 @@ from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PICTURE = "healing.png"
+"""The curve, beside the card."""
 _MAX_SAMPLED = 1024
 _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
@@ -116,6 +120,7 @@ class HealingResult(Shown):
         prefix_ids: Ids in front of every sequence.
         answers_only: Whether only what answers predict counted, in training and in the losses above.
         stages: What was done, stage by stage.
+        losses: The loss of what was trained on by optimiser step, trials left out.
     """
 
     out: Path
@@ -138,6 +143,7 @@ class HealingResult(Shown):
     prefix_ids: tuple[int, ...] = ()
     answers_only: bool = False
     stages: tuple[HealingStage, ...] = ()
+    losses: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, as in ``healing.json``."""
@@ -504,6 +510,7 @@ def _healed(
     total = sum(part.all_steps for part in parts)
     done: list[HealingStage] = []
     curve: list[tuple[int, float]] = []
+    losses: list[float] = []
     with tqdm(total=total, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:
@@ -519,6 +526,7 @@ def _healed(
             distillation = distil(model, teacher_model, training, held_out, part, tick, here, counted)
             first = sum(one.steps for one in done)
             curve += [(first + step, value) for step, value in distillation.curve if step or not index]
+            losses += distillation.losses
             done.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
     training_of.end()
     with torch.no_grad():
@@ -553,6 +561,7 @@ def _healed(
         prefix_ids=prefix,
         answers_only=answers_only,
         stages=tuple(done),
+        losses=tuple(losses),
     )
     if not better and is_first_process():
         print(
@@ -586,6 +595,8 @@ def _stored_sequences(state: Workspace | None, make: Callable[[], dict[str, torc
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
     """Write the student's directory with new weights and a ``healing.json``, complete or not at all.
 
+    What its card says of healing is replaced, and the curve is drawn where matplotlib is installed.
+
     Raises:
         RequestError: The disk is full or refuses; what was at `out` is as it was.
     """
@@ -598,3 +609,9 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
         record = {name: value for name, value in result.to_json().items() if name != "out"}
         # A loss may be infinite here, which `write_json` refuses.
         write_text(work / "healing.json", json.dumps(record | {"versions": versions()}, indent=2) + "\n")
+        card = work / "README.md"
+        if card.is_file():
+            write_text(card, healed_card(card.read_text(encoding="utf-8", errors="replace"), record))
+        (work / PICTURE).unlink(missing_ok=True)
+        if has_matplotlib() and result.curve:
+            draw_healing(record, work / PICTURE)

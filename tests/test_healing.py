@@ -67,12 +67,13 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
 
     assert result.kept == "healed" and result.kl_after < 0.7 * result.kl_before
     after = files(student)
-    assert set(after) == set(before) | {"healing.json"}
+    assert set(after) == set(before) | {"healing.json", "healing.png"} and after["healing.png"].startswith(b"\x89PNG")
     assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
     assert files(teacher) == original
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
     record = json.loads(after["healing.json"])
+    assert len(record["losses"]) == 40 and min(record["losses"][20:]) < record["losses"][0]
     assert record["tokens"] == 40 * 8 * 32 and record["kl_after"] == result.kl_after
     assert record["versions"]["torch"] and "out" not in record
 
@@ -110,7 +111,7 @@ def test_shards_names_and_dtypes_stay(tmp_path, teacher):
     assert len(list(student.glob("*.safetensors"))) > 1
     heal(student, teacher=teacher, **SETTINGS)
     after = weights(student)
-    assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json"])
+    assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json", "healing.png"])
     assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(student).dtype == torch.bfloat16
     assert not torch.equal(
@@ -198,6 +199,23 @@ def test_stages_that_cannot_be(tmp_path, teacher, monkeypatch):
     assert files(student) == before
 
 
+def test_the_card_says_what_the_last_healing_did(tmp_path, teacher, monkeypatch):
+    student = composed_student(tmp_path / "student", teacher)
+    short = SETTINGS | {"steps": 8}
+    first = heal(student, teacher=teacher, **short)
+    card = (student / "README.md").read_text()
+    assert card.index("## Load it") < card.index("## How it was healed") < card.index("## How it was made")
+    assert f"{first.kl_before:.4g}" in card and f"{first.kl_after:.4g}" in card and "sampled from the teacher" in card
+    monkeypatch.setattr("mea_compress.healing.has_matplotlib", lambda: False)
+    second = heal(student, teacher=teacher, seed=1, **short)
+    again = (student / "README.md").read_text()
+    assert f"{second.kl_after:.4g}" in again and f"{first.kl_before:.4g}" not in again
+    assert again.count("How it was healed") == 1 and not (student / "healing.png").exists()
+    section = again.index("## How it was healed")
+    assert again[:section] == card[: card.index("## How it was healed")]
+    assert again[again.index("## How it was made") :] == card[card.index("## How it was made") :]
+
+
 def test_several_texts_and_what_stands_in_front(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
@@ -257,7 +275,7 @@ def test_it_never_ends_worse(tmp_path, teacher, capsys):
     assert result.kept == "unhealed" and result.kl_after == result.kl_before
     assert weights(student).keys() == weights(teacher).keys()
     after = files(student)
-    del after["healing.json"]
+    del after["healing.json"], after["healing.png"]
     assert after == before
     assert "did not help" in capsys.readouterr().err
 
@@ -447,6 +465,7 @@ def test_what_was_killed_goes_on_to_the_same_curve_and_weights(tmp_path, teacher
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         record = json.loads((out / "healing.json").read_text())
         assert [tuple(point) for point in record["curve"]] == [pytest.approx(point) for point in whole.curve]
+        assert record["losses"] == [pytest.approx(loss, rel=1e-4) for loss in whole.losses]
         assert record["tokens"] == whole.tokens and record["kept"] == whole.kept == "healed"
         healed, expected = weights(out), weights(tmp_path / "whole")
         for name, tensor in healed.items():
