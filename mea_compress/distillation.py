@@ -182,7 +182,7 @@ def distil(
         progress.offer(value, parameters)
         progress.save()
 
-    if progress.steps:
+    if progress.curve[-1][0] < progress.steps:  # otherwise it was through, and something else was stopped behind it
         train(groups, progress.steps, on_step)
     _set(parameters, progress.best_weights)
     all_steps = progress.taken + progress.steps

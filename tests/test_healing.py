@@ -15,6 +15,7 @@ from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mea_compress import distillation
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
@@ -178,6 +179,30 @@ def test_a_stage_with_adapters_changes_the_rest_and_leaves_nothing_of_them(tmp_p
     found = evaluate(tmp_path / "out", text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False)
     other = evaluate(student, text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False)
     assert found.kl < other.kl
+
+
+def test_stages_go_on_where_they_were_stopped(tmp_path, teacher, monkeypatch):
+    student = composed_student(tmp_path / "student", teacher)
+    options = SETTINGS | {"teacher": teacher, "train": "compositions,attention", "steps": 20}
+    whole = heal(student, out=tmp_path / "whole", **options)
+    step, count = distillation._Callback.on_step_end, iter(range(100))
+
+    def stop(self, *arguments, **more):
+        if next(count) == 15:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(distillation._Callback, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        heal(student, out=tmp_path / "out", **options)
+    taken = []
+    monkeypatch.setattr(
+        distillation._Callback, "on_step_end", lambda *args, **more: (taken.append(1), step(*args, **more))[1]
+    )
+    resumed = heal(student, out=tmp_path / "out", resume=True, **options)
+    assert len(taken) < 10 and resumed.curve == whole.curve and resumed.losses == whole.losses
+    assert resumed.stages == whole.stages and len(whole.losses) == 20
+    assert all(torch.equal(w, weights(tmp_path / "whole")[name]) for name, w in weights(tmp_path / "out").items())
 
 
 def test_stages_that_cannot_be(tmp_path, teacher, monkeypatch):
