@@ -469,14 +469,14 @@ def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
 
 def _weights_of(
     ids: torch.Tensor, temperature: float, cross_entropy: float, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what KL and cross-entropy at every position of ids (B, T) count in the loss, (B, T) each."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what KL and cross-entropy at every position of ids (B, T) count in the loss, (B, T) each or None."""
     if weights is None:
         everywhere = torch.ones_like(ids, dtype=torch.float32)
         of_kl, of_text = everywhere / ids.numel(), _weights(everywhere, ids[:, 1:].numel())
     else:
         of_kl = of_text = weights
-    return (1 - cross_entropy) * temperature**2 * of_kl, cross_entropy * of_text
+    return (1 - cross_entropy) * temperature**2 * of_kl, cross_entropy * of_text if cross_entropy else None
 
 
 def _whole_loss(
@@ -514,7 +514,7 @@ def _whole_loss(
     else:
         divergence = top_divergence(log_p, log_q, top_logits)
     loss = (of_kl * divergence).sum()
-    if cross_entropy:
+    if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
     if match_hidden:
@@ -539,9 +539,9 @@ def _sliced_loss(
     own, other = _head(model), _head(teacher)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
     if top_logits is None:
-        loss = _SlicedLoss.apply(hidden, target, own, other, ids, of_kl, of_text, temperature)
+        loss = _SlicedLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature)
     else:
-        loss = TopLoss.apply(hidden, target, own, other, ids, of_kl, of_text, temperature, top_logits)
+        loss = TopLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, top_logits)
     return loss + match_hidden * _hidden_error(found, expected) if match_hidden else loss
 
 
@@ -583,24 +583,23 @@ class _SlicedLoss(torch.autograd.Function):
         head: nn.Linear,
         expected: nn.Linear,
         ids: torch.Tensor,
+        counts: torch.Tensor | None,
         of_kl: torch.Tensor,
-        of_text: torch.Tensor,
+        of_text: torch.Tensor | None,
         temperature: float,
     ) -> Any:
         gradient = torch.zeros_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
-        has_text = bool(of_text.any())
         for row in range(len(ids)):
-            at = (of_kl[row] + of_text[row]).nonzero()[:, 0]
-            own, other = hidden[row, at], target[row, at]  # (T, D) each
-            weights, text_weights = of_kl[row, at], of_text[row, at]
+            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
+            own, other, weights = hidden[row, at], target[row, at], of_kl[row, at]  # (T, D) twice, (T,)
             logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
             expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
             wide = torch.promote_types(logits.dtype, torch.float32)
             of_logits: torch.Tensor | float = 0.0
-            if has_text:
-                following = next_ids[row, at, None]
+            if of_text is not None:
+                following, text_weights = next_ids[row, at, None], of_text[row, at]
                 q = logits.softmax(-1, dtype=wide)
                 total += (text_weights * (_log_sum(logits, q) - logits.gather(1, following)[:, 0].to(wide))).sum()
                 q.scatter_add_(1, following, torch.full_like(following, -1, dtype=wide))
@@ -620,7 +619,7 @@ class _SlicedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], *[None] * 7
+        return gradient * outer[0], *[None] * 8
 
 
 def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

@@ -58,8 +58,9 @@ class TopLoss(torch.autograd.Function):
         head: nn.Linear,
         expected: nn.Linear,
         ids: torch.Tensor,
+        counts: torch.Tensor | None,
         of_kl: torch.Tensor,
-        of_text: torch.Tensor,
+        of_text: torch.Tensor | None,
         temperature: float,
         count: int,
     ) -> Any:
@@ -72,17 +73,17 @@ class TopLoss(torch.autograd.Function):
             head: The student's.
             expected: The teacher's.
             ids: (B, T), int64.
+            counts: Zero where nothing of a position counts, (B, T); None where all do.
             of_kl: What the KL of every position counts, (B, T).
-            of_text: What its cross-entropy counts, (B, T).
+            of_text: What its cross-entropy counts, (B, T); None where it does not.
             temperature: Divides the logits of both for the KL.
             count: Tokens that are told apart.
         """
         gradient = torch.zeros_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
-        has_text = bool(of_text.any())
         for row in range(len(ids)):
-            at = (of_kl[row] + of_text[row]).nonzero()[:, 0]
+            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
             own, weights = hidden[row, at], of_kl[row, at, None]  # (N, D), (N, 1)
             top_ids, log_p, rest = _largest(target[row, at], expected, temperature, count)
             student = _student(own, head, temperature, top_ids)
@@ -93,7 +94,7 @@ class TopLoss(torch.autograd.Function):
             whole = _rows(head, top_ids, weights * (log_q.exp() - p))
             whole += weights * (log_rest.exp() - rest)[:, None] * student.mean
             whole /= temperature
-            if has_text:
+            if of_text is not None:
                 if temperature != 1:
                     student = _student(own, head, 1.0, top_ids)
                     log_q = student.logits - student.log_sum[:, None]
@@ -113,7 +114,7 @@ class TopLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         """Return the gradient of the hidden states, and none of anything else."""
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], *[None] * 8
+        return gradient * outer[0], *[None] * 9
 
 
 def _slices(own: torch.Tensor, head: nn.Linear, temperature: float) -> Any:

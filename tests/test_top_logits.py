@@ -52,7 +52,8 @@ def test_slices_of_the_vocabulary_give_what_whole_logits_give(
     of_kl[0, 2:5] = of_text[0, 2:5] = of_text[:, -1] = 0
     expected = plain(*models, of_kl, of_text, temperature, count)
     (gradient,) = torch.autograd.grad(expected, models[0])
-    loss = TopLoss.apply(*models, of_kl, of_text, temperature, count)
+    text = of_text if share else None
+    loss = TopLoss.apply(*models, of_kl + of_text, of_kl, text, temperature, count)
     (found,) = torch.autograd.grad(2 * loss, models[0])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     torch.testing.assert_close(found, 2 * gradient, rtol=1e-3, atol=2e-5)
@@ -62,7 +63,7 @@ def test_a_part_is_never_more_and_of_peaked_logits_within_a_hundredth(models):
     ones = torch.ones(B, T) / (B * T)
     zeros = torch.zeros(B, T)
     whole = plain(*models, ones, zeros, 1.0, None).item()
-    found = [TopLoss.apply(*models, ones, zeros, 1.0, count).item() for count in (1, 4, 16, 32)]
+    found = [TopLoss.apply(*models, None, ones, None, 1.0, count).item() for count in (1, 4, 16, 32)]
     assert found == sorted(found) and found[-1] <= whole * (1 + 1e-5)
     if models[2].weight.std() > 1:
         assert found[2] == pytest.approx(whole, rel=0.01) and whole > 0.05
