@@ -1,4 +1,4 @@
-"""Memory and time of the distillation loss of one sequence: over the whole vocabulary, and by the K largest logits.
+"""Memory and processor time of the distillation loss of one sequence: of the whole vocabulary, and of K logits.
 
 Random hidden states and a random head of the given shape, each way in a process of its own; `bytes` is by how much the
 peak of its memory grows over what it has before.
@@ -39,10 +39,10 @@ def one(dtype: torch.dtype, count: int) -> dict[str, float]:
     run = (lambda given: TopLoss.apply(*given, count)) if count else (lambda given: _SlicedLoss.apply(*given))
     run(small).backward()  # what libraries take when they are first called
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()
     loss = run(shared)
     loss.backward()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return {"logits": count or SHAPE["vocabulary"], "bytes": grown, "seconds": round(seconds, 3), "loss": loss.item()}
 

@@ -61,7 +61,7 @@ from mea_compress.report.tables import key_value_table
 from mea_compress.stages import Stages, parse_stages
 from mea_compress.text.answers import answer_sequences
 from mea_compress.text.documents import Documents
-from mea_compress.text.kept_samples import kept_samples
+from mea_compress.text.kept_samples import kept_samples, tokenizer_digest
 from mea_compress.text.reading import TextChoice, read_documents, text_state
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
@@ -154,7 +154,7 @@ class HealingResult(Shown):
         shown = {
             name: value
             for name, value in self.to_json().items()
-            if value is not None and name not in ("curve", "stages")
+            if value is not None and name not in ("curve", "losses", "stages")
         }
         return key_value_table(shown)
 
@@ -252,6 +252,7 @@ def _sequences(
         reader = CheckpointReader(source)
         what = {
             "model": fingerprint(reader, reader.config()),
+            "tokenizer": tokenizer_digest(tokenizer),  # the student's own
             "shape": [count, length],
             "seed": seed,
             "bos": bos,

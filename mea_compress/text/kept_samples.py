@@ -8,13 +8,17 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load, save
 
 from mea_compress.checkpoint.files import replacing, write_bytes
 from mea_compress.errors import RequestError
+from mea_compress.text.sequences import sequence_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLACE = "MEA_COMPRESS_CACHE"
 """Environment variable that names the directory of kept samples; empty, none are kept."""
@@ -46,6 +50,13 @@ def kept_samples(what: Mapping[str, Any], sample: Callable[[], torch.Tensor]) ->
     return ids
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of all that a sample takes from a tokenizer: its tokens, special ones, and chat template."""
+    tokens = sorted(tokenizer.get_vocab().items())
+    parts = [tokens, tokenizer.all_special_ids, tokenizer.chat_template, sequence_prefix(tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _directory() -> Path | None:
     """Return where samples are kept, None where they are not."""
     if PLACE in os.environ:
@@ -55,4 +66,4 @@ def _directory() -> Path | None:
     return None if home.startswith("~") else Path(home) / "mea-compress" / "sampled"
 
 
-__all__ = ["PLACE", "kept_samples"]
+__all__ = ["PLACE", "kept_samples", "tokenizer_digest"]

@@ -1,9 +1,10 @@
 """Sampled text that is kept: the same again without a model, anything else anew."""
 
 import torch
+from letters import character_tokenizer
 
 from mea_compress.text import kept_samples as module
-from mea_compress.text.kept_samples import kept_samples
+from mea_compress.text.kept_samples import kept_samples, tokenizer_digest
 
 IDS = torch.tensor([[1, 70000, 3], [4, 5, 6]])
 
@@ -24,6 +25,13 @@ def test_the_same_is_sampled_once(tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:-5])
     assert kept_samples(what, lambda: IDS) is IDS  # damaged, made again
     assert torch.equal(kept_samples(what, fail), IDS)
+
+
+def test_another_tokenizer_is_another_reason():
+    plain, other, template = character_tokenizer(), character_tokenizer(bos=False), character_tokenizer()
+    template.chat_template = "{{ messages }}"
+    digests = [tokenizer_digest(one) for one in (plain, character_tokenizer(), other, template)]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_nothing_is_kept_where_it_cannot_be(tmp_path, monkeypatch):
