@@ -36,8 +36,9 @@ from mea_compress.top_logits import TopLoss, top_divergence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RATES = (0.0015, 0.005, 0.015)
-"""Step sizes to try, as a share of a tensor's root mean square."""
+_RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
+"""Step sizes to choose from, as a share of a tensor's root mean square."""
+_TRIALS = 3  # as many as there mostly are
 _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
@@ -54,7 +55,7 @@ class DistillationSettings:
         steps: Optimiser steps of the full run.
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
-        rates: Step sizes to try, as a share of a tensor's root mean square.
+        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -86,8 +87,9 @@ class DistillationSettings:
 
     @property
     def all_steps(self) -> int:
-        """Optimiser steps, trials among them."""
-        return self.steps + (0 if self.learning_rate is not None else len(self.rates) * self.trial_steps)
+        """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
+        trials = 0 if self.learning_rate is not None else min(_TRIALS, len(self.rates))
+        return self.steps + trials * self.trial_steps
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def distil(
 
     def look() -> float:
         total = measure(model, teacher, looked_at, settings.products, judged)
-        return total.kl / total.tokens
+        return from_first_process(total.kl / total.tokens)  # what comes next follows from it, in all of them alike
 
     start = {name: weight.detach().clone() for name, weight in parameters.items()}
     progress = _Progress.resumed(state, start) or _Progress(state, look(), start)
@@ -156,9 +158,7 @@ def distil(
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
-        for tried in settings.rates:
-            if str(tried) in progress.found:
-                continue
+        while (tried := _next_rate(settings.rates, progress)) is not None:
             if not _steps_left(settings, began, progress.taken - before):
                 break
             train(_group(parameters, tried), settings.trial_steps)
@@ -171,8 +171,7 @@ def distil(
         rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
-            tried_all = len(progress.found) == len(settings.rates)
-            progress.steps = _steps_left(settings, began, progress.taken - before) if tried_all else 0
+            progress.steps = _steps_left(settings, began, progress.taken - before) if tried is None else 0
             progress.save()
     else:
         rate, progress.steps = None, settings.steps
@@ -257,6 +256,25 @@ class _Progress:
         for old in self.directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
+
+
+def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
+    """Return the step size to try next: from the middle up for as long as that is good enough, or down until one gains.
+
+    Returns:
+        One of `rates`, or None if enough was tried.
+    """
+    middle, start = len(rates) // 2, progress.curve[0][1]
+    if str(rates[middle]) not in progress.found:
+        return rates[middle]
+    climbs = progress.found[str(rates[middle])] < start
+    for rate in rates[middle + 1 :] if climbs else reversed(rates[:middle]):
+        value = progress.found.get(str(rate))
+        if value is None:
+            return rate
+        if _choose_rate(rates, progress) != rate if climbs else value < start:
+            return None
+    return None
 
 
 def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:

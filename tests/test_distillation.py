@@ -157,7 +157,7 @@ def test_a_step_size_is_found_and_the_best_is_kept(pair, products):
     assert done.rate == 0.05 and after.kl < 0.7 * before
     assert min(value for _, value in done.curve) == pytest.approx(after.kl / after.tokens, rel=1e-3)
     assert done.curve[0] == (0, pytest.approx(before / after.tokens, rel=1e-3)) and done.curve[-1][0] == 40
-    assert len(losses) == settings.all_steps == 40 + 2 * 3
+    assert len(losses) == done.all_steps
     assert all(weight.dtype == torch.float32 for weight in student.parameters() if weight.requires_grad)
 
 
@@ -213,13 +213,33 @@ def test_gradient_checkpointing_changes_nothing(pair):
 
 
 @pytest.mark.parametrize(
+    ("values", "tried", "chosen"),
+    [
+        ((0.9, 0.8, 0.7, 0.6, 0.5), (3, 4, 5), 5),
+        ((0.9, 0.8, 0.7, 0.6, 0.9), (3, 4, 5), 4),
+        ((0.9, 0.8, 0.7, 1.1, 0.1), (3, 4), 3),  # a larger one that does worse ends it
+        ((0.9, 0.8, 1.2, 0.1, 0.1), (3, 2), 2),
+        ((0.9, 1.1, math.inf, 0.1, 0.1), (3, 2, 1), 1),
+        ((1.1, 1.2, 1.3, 0.1, 0.1), (3, 2, 1), 1),
+    ],
+)
+def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
+    rates, progress, order = (1, 2, 3, 4, 5), SimpleNamespace(curve=[(0, 1.0)], found={}), []
+    while (rate := distillation._next_rate(rates, progress)) is not None:
+        order.append(rate)
+        progress.found[str(rate)] = values[rate - 1]
+    assert tuple(order) == tried and distillation._choose_rate(rates, progress) == chosen
+
+
+@pytest.mark.parametrize(
     ("found", "chosen"),
     [
-        ({"0.1": 0.8, "0.2": 0.9, "0.3": 1.1}, 0.2),  # the largest that gained
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 0.2),  # the largest that gained as good as the most
+        ({"0.1": 0.8, "0.2": 0.95, "0.3": 0.99}, 0.1),
         ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 0.2),  # none gained: the least bad
         ({"0.1": 0.8}, 0.1),  # there was no time for the others
     ],
 )
-def test_the_largest_step_that_gains_is_taken(found, chosen):
+def test_the_largest_step_size_that_gains_enough_is_taken(found, chosen):
     progress = SimpleNamespace(curve=[(0, 1.0)], found=found)
     assert distillation._choose_rate((0.1, 0.2, 0.3), progress) == chosen

@@ -34,3 +34,23 @@ def test_several_checkpoints_and_shares_make_one_report(tmp_path):
     ]
     assert all(row["bytes_after"] == row["share"] * row["bytes_before"] for row in rows)
     assert first == second and first.count("\n| ") == 4  # the second run made nothing again
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_best_recipe_is_the_whole_job_in_one_line_and_gives_the_same_bytes_twice(tmp_path):
+    source = stock_checkpoint(tmp_path / "source")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    small = ("sequences=24", "sequence_length=32", "refine=6", "heal=12")
+    files = []
+    for name in ("one", "two"):
+        out = tmp_path / name / "out"
+        command = [sys.executable, "-m", "mea_compress", "run", str(ROOT / "recipes" / "best-50.yaml")]
+        for setting in (f"source={source}", f"out={out}", *small):
+            command += ["--set", setting]
+        subprocess.run(command, capture_output=True, env=environment, check=True)
+        files.append({path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()})
+    report = json.loads(files[0]["compression.json"])
+    assert report["recipe"]["key_composition"] == "joint" and report["fidelity"]["budget"]["measured_kl"] > 0
+    assert report["fidelity"]["healing"]["kept"] in ("healed", "unhealed")
+    assert files[0].keys() == files[1].keys() and all(files[0][name] == files[1][name] for name in files[0])

@@ -17,7 +17,7 @@ from mea_compress.checkpoint import torch_dtype
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
 from mea_compress.planning.budget import candidates
-from mea_compress.planning.sizes import HEALING_TOKENS, TOKENS_PER_STEP
+from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.planning.types import Plan
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
@@ -173,7 +173,8 @@ def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batche
 
 def healing_units(plan: Plan) -> float:
     """Return the work of the distillation behind a fit, its trials of step sizes included."""
-    steps = plan.decisions.healing_steps * HEALING_TOKENS / TOKENS_PER_STEP
+    length = plan.decisions.sequence_length
+    steps = plan.decisions.healing_steps * healing_batch(length) / max(1, TOKENS_PER_STEP // length)
     if not steps:
         return 0.0
     source = plan.source

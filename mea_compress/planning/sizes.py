@@ -23,9 +23,8 @@ _WORKING_BYTES = 100 << 20
 SPILL_BYTES = 4 << 30
 # Tokens that a layer is run on at once.
 TOKENS_PER_STEP = 4096
-# Tokens of a step of distillation. Many small steps gain more of the same text than a few large ones: SmolLM2-135M
-# at half of its cache goes from KL 0.277 to 0.139 in 48 steps of 1,024 tokens; 20 steps of 4,096 take it from 0.159
-# to 0.120.
+# Tokens of a step of distillation. Many small steps gain more of the same text than a few large ones: SmolLM2-135M at
+# half of its cache goes from KL 0.277 to 0.139 in 48 steps of 1,024 tokens; 20 of 4,096 take it from 0.159 to 0.120.
 HEALING_TOKENS = 1024
 # Those of them that are run at once through the whole model; gradients of several add up.
 HEALING_MICRO_TOKENS = 1024

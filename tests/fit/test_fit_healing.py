@@ -41,7 +41,7 @@ def test_it_lowers_the_divergence_and_says_by_how_much(tmp_path):
     source = stock_checkpoint(tmp_path / "src")
     run(source, tmp_path / "closed", sequences=128, heal=0)
     result = run(source, tmp_path / "healed", sequences=128)
-    assert kl(source, tmp_path / "healed") < 0.85 * kl(source, tmp_path / "closed")
+    assert kl(source, tmp_path / "healed") < 0.9 * kl(source, tmp_path / "closed")
     told = json.loads((tmp_path / "healed" / "compression.json").read_text())["fidelity"]["healing"]
     assert told == result.fidelity["healing"] and told["kept"] == "healed" and told["sequences"] == 128
     assert told["kl_after"] < told["kl_before"] == pytest.approx(told["curve"][0][1], rel=1e-4)

@@ -10,6 +10,7 @@ from mea_compress.fit import progress
 from mea_compress.fit.progress import STEP, FitProgress, estimate_seconds, healing_units
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import make_plan
+from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.recipe import Recipe
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "uniform"}
@@ -59,7 +60,8 @@ def test_distillation_behind_the_fit_comes_before_refinement(tmp_path, monkeypat
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     behind = healing_units(healed)
-    assert behind > healed.decisions.healing_steps * 3 * len(healed.layers)
+    batch = healing_batch(healed.decisions.sequence_length) * healed.decisions.sequence_length / TOKENS_PER_STEP
+    assert behind > healed.decisions.healing_steps * batch * 3 * len(healed.layers)
     for rest in (40, 400):
         clock[0] = 0.0
         work = FitProgress(healed, 2, 1, 110, 1, deadline=behind + rest)
@@ -115,5 +117,5 @@ def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
     assert seconds(refine=10_000, time_limit=2.0) == 120
     assert seconds(budget="measured") > seconds()
     healing = seconds(heal=20) - seconds()
-    assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3
+    assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3 * 16 * 32 / 4096
     assert seconds(fit="weights", heal=20) == pytest.approx(healing)
