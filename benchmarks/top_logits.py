@@ -1,7 +1,7 @@
 """Memory and processor time of the distillation loss of one sequence: of the whole vocabulary, and of K logits.
 
 Random hidden states and a random head of the given shape, each way in a process of its own; `bytes` is by how much the
-peak of its memory grows over what it has before.
+peak of its memory grows over what it has before. Rows that the result has already are not run again.
 
     python benchmarks/top_logits.py --out benchmarks/results/top-logits-cpu.json
 """
@@ -55,13 +55,18 @@ def main(out: Path | None, way: tuple[str, str] | None) -> None:
         click.echo(json.dumps({"dtype": way[0]} | one(getattr(torch, way[0]), int(way[1]))))
         return
     result = {"machine": machine("cpu"), "versions": versions(), "shape": SHAPE, "rows": []}
+    if out and out.is_file():
+        result = json.loads(out.read_text(encoding="utf-8"))
+    done = {(row["dtype"], row["logits"]) for row in result["rows"]}
     for dtype in ("float32", "bfloat16"):
         for count in (0, 1024, 256, 64):
+            if (dtype, count or SHAPE["vocabulary"]) in done:
+                continue
             command = [sys.executable, __file__, "--way", dtype, str(count)]
             result["rows"].append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
             click.echo(json.dumps(result["rows"][-1]), err=True)
-    if out:
-        write_json(out, result)
+            if out:
+                write_json(out, result)
 
 
 if __name__ == "__main__":
