@@ -7,6 +7,7 @@ backquotes; a command shows those that it has a flag for as this flag.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -23,6 +24,7 @@ from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process
 from mea_compress.recipe import (
+    FORMER_NAMES,
     EvaluateRecipe,
     HealRecipe,
     Recipe,
@@ -67,6 +69,11 @@ class _Option(click.Option):
         self.group = group
 
 
+def _flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 def _debug_option() -> click.Option:
     return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
@@ -77,6 +84,12 @@ class _Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse arguments, flags under the names that they had in earlier versions among them."""
+        former = {_flag(before): _flag(after) for before, after in FORMER_NAMES.items()}
+        flags = [(arg.partition("=")[0], arg) for arg in args]
+        return super().parse_args(ctx, [arg.replace(flag, former.get(flag, flag), 1) for flag, arg in flags])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; its own flags stand for parameters in what a wrong request is answered."""
@@ -177,6 +190,13 @@ def _none_for_nothing(_: click.Context, __: click.Parameter, values: tuple[Any, 
     return values or None
 
 
+def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
+    """Return a file for a result, before the hours that the result takes."""
+    if file is not None and str(file) != "-" and not os.access(file.parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{file.parent} is no directory that this user may write to")
+    return file
+
+
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Return the names of a list such as frequency+latent,joint."""
     return None if value is None else parse_names(value)
@@ -222,7 +242,7 @@ def _options(settings: type[BaseModel], names: Sequence[str] = ()) -> Callable[[
                 kind = click.Choice(get_args(kind))
             shape = {"is_flag": True, "default": None} if kind is bool else {"type": _PATH if kind is Path else kind}
             function = click.option(
-                "--" + name.replace("_", "-"),
+                _flag(name),
                 name,
                 cls=_Option,
                 group=extra["group"],
@@ -260,6 +280,7 @@ def _json_option(function: Function) -> Function:
         "json_file",
         type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
         metavar="FILE",
+        callback=_writable,
         help="Write the result as JSON; - prints it instead of the table.",
     )(function)
 
@@ -539,6 +560,7 @@ def validate(recipes: tuple[str, ...], source: Path | None, changes: tuple[str, 
     "json_file",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     metavar="FILE",
+    callback=_writable,
     help="Write the result as JSON here too; - prints it instead of the table.",
 )
 def sweep(

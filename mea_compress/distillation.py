@@ -7,25 +7,28 @@ is kept is the best on held-out text, the start included.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.checkpoint.files import write_text
+from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
@@ -44,6 +47,7 @@ _LEAST_GAIN = 0.5
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
+_LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
 
@@ -234,14 +238,16 @@ class _Progress:
         """Write it down, complete or not at all."""
         if self.directory is None or not is_first_process():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with _keeping(self.directory):
+            self._write(self.directory)
+
+    def _write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         name = f"best-{self.taken + self.curve[-1][0]}.safetensors"
         if not self._offered:
-            name = json.loads((self.directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
+            name = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
         else:
-            save_file(
-                {key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, self.directory / name
-            )
+            save_file({key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, directory / name)
         record = {
             "best": name,
             "best_value": self.best_value,
@@ -251,11 +257,29 @@ class _Progress:
             "steps": self.steps,
             "taken": self.taken,
         }
-        write_text(self.directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
+        write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
         self._offered = False
-        for old in self.directory.glob("best-*.safetensors"):
+        for old in directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
+
+
+@contextmanager
+def _keeping(directory: Path) -> Iterator[None]:
+    """Turn what libraries say of a full disk, each in words of its own and none as OSError, into the sentence for it.
+
+    Raises:
+        DiskFullError: The block failed, and there is no room left.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(directory.parent).free < _LEAST_FREE
+        if not full:
+            raise
+        raise refusal(OSError(errno.ENOSPC, ""), directory) from error
 
 
 def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
@@ -728,7 +752,8 @@ def _run(
             optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_peak, steps))),
         )
         distiller.remove_callback(PrinterCallback)
-        distiller.train(resume_from_checkpoint=None if state is None else _last_checkpoint(state))
+        with nullcontext() if state is None else _keeping(state):
+            distiller.train(resume_from_checkpoint=None if state is None else _last_checkpoint(state))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()

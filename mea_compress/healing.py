@@ -505,6 +505,8 @@ def _healed(
     counted = None if judged is None else (sequences["training_answers"], judged)
     settings = replace(settings, products=products)
     before = measure(model, teacher_model, held_out, products, judged)
+    if math.isnan(before.kl):
+        raise RequestError(f"the logits of {teacher} or {student} are not all numbers: look for NaN in their weights")
     shares = [steps // len(stages)] * len(stages)
     shares[-1] += steps % len(stages)
     parts = [replace(settings, steps=share) for share in shares]
@@ -518,12 +520,12 @@ def _healed(
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
             bar.update(1)
 
-        place = from_first_process(None if state is None else state.work / "training")
+        place = from_first_process(None if state is None else state.work)
         for index, (stage, part) in enumerate(zip(stages, parts, strict=True)):
             if model.dtype != torch.float64:
                 model.float()  # what was frozen before may learn now
             training_of.begin(stage)
-            here = place / f"{index}-{stage}" if place else None
+            here = place / f"training-{index}-{stage}" if place else None
             distillation = distil(model, teacher_model, training, held_out, part, tick, here, counted)
             first = sum(one.steps for one in done)
             curve += [(first + step, value) for step, value in distillation.curve if step or not index]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_DEFAULT_SEQUENCE = 1024
+# Files that hold the vocabulary of a tokenizer.
+_VOCABULARIES = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken", "*.spm")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -63,6 +65,9 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreT
     path = _checkpoint_directory(path)
     register()
     try:
+        # Transformers would make one of no words for a family whose tokenizer has a class of its own.
+        if not any(any(path.glob(name)) for name in _VOCABULARIES):
+            raise FileNotFoundError("it has no vocabulary")
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise RequestError(

@@ -7,10 +7,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer
 
 TEXT = "Once upon a time there was a dog. It's a good dog and don't it know 12345 times? She'll be there, once. "
 PROBE = "Once upon a time.</s>Once upon  a time 123.<|im_end|>once it's\n\nthere"
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_end|>")
+TALK = [{"role": "user", "content": "once"}, {"role": "assistant", "content": " a time"}]
 CHAT = "{% for m in messages %}<|im_end|>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -57,10 +59,22 @@ LAYOUTS = {
 }
 """What makes tokenizer.json, by a case of `tiny.CASES` and the class that tokenizer_config.json names."""
 
+AT_CACHE = {
+    ("gemma3_text", "GemmaTokenizer"): _metaspace,
+    ("gemma3_text", None): _metaspace,
+    ("gpt2", "GPT2Tokenizer"): _byte_level,
+    ("gpt2", None): _byte_level,
+    ("glm", "PreTrainedTokenizerFast"): _byte_level,
+    ("cohere2", "CohereTokenizerFast"): _byte_level,
+    ("starcoder2", "GPT2Tokenizer"): _byte_level,
+    ("llama4_text", "PreTrainedTokenizer"): _byte_level,
+}
+"""The same of families that are composed at their cache."""
+
 
 def publish(directory: Path, case: str, name: str | None) -> Path:
     """Puts the tokenizer of a layout into a checkpoint directory."""
-    tokenizer = LAYOUTS[case, name]()
+    tokenizer = (LAYOUTS | AT_CACHE)[case, name]()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT}
@@ -68,3 +82,10 @@ def publish(directory: Path, case: str, name: str | None) -> Path:
         settings["tokenizer_class"] = name
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
+
+
+def told(directory: Path, **options: object) -> tuple:
+    """What a directory's tokenizer makes of a text with special tokens and of a chat, ids and text again."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    ids = tokenizer(PROBE)["input_ids"]
+    return ids, tokenizer.decode(ids), tokenizer.apply_chat_template(TALK)["input_ids"], tokenizer.eos_token_id

@@ -67,6 +67,18 @@ def test_nan_outside_attention(tmp_path):
     assert "look for NaN in its weights" in told(tmp_path, "compress", source, tmp_path / "out", *QUICK)
 
 
+def test_nan_behind_the_layer_whose_costs_are_measured(tmp_path):
+    """Given text, nothing is sampled, and no fit reads the weight."""
+    source = save(tiny_llama(), tmp_path / "source")
+    character_tokenizer().save_pretrained(source)
+    spoil(source, "model.norm.weight")
+    (tmp_path / "text.txt").write_text("once upon a time " * 60)
+    shape = ("--sequences", "8", "--sequence-length", "30", "--text", tmp_path / "text.txt")
+    compress = ("compress", source, tmp_path / "out", "--kv-ratio", "0.5", "--refine", "0", *shape)
+    for command in (("profile", source, "--json", tmp_path / "profile.json", *shape), compress):
+        assert "so no cost can be measured: look for NaN in its weights" in told(tmp_path, *command)
+
+
 @pytest.mark.parametrize(
     "name",
     ["embed_tokens", "norm", "layers.0.input_layernorm", "layers.1.self_attn.q_proj", "layers.1.self_attn.o_proj"],
@@ -86,6 +98,10 @@ def test_a_model_that_computes_nan_has_no_figures(tmp_path):
     shutil.copytree(source, broken)
     spoil(broken, "model.norm.weight")
     measure = ("--text", text, "--sequence-length", "16", "--limit", "2")
+    shutil.copytree(source, tmp_path / "student")
+    heal = ("heal", tmp_path / "student", "--teacher", broken, "--out", tmp_path / "healed", "--steps", "1")
+    message = told(tmp_path, *heal, "--text", text, "--sequence-length", "16")
+    assert f"the logits of {broken} or " in message
     for arguments in ((broken,), (source, "--reference", broken), (source, broken)):
         message = told(tmp_path, "evaluate", *arguments, *measure)
         assert f"the logits of {broken} are not all numbers" in message and "--dtype float32" in message

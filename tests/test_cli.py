@@ -116,6 +116,17 @@ class TestCommands:
         recipe = Recipe(kv_ratio=0.5, fit="weights", seed=3)
         assert calls == [("compress", (Path("SRC"), Path("OUT")), {"recipe": recipe, "resume": True})]
 
+    def test_flags_of_earlier_versions(self, calls):
+        for words in (["--rotary-budget", "uniform"], ["--rotary-budget=uniform"], ["--rotary-allocation", "uniform"]):
+            done("compress", "SRC", "OUT", "--kv-ratio", 0.5, *words)
+            assert calls[-1][2]["recipe"] == Recipe(kv_ratio=0.5, rotary_allocation="uniform")
+
+    @pytest.mark.parametrize("command", ["profile", "evaluate", "sweep", "export", "run", "plan"])
+    def test_where_a_result_goes_is_looked_at_before_the_work(self, command, calls, tmp_path):
+        more = {"evaluate": ["--text", "t.txt"], "sweep": ["--text", "t.txt", "--out", "S"], "export": ["OUT"]}
+        message = refused(command, "SRC", *more.get(command, []), "--json", tmp_path / "nowhere" / "result.json")
+        assert f"{tmp_path / 'nowhere'} is no directory that this user may write to" in message and calls == []
+
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
         expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4, "teacher": Path("SRC")}

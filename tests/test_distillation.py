@@ -2,10 +2,12 @@
 
 import copy
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import stock_model
 
 from mea_compress import distillation
@@ -17,6 +19,7 @@ from mea_compress.distillation import (
     distil,
     measure,
 )
+from mea_compress.errors import DiskFullError
 
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -199,6 +202,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_curve(pair, at, 
     assert resumed == whole and 0 < len(ticks) < settings.all_steps
     for (name, weight), same in zip(student.state_dict().items(), stopped.state_dict().values(), strict=True):
         assert torch.equal(weight, same), name
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_full_disk_is_one_sentence_whatever_libraries_call_it(library, pair, tmp_path, monkeypatch):
+    student, teacher = pair
+    room, settings = [], DistillationSettings(20, 8, seed=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room[0]))
+
+    def refuse(*_, **__):
+        if library == "torch":
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    place, name = {"safetensors": (distillation, "save_file"), "torch": (torch, "save")}[library]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, refuse)
+        room[:] = [0]
+        with pytest.raises(DiskFullError, match=r"state: the disk or quota is full"):
+            distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+        room[:] = [1 << 30]
+        if library == "torch":  # which says nothing of a disk: with room left it is something else
+            with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+                distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    resumed = distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    assert resumed == distil(student, teacher, IDS[:16], IDS[16:], settings)
 
 
 def test_gradient_checkpointing_changes_nothing(pair):

@@ -1,35 +1,23 @@
 """Every family goes through one door: tiny random models of transformers' own classes, composed at their cache."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import scatter
+from remote import remote_logits
+from tiny import save, scatter
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import mea_compress as mc
 from mea_compress.fit import layers as fit_layers
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = tiny.SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 HYBRID = {
@@ -91,6 +79,21 @@ def tokens(batch, length, seed=0):
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def stock_family(name, directory, **changes):
+    """A checkpoint of transformers' own class."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**SIZES | FAMILIES[name][0] | changes)
+    return save(scatter(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)), directory)
+
+
+def compress_family(source, out, ratio, refine=0):
+    """Compress at the cache, with the same random tokens for every fit: such a model samples no better than chance."""
+    options = {"kv_ratio": ratio, "refine": refine, "split": "even", "sequences": 6, "sequence_length": 48}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
+        return mc.compress(source, out, progress=False, **options)
+
+
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory):
     """Each family's stock checkpoint, and it at whole and half width, made when first asked for."""
@@ -99,17 +102,11 @@ def outs(tmp_path_factory):
     def make(name):
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
-            settings, _ = FAMILIES[name]
-            torch.manual_seed(0)
-            config = CONFIG_MAPPING[name](**SIZES | settings)
-            scatter(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)).save_pretrained(directory / "source")
-            for out, ratio, refine in (("whole", 1.0, 0), ("half", 0.5, 3)):
-                options = {"kv_ratio": ratio, "refine": refine, "split": "even", "sequences": 6, "sequence_length": 48}
-                with pytest.MonkeyPatch.context() as patch:  # a random model is no better at sampling than chance
-                    patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
-                    result = mc.compress(directory / "source", directory / out, progress=False, **options)
+            source = stock_family(name, directory / "source")
+            compress_family(source, directory / "whole", 1.0)
+            result = compress_family(source, directory / "half", 0.5, refine=3)
             made[name] = SimpleNamespace(
-                source=directory / "source", whole=directory / "whole", half=directory / "half", result=result
+                source=source, whole=directory / "whole", half=directory / "half", result=result
             )
         return made[name]
 
@@ -217,10 +214,7 @@ compress(source, out, kv_ratio=0.5, refine=3, split="even", sequences=6, sequenc
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_killed_run_is_taken_up_again_to_the_same_bytes(tmp_path):
-    torch.manual_seed(0)
-    settings, _ = FAMILIES["gemma3_text"]
-    config = CONFIG_MAPPING["gemma3_text"](**SIZES | settings)
-    scatter(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)).save_pretrained(tmp_path / "source")
+    stock_family("gemma3_text", tmp_path / "source")
     (tmp_path / "killed.py").write_text(KILLED)
 
     def run(out, *options):
@@ -238,48 +232,10 @@ def test_a_killed_run_is_taken_up_again_to_the_same_bytes(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-REMOTE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mea_compress":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
-
-tokens, found = load_file(sys.argv[1])["tokens"], {}
-with torch.no_grad():
-    for out in sys.argv[3:]:
-        options = {"trust_remote_code": True, "experts_implementation": "eager", "dtype": torch.float32}
-        model = AutoModelForCausalLM.from_pretrained(out, **options)
-        assert model.config.model_type.startswith("mea_") and "transformers_modules" in type(model).__module__
-        found[out] = model(tokens).logits
-        assert type(AutoModel.from_pretrained(out, **options)) is type(getattr(model, model.base_model_prefix))
-        model.save_pretrained(out + "-saved")
-        again = AutoModelForCausalLM.from_pretrained(out + "-saved", **options)
-        assert torch.equal(again(tokens).logits, found[out])
-assert "mea_compress" not in sys.modules
-save_file(found, sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.process
 def test_families_load_as_remote_code_where_the_package_is_absent(outs, tmp_path):
     made = [outs(name).half for name in ("gemma3_text", "gpt2", "gpt_oss", "qwen3_next")]
     ids = tokens(2, 9)
-    save_file({"tokens": ids}, tmp_path / "tokens.safetensors")
-    (tmp_path / "remote.py").write_text(REMOTE)
-    arguments = [tmp_path / "remote.py", tmp_path / "tokens.safetensors", tmp_path / "logits.safetensors", *made]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "logits.safetensors")
-    for out in made:
-        torch.testing.assert_close(found[str(out)], logits(load(out), ids), rtol=0, atol=1e-5)
+    for out, found in remote_logits(made, ids, tmp_path).items():
+        torch.testing.assert_close(found, logits(load(out), ids), rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from letters import character_tokenizer, ids_of, tiny_llama
+from transformers import Cohere2Config, GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from mea_compress.errors import RequestError
 from mea_compress.loading import (
@@ -45,6 +46,20 @@ def test_loading_says_what_is_wrong(tmp_path):
         resolve_device("cuda:77")
     with pytest.raises(RequestError, match="`dtype` int8"):
         load_model(tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, GemmaConfig, GPT2Config, Cohere2Config, LlamaConfig])
+def test_a_directory_without_a_vocabulary_has_no_tokenizer(kind, tmp_path):
+    """Of which transformers makes one that knows no word, where the family's tokenizer has a class of its own."""
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match=r"cannot be loaded .* copy the tokenizer's files there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"cannot be loaded \(it has no vocabulary\)"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(RequestError, match=r"cannot be loaded .* copy the tokenizer's files there"):
+        load_tokenizer(tmp_path)
 
 
 def test_loading_keeps_the_dtype(tmp_path):

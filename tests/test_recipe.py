@@ -14,6 +14,7 @@ from mea_compress.recipe import (
     from_flags,
     given_settings,
     load_recipe,
+    make_recipe,
     parse_size,
     read_changes,
     select_layers,
@@ -33,6 +34,16 @@ def refusal(tmp_path: Path, text: str, **flags) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_a_recipe_that_an_earlier_version_wrote_means_what_it_meant(tmp_path):
+    written = Path(__file__).parent / "data" / "checkpoint-0.1.0" / "recipe.yaml"
+    assert "rotary_budget: energy" in written.read_text()
+    assert load_recipe(written).rotary_allocation == "energy"
+    settings = {"kv_ratio": 0.5, "rotary_budget": "uniform"}
+    assert Recipe(**settings).rotary_allocation == make_recipe(None, settings).rotary_allocation == "uniform"
+    assert "unknown key rotary_budget" in refusal(tmp_path, "rotary_budget: energy\nrotary_allocation: uniform")
+    assert "rotary_allocation" in refusal(tmp_path, "kv_ratio: 0.5\nrotary_budget: all")
 
 
 class TestSelectLayers:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -84,6 +85,16 @@ def save(model: torch.nn.Module, directory: Path, **options) -> Path:
 def stock_checkpoint(directory: Path, case: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
     """A checkpoint of transformers' own class."""
     return save(stock_model(case, dtype, **changes), directory)
+
+
+def store_another_head(directory: Path) -> Path:
+    """Store an lm_head beside the embedding that config.json says it is tied to."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(tensor for name, tensor in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    head = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)).to(embedding.dtype)
+    save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -186,6 +186,7 @@ def _open_at_cache(
             f"{where}: architectures says {', '.join(map(str, names))}, which is no causal language model and would "
             f"become one; give the checkpoint of a {stock[-1]}"
         )
+    _check_origin(reader)
     settings = {key: _decoded(value) for key, value in raw.items() if key not in ("auto_map", "architectures")}
     try:
         if not native:
@@ -241,21 +242,29 @@ def _check_task(reader: CheckpointReader, raw: dict[str, Any], where: str) -> No
             f"{where}: architectures says {', '.join(classes)}, which is no causal language model and would become "
             "one; give the checkpoint of a ...ForCausalLM"
         )
+    _check_origin(reader)
+    if flat and "model." not in flat:
+        raise RequestError(
+            f"{reader.directory}: the tensors are named {min(flat)}embed_tokens.weight and so on, without the model. "
+            "in front that a causal language model has; load it with AutoModelForCausalLM and save it by "
+            "save_pretrained into a new directory"
+        )
+
+
+def _check_origin(reader: CheckpointReader) -> None:
+    """Raise where the names of the tensors say that this is a classifier, or was saved from within a wrapper."""
     if reader.has("score.weight"):
         raise RequestError(
             f"{reader.directory}: score.weight is the head of a classifier, which would be left without its task; "
             "give the checkpoint of a causal language model"
         )
-    if flat and "model." not in flat:
-        prefix = min(flat)
-        wrapper = next((tool for start, tool in _WRAPPERS.items() if prefix.startswith(start)), None)
-        remedy = "load it with AutoModelForCausalLM and save it by save_pretrained into a new directory"
+    for name in sorted(reader.tensors):
+        wrapper = next((tool for start, tool in _WRAPPERS.items() if name.startswith(start)), None)
         if wrapper:
-            remedy = f"they were saved from within {wrapper}; save the model inside by its save_pretrained"
-        raise RequestError(
-            f"{reader.directory}: the tensors are named {prefix}embed_tokens.weight and so on, without the model. in "
-            f"front that a causal language model has; {remedy}"
-        )
+            raise RequestError(
+                f"{reader.directory}: the tensors are named {name} and so on, as they are saved from within {wrapper}; "
+                "save the model inside by its save_pretrained"
+            )
 
 
 def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str) -> ModelShape:

@@ -25,8 +25,9 @@ from mea_compress.errors import DiskFullError, RequestError
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
-# Sections of the manifest that a run can go on from: layers of a checkpoint, rows of a table.
-_RESULTS = ("layers", "rows")
+# Sections of the manifest that take long to make: a profile and layers; checkpoints for a table, and its rows; the
+# sequences of a distillation, beside which lies how far it has come.
+_RESULTS = ("profile", "layers", "made", "rows", "text")
 # Fsync finished layers at most this often (seconds).
 _SYNC_INTERVAL = 5.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -92,32 +92,31 @@ def fit_layers(
         parts, sampled = len(list(calibrated.parts())), len(calibrated.sample)
         calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), deadline, progress)
     own_bar = calibrated is not None or not progress
-    for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=own_bar):
-        if layer.layer > max(unfinished, default=-1):
-            continue
-        stored_layer, directory = None, layer_directory(workspace, layer.layer)
-        if layer.layer in unfinished:
-            composed, fidelity = calibrated.fit(layer) if calibrated else compose(plan, layer, None)
-            stored_layer = store_layer(composed, plan.source.config.mea["bias"], plan.decisions.stored_dtype)
-            entries = [_entry(name, array) for name, array in stored_layer.tensors.items()]
-            if is_first_process():
-                write_checkpoint(directory, entries, durable=False)
-            workspace.commit_later(str(layer.layer), directory, fidelity=fidelity, layers=stored_layer.section)
-            stored(layer.layer)
-            del composed
-            if calibrated:
-                trim_heap()
-        elif calibrated and layer.compressed:
-            reader = CheckpointReader(directory)
-            section = workspace.result_of("layers", str(layer.layer))
-            stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
-        if calibrated and layer.layer < unfinished[-1]:
-            calibrated.advance(layer.layer, stored_layer)
-    if calibrated and plan.profile is not None and stored_layer is not None:
-        kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
-        workspace.commit("budget", "kl", kl)
-    if work:
-        work.close()
+    with nullcontext() if work is None else closing(work):  # so that what goes wrong is said below the bar
+        for layer in tqdm(plan.layers, desc="fitting layers", unit="layer", disable=own_bar):
+            if layer.layer > max(unfinished, default=-1):
+                continue
+            stored_layer, directory = None, layer_directory(workspace, layer.layer)
+            if layer.layer in unfinished:
+                composed, fidelity = calibrated.fit(layer) if calibrated else compose(plan, layer, None)
+                stored_layer = store_layer(composed, plan.source.config.mea["bias"], plan.decisions.stored_dtype)
+                entries = [_entry(name, array) for name, array in stored_layer.tensors.items()]
+                if is_first_process():
+                    write_checkpoint(directory, entries, durable=False)
+                workspace.commit_later(str(layer.layer), directory, fidelity=fidelity, layers=stored_layer.section)
+                stored(layer.layer)
+                del composed
+                if calibrated:
+                    trim_heap()
+            elif calibrated and layer.compressed:
+                reader = CheckpointReader(directory)
+                section = workspace.result_of("layers", str(layer.layer))
+                stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
+            if calibrated and layer.layer < unfinished[-1]:
+                calibrated.advance(layer.layer, stored_layer)
+        if calibrated and plan.profile is not None and stored_layer is not None:
+            kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
+            workspace.commit("budget", "kl", kl)
 
 
 class CalibratedFit:

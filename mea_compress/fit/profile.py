@@ -9,25 +9,25 @@ estimate stands in: each cost is a real one.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from math import ceil, prod
+from math import ceil, isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.untrusted import printable_path
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.directory import fingerprint
 from mea_compress.errors import RequestError
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, Work, profile_units
+from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, profile_units
 from mea_compress.layers.runner import HeadRunner, LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
@@ -64,12 +64,12 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
     missing = [layer.layer for layer in layers if commit.get(layer.layer) is None]
     if missing:
         profiler = _Profiler(plan, tokens[: measured + fitted], measured, missing, progress)
-        for layer in plan.layers[: missing[-1] + 1]:
-            if layer.layer in missing:
-                commit.put(layer.layer, profiler.profile(layer))
-            if layer.layer < missing[-1]:
-                profiler.advance(layer.layer)
-        profiler.close()
+        with closing(profiler.bar):
+            for layer in plan.layers[: missing[-1] + 1]:
+                if layer.layer in missing:
+                    commit.put(layer.layer, profiler.profile(layer))
+                if layer.layer < missing[-1]:
+                    profiler.advance(layer.layer)
     results = [commit.results[str(layer.layer)] for layer in layers]
     source, first = plan.source, layers[0].spec
     return Profile(
@@ -130,34 +130,6 @@ def profile_in(plan: Plan, workspace: Workspace, progress: bool) -> Profile:
     return measure_profile(plan, stored_tokens(plan, workspace, progress)[: plan.decisions.sequences], commit, progress)
 
 
-class _Bar(Work):
-    """A bar over units of work: one batch of text through one decoder layer.
-
-    Args:
-        total: Units of all work.
-        progress: Show it on stderr.
-    """
-
-    def __init__(self, total: float, progress: bool) -> None:
-        self.bar = tqdm(
-            total=total,
-            desc="profiling",
-            disable=not progress,
-            file=sys.stderr,
-            bar_format="{l_bar}{bar}| {elapsed}, {remaining} left",
-        )
-
-    def say(self, layer: int, what: str) -> None:
-        self.bar.set_description(f"profiling layer {layer}: {what}")
-
-    def add(self, units: float) -> None:
-        self.bar.update(units)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
-
-
 class _Profiler:
     """The original's text on its way through the layers, and the layers above.
 
@@ -179,7 +151,7 @@ class _Profiler:
         size = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(first))
         self.keeps_layers = 4 * size <= _RESIDENT_BYTES
         parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
-        self.fit.work = self.bar = _Bar(profile_units(plan, missing, parts, sampled, share), progress)
+        self.fit.work = self.bar = WorkBar("profiling", profile_units(plan, missing, parts, sampled, share), progress)
 
     def profile(self, layer: LayerPlan) -> dict[str, Any]:
         """Measure every candidate of the present layer."""
@@ -204,6 +176,10 @@ class _Profiler:
         if self.head is None:
             self.head = HeadRunner(plan.source, fit.device, fit.products)
         own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
+        if not all(isfinite(number) for numbers in (rounding, *costs) for number in numbers):
+            raise RequestError(
+                "the model's logits are not all numbers, so no cost can be measured: look for NaN in its weights"
+            )
         floor = rounding[0]
         points = [
             ProfilePoint(layer.layer, side, count, kl - floor, cross_entropy - own)
@@ -215,10 +191,6 @@ class _Profiler:
         """Send the original's text through the present layer."""
         self.fit.compressed = self.fit.original
         self.fit.advance(layer, None)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
 
     def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer sends where a layer sends (C, M, T, D)."""
@@ -255,6 +227,7 @@ def profile(
 
     Raises:
         RequestError: The checkpoint is not usable, or there is too little text.
+        KeyboardInterrupt: With a message that says how to go on, where something is kept.
 
     Example:
         >>> found = profile("SRC", text="held-out.txt", sequence_length=32, sequences=16, progress=False)
@@ -275,7 +248,14 @@ def profile(
         }
         commit = Commit(_kept_results(kept, request))
         commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})
-    result = measure_profile(plan, calibration_tokens(plan, progress), commit, progress)
+    try:
+        result = measure_profile(plan, calibration_tokens(plan, progress), commit, progress)
+    except KeyboardInterrupt:
+        if kept is None or not kept.exists():
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {printable_path(kept)} keeps what was measured: the same command goes on there"
+        ) from None
     if file is not None and kept is not None:
         write_json(file, result.to_json())
         kept.unlink(missing_ok=True)

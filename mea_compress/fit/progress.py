@@ -56,7 +56,39 @@ class Work:
         return steps
 
 
-class FitProgress(Work):
+class WorkBar(Work):
+    """A bar on stderr over units of work, with the time left.
+
+    Args:
+        name: Of the work, such as "fitting".
+        total: Units of all of it.
+        progress: Show the bar.
+    """
+
+    def __init__(self, name: str, total: float, progress: bool) -> None:
+        self.name = name
+        self.bar = tqdm(
+            total=total,
+            desc=name,
+            disable=not progress,
+            file=sys.stderr,
+            bar_format="{l_bar}{bar}| {elapsed}, {remaining} left",
+        )
+
+    def say(self, layer: int, what: str) -> None:
+        """Say what is going on."""
+        self.bar.set_description(f"{self.name} layer {layer}: {what}")
+
+    def add(self, units: float) -> None:
+        """Count work."""
+        self.bar.update(units)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+class FitProgress(WorkBar):
     """One bar over all layers of a fit.
 
     Args:
@@ -87,13 +119,7 @@ class FitProgress(Work):
         self.layer_units = self.without_steps + STEP * steps
         self.passing = batches * 2.0  # a layer that is only passed through, as it was and as it is
         self.total = self.left * self.layer_units + (len(plan.layers) - self.left) * self.passing
-        self.bar = tqdm(
-            total=self.total,
-            desc="fitting",
-            disable=not progress,
-            file=sys.stderr,
-            bar_format="{l_bar}{bar}| {elapsed}, {remaining} left",
-        )
+        super().__init__("fitting", self.total, progress)
         self.done = 0.0
         self.expected = 0.0  # of the present layer
         self.before = 0.0  # done when it began
@@ -103,14 +129,10 @@ class FitProgress(Work):
         self.left -= 1
         self.expected = self.layer_units
 
-    def say(self, layer: int, what: str) -> None:
-        """Say what is going on."""
-        self.bar.set_description(f"layer {layer}: {what}")
-
     def add(self, units: float) -> None:
         """Count work."""
         self.done += units
-        self.bar.update(units)
+        super().add(units)
 
     def finish_layer(self) -> None:
         """Take off what the layer did not need: steps that would have gained nothing, for instance."""
@@ -135,10 +157,6 @@ class FitProgress(Work):
         share = (units - self.behind - self.left * self.without_steps) / (self.left + 1)
         allowed = int(share / STEP) - trials
         return min(steps, allowed) if allowed > trials else 0
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
 
 
 def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:

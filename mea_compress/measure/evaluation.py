@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import exp, inf, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 import torch
 from tqdm.auto import tqdm
@@ -43,54 +43,35 @@ _CACHED_TOKENS = 64
 _TIMED_TOKENS = 48
 
 
-@overload
-def evaluate(
-    checkpoint: Path | str,
-    *,
-    text: TextChoice | None = ...,
-    reference: Path | str | None = ...,
-    sequence_length: int | None = ...,
-    batch_size: int | None = ...,
-    limit: int | None = ...,
-    bos: Bos = ...,
-    device: str = ...,
-    dtype: str | None = ...,
-    seed: int = ...,
-    contexts: Sequence[int] | None = ...,
-    batches: Sequence[int] | None = ...,
-    tasks: Sequence[str] | None = ...,
-    task_dir: Path | str | None = ...,
-    few_shot: int | None = ...,
-    chat_template: bool = ...,
-    retrieval: Sequence[int] | None = ...,
-    agreement: int | None = ...,
-    progress: bool = ...,
-) -> Evaluation: ...
+class Measuring(TypedDict, total=False):
+    """All that `evaluate` takes beside checkpoints, for type checkers."""
+
+    text: TextChoice | None
+    reference: Path | str | None
+    sequence_length: int | None
+    batch_size: int | None
+    limit: int | None
+    bos: Bos
+    device: str
+    dtype: str | None
+    seed: int
+    contexts: Sequence[int] | None
+    batches: Sequence[int] | None
+    tasks: Sequence[str] | None
+    task_dir: Path | str | None
+    few_shot: int | None
+    chat_template: bool
+    retrieval: Sequence[int] | None
+    agreement: int | None
+    progress: bool
 
 
 @overload
-def evaluate(
-    checkpoint: list[Path | str] | tuple[Path | str, ...],
-    *,
-    text: TextChoice | None = ...,
-    reference: Path | str | None = ...,
-    sequence_length: int | None = ...,
-    batch_size: int | None = ...,
-    limit: int | None = ...,
-    bos: Bos = ...,
-    device: str = ...,
-    dtype: str | None = ...,
-    seed: int = ...,
-    contexts: Sequence[int] | None = ...,
-    batches: Sequence[int] | None = ...,
-    tasks: Sequence[str] | None = ...,
-    task_dir: Path | str | None = ...,
-    few_shot: int | None = ...,
-    chat_template: bool = ...,
-    retrieval: Sequence[int] | None = ...,
-    agreement: int | None = ...,
-    progress: bool = ...,
-) -> Evaluations: ...
+def evaluate(checkpoint: Path | str, **settings: Unpack[Measuring]) -> Evaluation: ...
+
+
+@overload
+def evaluate(checkpoint: list[Path | str] | tuple[Path | str, ...], **settings: Unpack[Measuring]) -> Evaluations: ...
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from mea_compress.recipe.loading import builtin_recipes, load_recipe, make_recipe, read_changes
 from mea_compress.recipe.settings import (
+    FORMER_NAMES,
     EvaluateRecipe,
     HealRecipe,
     Recipe,
@@ -17,6 +18,7 @@ from mea_compress.recipe.settings import (
 )
 
 __all__ = [
+    "FORMER_NAMES",
     "EvaluateRecipe",
     "HealRecipe",
     "Recipe",

@@ -40,6 +40,8 @@ LaxPath = Annotated[Path, Field(strict=False)]
 Bos = Literal["auto", "always", "never"]
 
 EXTENDS = "extends"
+FORMER_NAMES = {"rotary_budget": "rotary_allocation"}
+"""What settings were called in earlier versions, whose recipes lie in the checkpoints that they wrote."""
 """The key by which a file of a recipe names another that it changes; no setting, since the file alone has it."""
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
@@ -432,6 +434,15 @@ class Recipe(_Settings):
     )
 
     evaluate: EvaluateRecipe | None = Field(None, description="Measure against the source at the end (for `run`).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        # Where both are given, the former one stays and is an unknown key.
+        names = {name: FORMER_NAMES.get(name, name) for name in values}
+        return {name if names[name] in values else names[name]: value for name, value in values.items()}
 
     @field_validator("key_composition", "value_composition", mode="before")
     @classmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mea_compress.checkpoint.files import refusals
 from mea_compress.errors import RequestError
 
 
@@ -31,7 +33,8 @@ def check_file(file: Path | str) -> None:
         file: Where it goes.
 
     Raises:
-        RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory.
+        RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory, or
+            none that may be written to.
     """
     file = Path(file)
     check_matplotlib("`plot` draws a picture")
@@ -41,6 +44,8 @@ def check_file(file: Path | str) -> None:
         raise RequestError(f"`plot` {file} is no kind of picture: name a file that ends in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise RequestError(f"`plot` {file} lies in no directory that exists: make {file.parent} first")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise RequestError(f"`plot` {file} cannot be written: name a file in a directory that this user may write to")
 
 
 def check_matplotlib(purpose: str) -> None:
@@ -106,7 +111,7 @@ def draw_sweep(sweep: Mapping[str, Any], file: Path | str) -> None:
     axis.set_title(f"{sweep['source']}: loss against cache", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(file, dpi=150)
+    _save(figure, file)
 
 
 def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -> None:
@@ -144,7 +149,7 @@ def draw_retrieval(columns: Mapping[str, Mapping[str, Any]], file: Path | str) -
             axis.set_xlabel("tokens")
             axis.set_ylabel("depth")
     figure.colorbar(pictures[-1], ax=axes, label="exact match")
-    figure.savefig(file, dpi=150)
+    _save(figure, file)
 
 
 def draw_profile(profile: Mapping[str, Any], file: Path | str) -> None:
@@ -179,7 +184,17 @@ def draw_profile(profile: Mapping[str, Any], file: Path | str) -> None:
         axis.set_xlabel(f"component heads of {profile['heads']}")
         axis.set_ylabel("layer")
     figure.colorbar(picture, ax=axes, label="KL, nats per token")
-    figure.savefig(file, dpi=150)
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path | str) -> None:
+    """Write a picture.
+
+    Raises:
+        RequestError: The disk is full or refuses.
+    """
+    with refusals(Path(file)):
+        figure.savefig(file, dpi=150)
 
 
 def draw_healing(healing: Mapping[str, Any], file: Path | str) -> None:
@@ -209,7 +224,7 @@ def draw_healing(healing: Mapping[str, Any], file: Path | str) -> None:
     axis.set_title(f"KL {healing['kl_before']:.4g} before, {healing['kl_after']:.4g} after", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(file, dpi=150)
+    _save(figure, file)
 
 
 __all__ = [

@@ -1,13 +1,10 @@
 """Every family against transformers' own class: what `tiny.CASES` lists is what is supported."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from remote import remote_logits
 from tiny import CASES, SIZES, contents, save, stock_checkpoint, stock_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -131,55 +128,12 @@ def test_saving_and_loading_changes_nothing(case, halves, tmp_path):
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == bool(tied)
 
 
-REMOTE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mea_compress":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-tokens = load_file(sys.argv[1])["tokens"]
-found = {}
-with torch.no_grad():
-    for out in sys.argv[3:]:
-        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, experts_implementation="eager")
-        assert model.config.model_type.startswith("mea_") and "transformers_modules" in type(model).__module__
-        found[out] = model(tokens).logits
-        generated = model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False)
-        assert generated.shape[1] > 4
-        bare = AutoModel.from_pretrained(out, trust_remote_code=True, experts_implementation="eager")
-        assert type(bare) is type(model.model)
-        model.save_pretrained(out + "-saved")
-        again = AutoModelForCausalLM.from_pretrained(
-            out + "-saved", trust_remote_code=True, experts_implementation="eager"
-        )
-        assert torch.equal(again(tokens).logits, found[out])
-assert "mea_compress" not in sys.modules
-save_file(found, sys.argv[2])
-"""
-
-
 @pytest.mark.process
 def test_every_family_loads_as_remote_code_where_the_package_is_absent(halves, tmp_path):
     outs = [halves(case, compositions) for case in CASES for compositions in COMPOSITIONS]
     ids = tokens(2, 9)
-    save_file({"tokens": ids}, tmp_path / "tokens.safetensors")
-    (tmp_path / "remote.py").write_text(REMOTE)
-    arguments = [tmp_path / "remote.py", tmp_path / "tokens.safetensors", tmp_path / "logits.safetensors", *outs]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "logits.safetensors")
-    for out in outs:
-        torch.testing.assert_close(found[str(out)], logits(load(out), ids), rtol=0, atol=1e-5)
+    for out, found in remote_logits(outs, ids, tmp_path).items():
+        torch.testing.assert_close(found, logits(load(out), ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -125,14 +125,15 @@ def test_a_wrong_request_does_not_throw_an_earlier_run_away(tmp_path):
     assert partial_path(tmp_path / "out").is_dir()
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", [None, "calibration", "profile", "layers", "made", "rows", "text"])
 def test_a_full_disk_keeps_finished_work_only(finished, tmp_path):
     with pytest.raises(DiskFullError) as refusal, open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
         if finished:
-            workspace.commit("layers", "0", 1)
+            workspace.commit(finished, "0", 1)
         raise OSError(errno.ENOSPC, "No space left on device", "file")
-    assert ("--resume" in str(refusal.value)) == finished
-    assert partial_path(tmp_path / "out").exists() == finished
+    kept = finished not in (None, "calibration")  # text is read or sampled again as it was
+    assert ("--resume" in str(refusal.value)) == kept
+    assert partial_path(tmp_path / "out").exists() == kept
 
 
 def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from published import LAYOUTS, PROBE, publish
+from published import LAYOUTS, publish, told
 from tiny import contents, stock_checkpoint
-from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import MistralConfig, PreTrainedConfig, Qwen3Config
 
 from mea_compress.architectures.families import Family
 from mea_compress.compression import compress
@@ -20,15 +20,7 @@ from mea_compress.recipe import Recipe
 
 WRITTEN_BY_010 = Path(__file__).parents[1] / "data" / "checkpoint-0.1.0"
 WHOLE = Recipe(kv_ratio=1.0, fit="weights")
-CHAT = [{"role": "user", "content": "once"}, {"role": "assistant", "content": " a time"}]
 FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def told(directory, **options):
-    """What a directory's tokenizer makes of a text with special tokens and of a chat, ids and text again."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-    ids = tokenizer(PROBE)["input_ids"]
-    return ids, tokenizer.decode(ids), tokenizer.apply_chat_template(CHAT)["input_ids"], tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(("case", "name"), LAYOUTS)

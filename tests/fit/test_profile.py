@@ -72,7 +72,7 @@ def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch):
         return profile(self, layer)
 
     monkeypatch.setattr(profiling._Profiler, "profile", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"profile\.json\.partial keeps .* the same command goes on"):
         mc.profile(source, out=file, progress=False, **QUICK)
     assert not file.exists()
     monkeypatch.setattr(

@@ -7,7 +7,8 @@ from tiny import stock_checkpoint
 
 from mea_compress.compression import compress
 from mea_compress.fit import progress
-from mea_compress.fit.progress import STEP, FitProgress, estimate_seconds, healing_units
+from mea_compress.fit.profile import profile
+from mea_compress.fit.progress import STEP, FitProgress, WorkBar, estimate_seconds, healing_units
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import make_plan
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
@@ -30,6 +31,24 @@ def test_the_bar_ends_full(refine, layers, tmp_path, monkeypatch):
     rest = work.total - work.done
     assert rest <= work.layer_units + (2 - last) * work.passing
     assert work.expected > 0 or rest == 0
+
+
+@pytest.mark.parametrize("name", ["fitting", "profiling"])
+def test_a_bar_ends_before_what_went_wrong_is_said(name, tmp_path, monkeypatch):
+    """Left open, it would be drawn again behind the message."""
+    source, closed, close = stock_checkpoint(tmp_path / "src"), [], WorkBar.close
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkBar, "close", lambda self: (closed.append(self.name), close(self)))
+    monkeypatch.setattr(WorkBar, "say", stop)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "profiling":
+            profile(source, progress=False, sequence_length=32, sequences=16)
+        else:
+            compress(source, tmp_path / "out", recipe=Recipe(**QUICK, refine=0, heal=0), progress=False)
+    assert closed == [name]
 
 
 def test_a_time_limit_shortens_refinement(tmp_path, monkeypatch):

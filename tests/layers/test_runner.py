@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import CASES, stock_checkpoint
+from tiny import CASES, stock_checkpoint, store_another_head
 from transformers import AutoModelForCausalLM
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.layers import runner as streaming
 from mea_compress.layers.read import read_heads
-from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
+from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -24,6 +24,22 @@ def test_layers_in_turn_are_the_stock_model(case, tmp_path):
     with torch.no_grad():
         expected = model.model(ids).last_hidden_state
         torch.testing.assert_close(model.model.norm(hidden[:]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_head_is_the_one_that_the_loader_takes(case, stored, tmp_path):
+    """The embedding where config.json ties the head to it, unless another is stored."""
+    source = stock_checkpoint(tmp_path / "src", case, tie_word_embeddings=True)
+    if stored:
+        store_another_head(source)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    assert (model.lm_head.weight is not model.model.embed_tokens.weight) == stored
+    hidden = torch.randn(7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.lm_head(model.model.norm(hidden)).log_softmax(-1)
+    found = HeadRunner(open_checkpoint(source)).log_probabilities(hidden)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_trace_is_what_the_attention_saw_and_sent(tmp_path):

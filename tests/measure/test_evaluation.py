@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ from letters import character_tokenizer, tiny_llama
 
 from mea_compress.errors import RequestError
 from mea_compress.measure import evaluation
-from mea_compress.measure.evaluation import evaluate
+from mea_compress.measure.evaluation import Measuring, evaluate
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "a b c", "hello world again and again", "x"]
@@ -24,6 +25,12 @@ def save(directory: Path, seed: int = 0, **changes) -> Path:
 def text(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     return tmp_path / "text.jsonl"
+
+
+def test_type_checkers_know_every_setting():
+    parameters = inspect.signature(evaluate).parameters
+    settings = {name: parameter.annotation for name, parameter in parameters.items() if name != "checkpoint"}
+    assert settings == {name: hint.__forward_arg__ for name, hint in Measuring.__annotations__.items()}
 
 
 def test_figures_against_one_sequence_at_a_time(tmp_path, text):

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GlmConfig, GlmForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -23,19 +24,7 @@ from mea_compress.modeling.section_mea import (
 )
 
 HEADS, HEAD_DIM = 4, 8
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": HEADS,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = tiny.SIZES | {"num_key_value_heads": HEADS, "head_dim": HEAD_DIM}
 GEMMA = {**SIZES, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 COUNTS = [3, 2, 1, 2]  # complex components of each rotary pair
 

@@ -10,6 +10,7 @@ from tiny import contents
 import mea_compress.sweeping.run as run_module
 from mea_compress.cli import cli
 from mea_compress.errors import RequestError
+from mea_compress.fit import profile as profiling
 from mea_compress.measure import evaluation as evaluation_module
 from mea_compress.recipe import Recipe
 from mea_compress.sweeping.results import SweepPoint, mark_front
@@ -132,6 +133,36 @@ def test_what_cannot_be_made_has_a_reason_and_the_rest_is_made(place):
     with pytest.raises(RequestError, match="nothing of the sweep can be made"):
         swept("OTHER", methods=["pool"], shares=[0.75])
     assert not (place / "OTHER").exists() and not (place / "OTHER.partial").exists()
+
+
+@pytest.mark.slow
+def test_measured_budgets_are_profiled_once_for_all_shares_of_a_method(place, monkeypatch):
+    profiled = []
+
+    def profile(source, **options):
+        profiled.append(options["out"].name)
+        return measure(source, **options)
+
+    measure = profiling.profile
+    monkeypatch.setattr(profiling, "profile", profile)
+    fit = {"fit": "aligned", "refine": 0, "heal": "0", "effort": "fast", "sequences": 16, "sequence_length": 24}
+    found = swept("MEASURED", methods=["head"], shares=[0.25, 0.5], budgets=["measured"], **fit)
+    assert profiled == ["head.json"]
+    file = found.out / "profiles" / "head.json"
+    kept = json.loads(file.read_text())
+    assert json.loads(json.dumps(found.profiles)) == [kept]
+    alone = measure("SRC", key_composition="head", value_composition="head", progress=False, **fit).to_json()
+    assert [point["components"] for point in kept["points"]] == [point["components"] for point in alone["points"]]
+    assert [point["kl"] for point in kept["points"]] == pytest.approx([point["kl"] for point in alone["points"]])
+    assert [point.name for point in found.points] == ["head-measured-0.25", "head-measured-0.5"]
+    for point in found.points:
+        assert sum(map(sum, point.widths)) == point.share * 2 * 2 * 4 and point.predicted_kl > 0
+        make, measured = (shlex.split(line) for line in point.commands)
+        assert str(file) in make and command(*make[1:])[0] == 0
+        layers = json.loads((place / point.name / "config.json").read_text())["mea"]["layers"]
+        assert [[layer["key_components"], layer["value_components"]] for layer in layers] == point.widths
+        assert json.loads(command(*measured[1:], "--json", "-")[1])["kl"] == pytest.approx(point.kl, rel=1e-9)
+    assert profiled == ["head.json"]
 
 
 @pytest.mark.parametrize(
