@@ -29,7 +29,7 @@ from mea_compress.emit.directory import copy_other_files, fingerprint, other_byt
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
-from mea_compress.exporting.engines import check_engine, head_dim_warning
+from mea_compress.exporting.engines import check_engine, engine_warning
 from mea_compress.exporting.fold import absorbed_output, absorbed_queries, folds_keys, folds_values, ordered_keys
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
 from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
@@ -68,28 +68,18 @@ class ExportResult(Shown):
         return {
             "format": self.format,
             "model_type": self.model_type,
-            "key_value_heads": self.form.groups,
+            "key_value_heads": list(self.form.layer_groups) or self.form.groups,
             "head_dim": self.form.head_dim,
             **self.cost.to_json(),
+            "warning": engine_warning(self.form, self.format),
             "verification": self.verification,
         }
 
     def report(self) -> str:
         """Return what people read."""
         data = self.to_json()
-        notes = [note for note in (self.warning(),) if note]
-        parts = [key_value_table(self.verification), stock_outlook(data), *notes, f"Written to {self.out}"]
+        parts = [key_value_table(self.verification), stock_outlook(data), f"Written to {self.out}"]
         return "\n\n".join(parts)
-
-    def warning(self) -> str | None:
-        """Return what to mind about engines, or None."""
-        notes = [head_dim_warning(self.form.groups, self.form.head_dim)]
-        if not self.form.keeps_rope and self.format != "gguf":
-            notes.append(
-                "Its rotary frequencies are written down (longrope): onnxruntime-genai and llama.cpp's own converter "
-                "leave them out without a word; `mea-compress export --for ENGINE` checks an engine."
-            )
-        return " ".join(note for note in notes if note) or None
 
 
 def export(
@@ -167,16 +157,16 @@ def export(
             out, form, cost, verify_export(source, form, workspace.path, progress), model_type, format
         )
         if format == "gguf":
-            _replace_by_gguf(workspace.path, _source_name(source), weights)
+            _replace_by_gguf(workspace.path, _source_name(source), weights, form)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)
         workspace.publish(out)
     return result
 
 
-def _replace_by_gguf(directory: Path, name: str, weights: str) -> None:
+def _replace_by_gguf(directory: Path, name: str, weights: str, form: StockForm) -> None:
     """Write the file for llama.cpp, and take away the checkpoint that it was made from, its tokenizer included."""
-    write_gguf(directory, directory / FILE, name, weights)
+    write_gguf(directory, directory / FILE, name, weights, form.layer_groups)
     for file in directory.iterdir():
         if file.suffix in (".safetensors", ".json", ".model", ".jinja"):
             file.unlink()
@@ -299,7 +289,7 @@ def _rounded(array: Array, dtype: str, name: str) -> Array:
 def _write_card(source: Checkpoint, result: ExportResult, target: Path) -> None:
     name, card = _source_name(source), source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    text = export_card(name, result.to_json(), versions(), original, result.warning())
+    text = export_card(name, result.to_json(), versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -11,8 +11,10 @@ from mea_compress.architectures.families import LayerGeometry, Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
+from mea_compress.exporting.engines import engine_warning
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
+from mea_compress.planning.heal_memory import heal_weight_bytes
 from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
 from mea_compress.recipe import Recipe
 
@@ -134,7 +136,19 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         disk_bytes=output + size * scratch + healing_disk,
         memory_bytes=memory + _WORKING_BYTES,
         stock_export=_stock_export(source, recipe, layers, size),
+        heal_bytes=_heal_bytes(source, layers, total, total + grown),
     )
+
+
+def _heal_bytes(source: Checkpoint, layers: Sequence[LayerPlan], before: int, after: int) -> int:
+    """Return the memory of `heal` by itself, as one process, activations left out."""
+    config = source.config
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
+    trained = sum(layer.parameters_after + attention for layer in layers)
+    tied = bool(source.raw_config.get("tie_word_embeddings"))
+    embeddings = 0 if tied else config.vocab_size * config.hidden_size
+    itemsize = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
+    return heal_weight_bytes(before, after, trained, embeddings, itemsize)
 
 
 def largest_layer(source: Checkpoint) -> int:
@@ -215,4 +229,9 @@ def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
     except RequestError as error:
         return {"reason": str(error)}
     cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
-    return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}
+    return {
+        "key_value_heads": form.groups,
+        "head_dim": form.head_dim,
+        **cost.to_json(),
+        "warning": engine_warning(form),
+    }

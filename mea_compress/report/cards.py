@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from mea_compress.report.tables import key_value_table, one_line, plan_report, share, stock_outlook
+from mea_compress.report.tables import head_counts, key_value_table, one_line, plan_report, share, stock_outlook
 
+_MADE, _HEALED = "## How it was made", "## How it was healed"
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -54,7 +55,7 @@ def model_card(
     ]
     if fidelity:
         body += ["## How close it is", key_value_table(fidelity)]
-    body += ["## How it was made", "```yaml\n" + recipe_yaml.rstrip("\n") + "\n```"]
+    body += [_MADE, "```yaml\n" + recipe_yaml.rstrip("\n") + "\n```"]
     return _card(name, ["mea", "kv-cache", "compression"], body, versions, source_card)
 
 
@@ -63,7 +64,6 @@ def export_card(
     exported: Mapping[str, Any],
     versions: Mapping[str, str],
     source_card: str | None = None,
-    warning: str | None = None,
 ) -> str:
     """Write the README.md of a stock checkpoint, or of a file for llama.cpp, that was exported.
 
@@ -72,7 +72,6 @@ def export_card(
         exported: The JSON of `export`.
         versions: Package name to version.
         source_card: The compressed checkpoint's README.md; its licence and language are carried over.
-        warning: What to mind about engines.
 
     Returns:
         Markdown with the hub's YAML front matter, ending in a newline.
@@ -84,13 +83,38 @@ def export_card(
         f"# {name} with a smaller KV cache, as {kind}",
         f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
         "the query and output projections: what is left is grouped-query attention with "
-        f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
+        f"{head_counts(exported['key_value_heads'])} key/value head(s) of {exported['head_dim']} channels, whose "
+        "rotary frequencies "
         + ("are written in the file." if in_a_file else "are written in config.json. It loads without remote code."),
-        key_value_table(exported),
+        key_value_table({name: value for name, value in exported.items() if name != "warning"}),
         stock_outlook(exported),
-        *([warning] if warning else []),
     ]
     return _card(name, ["kv-cache", "compression"], body, versions, source_card)
+
+
+def healed_card(card: str, healing: Mapping[str, Any]) -> str:
+    """Return a card that says how its checkpoint was healed, in the place of what it said of an earlier healing.
+
+    Args:
+        card: The README.md of the checkpoint.
+        healing: The JSON of `heal`.
+    """
+    before, _, behind = card.partition(f"{_HEALED}\n")
+    if behind:
+        following = behind.find("\n## ")
+        card = before + (behind[following + 1 :] if following >= 0 else "")
+    names = ("kept", "kl", "cross_entropy", "tokens", "steps", "train", "text", "answers_only", "held_out_tokens")
+    shown = {
+        name: value
+        for name, value in healing.items()
+        if name.startswith(names) and value is not None and value is not False
+    }
+    about = "Distilled from the original; losses in nats per token on text held out from training."
+    section = f"{_HEALED}\n\n{about}\n\n{key_value_table(shown)}\n"
+    place = card.find(f"\n{_MADE}\n")
+    if place < 0:
+        return f"{card.rstrip()}\n\n{section}"
+    return f"{card[:place].rstrip()}\n\n{section}{card[place:]}"
 
 
 def _card(
@@ -130,4 +154,4 @@ def _carried_metadata(card: str | None) -> dict[str, Any]:
     return {key: metadata[key] for key in _CARRIED if key in metadata} if isinstance(metadata, dict) else {}
 
 
-__all__ = ["export_card", "model_card"]
+__all__ = ["export_card", "healed_card", "model_card"]
