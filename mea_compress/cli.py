@@ -314,7 +314,10 @@ def _print(text: str, data: object, json_file: Path | None) -> None:
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="mea-compress", prog_name=NAME)
 def cli() -> None:
-    """Compress the KV cache of a trained checkpoint with Multi-head Explicit Attention."""
+    """Compress the KV cache of a trained checkpoint with Multi-head Explicit Attention.
+
+    A checkpoint that is read is a directory, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
+    """
 
 
 @cli.command()

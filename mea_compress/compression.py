@@ -8,6 +8,8 @@ from typing import Any
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.fp8 import keep_in_full
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.workspace import (
     FollowedWorkspace,
@@ -83,7 +85,7 @@ def compress(
     ``accelerate launch``, several processes share the calibration sequences, and the first one writes.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory, or a hub id, ``OWNER/NAME[@REVISION]``.
         out: New directory.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults.
         resume: Take up an interrupted run.
@@ -98,7 +100,7 @@ def compress(
         >>> result.plan.bytes_after, result.out.name
         (256, 'HALF')
     """
-    source, out = Path(source), Path(out).absolute()
+    source, out = local_directory(source), Path(out).absolute()
     plan = plan_source(open_checkpoint(source), make_recipe(recipe, settings))
     if process_count() > 1:
         _join(plan)
@@ -297,6 +299,9 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]
+    if source.quantised and not source.at_cache:
+        blocks = [source.attention(layer).removesuffix(".") for layer in range(len(layers))]
+        config["quantization_config"] = keep_in_full(config, source.reader, blocks)
     config["mea"] = {**source.config.mea, "layers": layers}
     write_config(workspace.path, config)
     return config
@@ -306,7 +311,7 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     source, recipe = plan.source, plan.recipe
     recipe_yaml = to_yaml(recipe)
     (target / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-    name = str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name)
+    name = source.name
     write_json(
         target / "compression.json",
         {

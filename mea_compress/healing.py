@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from mea_compress.architectures.families import MEA_PREFIX
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -35,11 +36,12 @@ from mea_compress.checkpoint import (
     write_shard,
 )
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
+from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.checkpoint.layout import lay_out
 from mea_compress.checkpoint.workspace import Workspace, open_workspace
 from mea_compress.decoding import check_decoding
 from mea_compress.distillation import DistillationSettings, distil, measure
-from mea_compress.emit.code import carried_code, write_code
+from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
@@ -303,8 +305,8 @@ def heal(
     Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step.
 
     Args:
-        checkpoint: Directory of the compressed checkpoint, the student.
-        teacher: Directory of the original; never written to.
+        checkpoint: Directory of the compressed checkpoint, the student, or its hub id; then `out` says where to.
+        teacher: Directory or hub id of the original; never written to.
         text: One text or several, as `read_documents` takes them; None samples the text from the teacher.
         steps: Optimiser steps.
         out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
@@ -341,7 +343,9 @@ def heal(
         True
     """
     began = time.monotonic()
-    student, teacher = Path(checkpoint).resolve(), Path(teacher).resolve()
+    if out is None and is_hub_id(checkpoint):
+        raise RequestError(f"{checkpoint} lies on the hub and cannot be replaced there: give `out`")
+    student, teacher = local_directory(checkpoint).resolve(), local_directory(teacher).resolve()
     out = student if out is None else Path(os.path.abspath(out))
     if steps < 1 or batch_size < 1:
         raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
@@ -435,6 +439,10 @@ def _check_models(student: Path, teacher: Path) -> None:
         RequestError: They differ in family, depth, hidden size or vocabulary.
     """
     configs = [CheckpointReader(path).config() for path in (student, teacher)]
+    if configs[0].get("quantization_config") is not None:
+        raise RequestError(
+            f"{student} stores quantised weights, which are not trained: compress an unquantised original"
+        )
     families = [str(config.get("model_type", "")).removeprefix("mea_") for config in configs]
     told = {
         "num_hidden_layers": "layers",
@@ -607,7 +615,7 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
     with refusals(out), replacing_directory(out, student, "healing") as work:
         copy_tree(student, work, {file.name for file in reader.files})
         _write_weights(reader, work, changed)
-        if carried_code(work).version is not None:  # by an older release, perhaps: what was run is this one's
+        if str(reader.config().get("model_type")).startswith(MEA_PREFIX):  # what was run is this release's code
             write_code(work)
         record = {name: value for name, value in result.to_json().items() if name != "out"}
         # A loss may be infinite here, which `write_json` refuses.

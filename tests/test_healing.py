@@ -13,7 +13,7 @@ import pytest
 import torch
 from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from mea_compress import distillation
 from mea_compress.checkpoint import CheckpointReader
@@ -540,3 +540,33 @@ def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_what_is_composed_at_its_cache_is_healed_with_its_encoders(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = Olmo2Config(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path / "source")
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a little model that read one story after another " * 30)
+    options = {"text": str(text), "sequences": 16, "sequence_length": 32, "progress": False}
+    compress(tmp_path / "source", tmp_path / "half", kv_ratio=0.5, refine=0, **options)
+    before = weights(tmp_path / "half")
+    result = heal(tmp_path / "half", teacher=tmp_path / "source", out=tmp_path / "healed", text=str(text), **SETTINGS)
+    assert result.kept == "healed" and result.kl_after < 0.9 * result.kl_before
+    after = weights(tmp_path / "healed")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attn." in name}
+    assert {"encoder", "weight"} == {name.rpartition(".")[2] for name in changed if "_composition." in name}

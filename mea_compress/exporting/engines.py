@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from mea_compress.errors import RequestError
 from mea_compress.exporting.form import StockForm
 
-COMMON_HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256, 512)
-"""Head sizes that kernels of several engines take; others run in some of them."""
+COMMON_HEAD_DIMS = (64, 128, 256, 512)
+"""Head sizes that the kernels of all common engines take: what vLLM 0.32.0 says of its CPU, FlashInfer and AMD kernels,
+of FlashAttention up to 256 and of its fourth version at 512; others run in some of them."""
 _VLLM_CPU_HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _POOLED = "compress with --key-composition pool --value-composition pool, whose RoPE stays the source's"
 
@@ -20,7 +21,7 @@ class Engine:
         written_frequencies: Why frequencies that are written down (longrope) do not work, or None where they do.
         fixed_head_dim: ``model_type`` whose head size it takes from the hidden size.
         head_dims: The only head sizes that its kernels take; any where empty.
-        known_by: Whether that was run or read in its source.
+        known_by: Whether that was run, read in its source, or reported by users.
     """
 
     format: str = "stock"
@@ -40,12 +41,13 @@ ENGINES = {
     ),
     "openvino": Engine(),
     "onnxruntime-genai": Engine(
-        written_frequencies="its builder leaves them out without a word and answers wrongly from the first token"
+        written_frequencies="its builder leaves them out without a word and answers wrongly from the first token",
+        known_by="reported",
     ),
     "mlx": Engine(format="llama", fixed_head_dim=("qwen2",), known_by="read"),
     "tgi": Engine(written_frequencies="it asks config.json for what only Phi-3 has", known_by="read"),
-    "ctranslate2": Engine(written_frequencies="its converter refuses them"),
-    "mistral.rs": Engine(written_frequencies="it refuses them"),
+    "ctranslate2": Engine(written_frequencies="its converter refuses them", known_by="reported"),
+    "mistral.rs": Engine(written_frequencies="it refuses them", known_by="reported"),
     "mlc-llm": Engine(written_frequencies="it refuses them", known_by="read"),
 }
 """Every engine that `export --for` knows."""
@@ -86,15 +88,26 @@ def check_engine(name: str, form: StockForm, model_type: str, format: str) -> No
         )
 
 
-def head_dim_warning(groups: int, head_dim: int) -> str | None:
-    """Return a sentence where kernels of common engines do not take a head size, else None."""
-    if head_dim in COMMON_HEAD_DIMS:
-        return None
-    nearest = _around(head_dim, COMMON_HEAD_DIMS)
-    return (
-        f"Heads of {head_dim} channels are not among those that every engine has kernels for; the nearest that are: "
-        f"{' and '.join(map(str, nearest))} (another kv_ratio, or kv_groups other than {groups})."
-    )
+def engine_warning(form: StockForm, format: str = "stock") -> str | None:
+    """Return what to mind about engines before an export is served, or None.
+
+    Args:
+        form: Of the export.
+        format: ``stock``, ``llama`` or ``gguf``.
+    """
+    notes = []
+    if form.head_dim not in COMMON_HEAD_DIMS:
+        nearest = " and ".join(map(str, _around(form.head_dim, COMMON_HEAD_DIMS)))
+        notes.append(
+            f"Heads of {form.head_dim} channels are not among those that every engine has kernels for; the nearest "
+            f"that are: {nearest} (another kv_ratio, or kv_groups other than {form.groups})."
+        )
+    if not form.keeps_rope and format != "gguf":
+        notes.append(
+            "Its rotary frequencies are written down (longrope): onnxruntime-genai and llama.cpp's own converter "
+            "leave them out without a word; `mea-compress export --for ENGINE` checks an engine."
+        )
+    return " ".join(notes) or None
 
 
 def _around(head_dim: int, sizes: tuple[int, ...]) -> list[int]:

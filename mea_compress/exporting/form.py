@@ -32,19 +32,25 @@ _WIDE = "the recipe serve-anywhere (--key-composition frequency --rotary-allocat
 
 @dataclass(frozen=True)
 class StockForm:
-    """The attention of the exported checkpoint, the same in every layer.
+    """The attention of the exported checkpoint, the same in every layer but for the number of its heads.
 
     Attributes:
-        groups: ``num_key_value_heads``.
+        groups: ``num_key_value_heads``; the largest where layers differ.
         head_dim: Channels of one of those heads.
         source_pairs: For each rotary pair of such a head, the source's pair with its frequency, (head_dim / 2,).
         keeps_rope: Whether RoPE is the source's; otherwise its frequencies are written down.
+        layer_groups: Key/value heads of every layer where they differ, else empty.
     """
 
     groups: int
     head_dim: int
     source_pairs: tuple[int, ...]
     keeps_rope: bool
+    layer_groups: tuple[int, ...] = ()
+
+    def heads(self, layer: int) -> int:
+        """Return the key/value heads of a layer."""
+        return self.layer_groups[layer] if self.layer_groups else self.groups
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: 
                 f"layer {index} has {spec['key_composition']} keys, which are rebuilt before RoPE and cannot be folded "
                 f"into queries; compress with {_exportable(source, spec['value_components'])}"
             )
+    if target == "gguf" and (counts := _counts_of_plain_heads(layers)):
+        form = StockForm(max(counts), head_dim, tuple(range(head_dim // 2)), keeps_rope=True, layer_groups=counts)
+        _check_target(source, form, target, max(counts))
+        return form
     components = _same_width(source, layers)
     groups = gcd(*(side_groups(spec, side) for spec in layers for side in ("key", "value")))
     if section["qk_norm"] and (groups != components or not all(side_form(spec, "key").plain for spec in layers)):
@@ -145,6 +155,16 @@ def _pooled(source: Checkpoint, components: float) -> str:
     )
 
 
+def _counts_of_plain_heads(layers: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return the heads of every layer where all are plain, as many values as keys, and layers differ; else nothing."""
+    if not all(side_form(spec, side).plain for spec in layers for side in ("key", "value")):
+        return ()
+    if any(spec["key_components"] != spec["value_components"] for spec in layers):
+        return ()
+    counts = tuple(spec["key_components"] for spec in layers)
+    return counts if len(set(counts)) > 1 else ()
+
+
 def _same_width(source: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> float:
     """Return the component heads of every layer, keys and values alike."""
     first = layers[0]["key_components"]
@@ -154,10 +174,12 @@ def _same_width(source: Checkpoint, layers: Sequence[Mapping[str, Any]]) -> floa
             if count != first:
                 what = "values" if side == "value" and spec["key_components"] == first else f"layer {index}"
                 least = min(spec[f"{side}_components"] for spec in layers for side in ("key", "value"))
+                takes_file = _counts_of_plain_heads(layers) and not _llama_obstacle(source, keeps_rope=True)
+                file = "export it with --format gguf, or " if takes_file else ""
                 raise RequestError(
                     f"{what} cache{'s' if what != 'values' else ''} {count} component heads where keys of layer 0 "
-                    f"cache {first}, and a stock model has one head size; compress with the same --key-components and "
-                    f"--value-components in all layers, as by {_exportable(source, least)}"
+                    f"cache {first}, and a stock model has one head size; {file}compress with the same "
+                    f"--key-components and --value-components in all layers, as by {_exportable(source, least)}"
                 )
     return first
 
@@ -194,7 +216,7 @@ def _check_target(source: Checkpoint, form: StockForm, target: str, components: 
             f"cannot be written down for wider heads; compress with {_pooled(source, components)}, or {_SERVE}"
         )
     pooled = f"compress with {_pooled(source, components)}"
-    stock, llama = _stock_obstacle(source, form), _llama_obstacle(source, form)
+    stock, llama = _stock_obstacle(source, form), _llama_obstacle(source, form.keeps_rope)
     if target == "stock" and stock is not None:
         raise RequestError(f"{stock}; {'' if llama else 'export it with --format llama, or '}{pooled}")
     if target != "stock" and llama is not None:
@@ -208,10 +230,10 @@ def _stock_obstacle(source: Checkpoint, form: StockForm) -> str | None:
     return f"transformers' {source.family.model_type} takes no heads of another size than the hidden size gives"
 
 
-def _llama_obstacle(source: Checkpoint, form: StockForm) -> str | None:
-    """Return why Llama's class cannot hold the form, or None."""
+def _llama_obstacle(source: Checkpoint, keeps_rope: bool) -> str | None:
+    """Return why Llama's class cannot hold a form with the source's RoPE, or with another, or None."""
     config, name = source.config, source.family.model_type
-    if config.mea["qk_norm"] or (source.rotary_dim != source.head_dim and form.keeps_rope):
+    if config.mea["qk_norm"] or (source.rotary_dim != source.head_dim and keeps_rope):
         return f"a {name} checkpoint cannot be written as Llama"
     return f"Llama has no sliding window and this {name} checkpoint has one" if _slides(source) else None
 
@@ -262,20 +284,21 @@ def export_cost(source: Checkpoint, form: StockForm, itemsize: int, windows: Seq
     config, bias = source.config, source.config.mea["bias"]
     hidden, head_dim = config.hidden_size, source.head_dim
     wider = config.num_attention_heads * (form.head_dim - head_dim)
-    narrower = config.num_key_value_heads * head_dim - form.groups * form.head_dim
-    numbers = wider * (2 * hidden + bias["query"]) - narrower * (2 * hidden + bias["key"] + bias["value"])
-    added, saved = itemsize * numbers * len(windows), 2 * itemsize * narrower
-    return ExportCost(form.head_dim / head_dim, added, saved * len(windows), _first_saving(added, saved, windows))
+    narrower = [config.num_key_value_heads * head_dim - form.heads(i) * form.head_dim for i in range(len(windows))]
+    added = itemsize * len(windows) * wider * (2 * hidden + bias["query"])
+    added -= itemsize * sum(narrower) * (2 * hidden + bias["key"] + bias["value"])
+    saved = [2 * itemsize * numbers for numbers in narrower]
+    return ExportCost(form.head_dim / head_dim, added, sum(saved), _first_saving(added, saved, windows))
 
 
-def _first_saving(added: int, saved: int, windows: Sequence[int | None]) -> int | None:
-    """Return the first context length at which layers that save so many bytes a token make up for bytes added."""
+def _first_saving(added: int, saved: Sequence[int], windows: Sequence[int | None]) -> int | None:
+    """Return the first context length at which what layers save of a token makes up for bytes added."""
     if added <= 0:
         return 0
     low, high = 0, 1 << 40
     while low < high:
         tokens = (low + high) // 2
-        if saved * sum(min(tokens, window or tokens) for window in windows) >= added:
+        if sum(bytes * min(tokens, window or tokens) for bytes, window in zip(saved, windows, strict=True)) >= added:
             high = tokens
         else:
             low = tokens + 1

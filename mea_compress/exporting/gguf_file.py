@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def require_gguf() -> None:
         ) from None
 
 
-def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") -> None:
+def write_gguf(
+    directory: Path, file: Path, name: str, weights: str = "stored", layer_heads: Sequence[int] = ()
+) -> None:
     """Write a Llama checkpoint as GGUF, one tensor in memory at a time.
 
     Args:
@@ -62,6 +65,7 @@ def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") 
         file: New file.
         name: Of the model, as the file says it.
         weights: One of `WEIGHTS`; ``stored`` is the checkpoint's own type.
+        layer_heads: Key/value heads of every layer where they differ from what the checkpoint's config.json says.
 
     Raises:
         RequestError: llama.cpp has no tokenizer or no scaling of RoPE like the checkpoint's.
@@ -72,11 +76,13 @@ def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") 
     reader = CheckpointReader(directory)
     kind = weights if weights != "stored" else _STORED[reader.info("model.norm.weight").dtype]
     matrices = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(file, "llama")
+    # The same model, but that llama.cpp asks for the heads of each layer by itself (DeciLM's format).
+    writer = gguf.GGUFWriter(file, "deci" if layer_heads else "llama")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    factors = _add_sizes(writer, config)
+    heads = list(layer_heads) or [config["num_key_value_heads"]] * config["num_hidden_layers"]
+    factors = _add_sizes(writer, config, heads)
     add_tokenizer(writer, directory, config["vocab_size"])
 
     def stored_type(shape: tuple[int, ...]) -> Any:
@@ -92,24 +98,24 @@ def write_gguf(directory: Path, file: Path, name: str, weights: str = "stored") 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for tensor, shape in shapes.items():
         rows: Any = factors if tensor == _FACTORS else reader.read_array(tensor).astype(np.float32)
-        projection = tensor.split(".")[-2]
-        if projection in heads:
-            rows = _neighbours(rows, heads[projection])
+        if ".q_proj." in tensor:
+            rows = _neighbours(rows, config["num_attention_heads"])
+        if ".k_proj." in tensor:
+            rows = _neighbours(rows, heads[int(tensor.split(".")[2])])
         writer.write_tensor_data(gguf.quants.quantize(rows, stored_type(shape)))
     writer.close()
 
 
-def _add_sizes(writer: Any, config: dict[str, Any]) -> Array | None:
+def _add_sizes(writer: Any, config: dict[str, Any], heads: Sequence[int]) -> Array | None:
     """Write what llama.cpp asks of the shape, and return the factors of frequencies where there are some."""
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(heads[0] if len(set(heads)) == 1 else list(heads))
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])

@@ -21,6 +21,7 @@ from mea_compress.checkpoint import (
 )
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES
 from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
 from mea_compress.compression import SPARE_BYTES
@@ -28,7 +29,7 @@ from mea_compress.emit.directory import copy_other_files, fingerprint, other_byt
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
-from mea_compress.exporting.engines import check_engine, head_dim_warning
+from mea_compress.exporting.engines import check_engine, engine_warning
 from mea_compress.exporting.fold import absorbed_output, absorbed_queries, folds_keys, folds_values, ordered_keys
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
 from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
@@ -67,28 +68,18 @@ class ExportResult(Shown):
         return {
             "format": self.format,
             "model_type": self.model_type,
-            "key_value_heads": self.form.groups,
+            "key_value_heads": list(self.form.layer_groups) or self.form.groups,
             "head_dim": self.form.head_dim,
             **self.cost.to_json(),
+            "warning": engine_warning(self.form, self.format),
             "verification": self.verification,
         }
 
     def report(self) -> str:
         """Return what people read."""
         data = self.to_json()
-        notes = [note for note in (self.warning(),) if note]
-        parts = [key_value_table(self.verification), stock_outlook(data), *notes, f"Written to {self.out}"]
+        parts = [key_value_table(self.verification), stock_outlook(data), f"Written to {self.out}"]
         return "\n\n".join(parts)
-
-    def warning(self) -> str | None:
-        """Return what to mind about engines, or None."""
-        notes = [head_dim_warning(self.form.groups, self.form.head_dim)]
-        if not self.form.keeps_rope and self.format != "gguf":
-            notes.append(
-                "Its rotary frequencies are written down (longrope): onnxruntime-genai and llama.cpp's own converter "
-                "leave them out without a word; `mea-compress export --for ENGINE` checks an engine."
-            )
-        return " ".join(note for note in notes if note) or None
 
 
 def export(
@@ -107,7 +98,7 @@ def export(
     against the compressed checkpoint, and renamed last. One layer is in memory at a time.
 
     Args:
-        checkpoint: A checkpoint of this package.
+        checkpoint: A checkpoint of this package, its directory or hub id.
         out: New directory.
         format: ``stock``, the base family's, ``llama``, which every engine knows best, or ``gguf``, a directory with
             the file ``model.gguf`` for llama.cpp.
@@ -126,7 +117,7 @@ def export(
         >>> exported.model_type, exported.form.groups
         ('llama', 1)
     """
-    checkpoint, out = Path(checkpoint), Path(out).absolute()
+    checkpoint, out = local_directory(checkpoint), Path(out).absolute()
     source = open_checkpoint(checkpoint)
     if not source.native:
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
@@ -134,6 +125,10 @@ def export(
         raise RequestError(
             f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock "
             "checkpoint does; serve it with transformers"
+        )
+    if source.quantised:
+        raise RequestError(
+            f"{checkpoint} stores weights in fp8, which no export does; export what an original in bfloat16 became"
         )
     form = stock_form(source, source.config.mea["layers"], format)
     model_type = source.family.model_type if format == "stock" else "llama"
@@ -162,16 +157,16 @@ def export(
             out, form, cost, verify_export(source, form, workspace.path, progress), model_type, format
         )
         if format == "gguf":
-            _replace_by_gguf(workspace.path, _source_name(source), weights)
+            _replace_by_gguf(workspace.path, _source_name(source), weights, form)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
         _write_card(source, result, workspace.path)
         workspace.publish(out)
     return result
 
 
-def _replace_by_gguf(directory: Path, name: str, weights: str) -> None:
+def _replace_by_gguf(directory: Path, name: str, weights: str, form: StockForm) -> None:
     """Write the file for llama.cpp, and take away the checkpoint that it was made from, its tokenizer included."""
-    write_gguf(directory, directory / FILE, name, weights)
+    write_gguf(directory, directory / FILE, name, weights, form.layer_groups)
     for file in directory.iterdir():
         if file.suffix in (".safetensors", ".json", ".model", ".jinja"):
             file.unlink()
@@ -294,11 +289,11 @@ def _rounded(array: Array, dtype: str, name: str) -> Array:
 def _write_card(source: Checkpoint, result: ExportResult, target: Path) -> None:
     name, card = _source_name(source), source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    text = export_card(name, result.to_json(), versions(), original, result.warning())
+    text = export_card(name, result.to_json(), versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
 
 
 def _source_name(source: Checkpoint) -> str:
     """Return the name of the model before compression."""
     record = source.reader.directory / "compression.json"
-    return json.loads(record.read_text())["source"] if record.is_file() else source.reader.directory.resolve().name
+    return json.loads(record.read_text())["source"] if record.is_file() else source.name

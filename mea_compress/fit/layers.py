@@ -30,7 +30,7 @@ from mea_compress.fit.split import kv_split_candidates
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
-from mea_compress.layers.blocks import BlockRunner, embed_tokens
+from mea_compress.layers.blocks import BlockHeadRunner, BlockRunner, embed_tokens
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
@@ -244,7 +244,7 @@ class CalibratedFit:
         for above in range(layer + 1, len(self.plan.layers)):
             runner = self.runner_of(above)
             original, compressed = (runner.run(stream)[0].cpu() for stream in (original, compressed))
-        head = HeadRunner(self.plan.source, self.device, self.products)
+        head = self.head_runner()
         if not self.share.is_part:
             return compare_streams(head, tokens, original, compressed[None])[1][0][0]
         total = compare_streams(head, tokens, original, compressed[None])[1][0][0] * len(tokens) if len(tokens) else 0.0
@@ -370,6 +370,11 @@ class CalibratedFit:
         """Yield batches of the text; what is held out comes in batches of its own, which no statistic looks at."""
         yield from batches(self.held_out, self.batch)
         yield from batches(self.original.shape[0], self.batch, self.held_out)
+
+    def head_runner(self) -> Any:
+        """Return what makes distributions of the last layer's hidden states."""
+        kind = BlockHeadRunner if self.plan.source.at_cache else HeadRunner
+        return kind(self.plan.source, self.device, self.products)
 
     def runner_of(self, layer: int, stored: StoredLayer | None = None) -> Any:
         """Return a layer to run, the original's or as it was stored."""

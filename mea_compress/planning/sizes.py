@@ -11,6 +11,7 @@ from mea_compress.architectures.families import LayerGeometry, Shapes
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
+from mea_compress.exporting.engines import engine_warning
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
 from mea_compress.planning.heal_memory import heal_weight_bytes
@@ -87,11 +88,19 @@ def _widths(geometry: LayerGeometry, spec: LayerSpec) -> tuple[int, int]:
 def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
     """Return what the whole work takes and gives."""
     infos = source.reader.tensors.values()
-    total = sum(prod(info.shape) for info in infos)
+    total = sum(prod(source.reader.info(name).shape) for name in source.reader.model_names)
     grown = sum(layer.parameters_after - layer.parameters_before for layer in layers)
     size = DTYPE_BITS[decisions.stored_dtype] // 8
     output = sum(size * prod(info.shape) if recipe.dtype and info.dtype in FLOATS else info.nbytes for info in infos)
     output += size * grown
+    if source.quantised and not source.at_cache:  # attention is stored in full
+        for info in infos:
+            if ".self_attn." not in info.name:
+                continue
+            if source.reader.dtype_of(info.name) != info.dtype:
+                output += size * prod(info.shape) - info.nbytes
+            elif source.reader.is_scale(info.name):
+                output -= info.nbytes
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
     scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
@@ -220,4 +229,9 @@ def _stock_export(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
     except RequestError as error:
         return {"reason": str(error)}
     cost = export_cost(source, form, itemsize, [layer.window for layer in layers])
-    return {"key_value_heads": form.groups, "head_dim": form.head_dim, **cost.to_json()}
+    return {
+        "key_value_heads": form.groups,
+        "head_dim": form.head_dim,
+        **cost.to_json(),
+        "warning": engine_warning(form),
+    }

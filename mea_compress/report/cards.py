@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mea_compress.report.tables import key_value_table, one_line, plan_report, share, stock_outlook
+from mea_compress.report.tables import head_counts, key_value_table, one_line, plan_report, share, stock_outlook
 
 _MADE, _HEALED = "## How it was made", "## How it was healed"
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -64,7 +64,6 @@ def export_card(
     exported: Mapping[str, Any],
     versions: Mapping[str, str],
     source_card: str | None = None,
-    warning: str | None = None,
 ) -> str:
     """Write the README.md of a stock checkpoint, or of a file for llama.cpp, that was exported.
 
@@ -73,7 +72,6 @@ def export_card(
         exported: The JSON of `export`.
         versions: Package name to version.
         source_card: The compressed checkpoint's README.md; its licence and language are carried over.
-        warning: What to mind about engines.
 
     Returns:
         Markdown with the hub's YAML front matter, ending in a newline.
@@ -85,11 +83,11 @@ def export_card(
         f"# {name} with a smaller KV cache, as {kind}",
         f"`{name}` was compressed with mea-compress, and the compositions of its key and value heads were folded into "
         "the query and output projections: what is left is grouped-query attention with "
-        f"{exported['key_value_heads']} key/value head(s) of {exported['head_dim']} channels, whose rotary frequencies "
+        f"{head_counts(exported['key_value_heads'])} key/value head(s) of {exported['head_dim']} channels, whose "
+        "rotary frequencies "
         + ("are written in the file." if in_a_file else "are written in config.json. It loads without remote code."),
-        key_value_table(exported),
+        key_value_table({name: value for name, value in exported.items() if name != "warning"}),
         stock_outlook(exported),
-        *([warning] if warning else []),
     ]
     return _card(name, ["kv-cache", "compression"], body, versions, source_card)
 

@@ -204,7 +204,7 @@ def _largest_error(report: Mapping[str, Any]) -> float:
 
 
 def stock_outlook(outlook: Mapping[str, Any]) -> str:
-    """Say in a sentence what a stock export costs and saves, or why there can be none."""
+    """Say what a stock export costs and saves and what to mind about engines, or why there can be none."""
     if "reason" in outlook:
         return f"Stock export: not possible, {outlook['reason']}."
     width, added = outlook["query_and_output_width"], outlook["weight_bytes_added"]
@@ -215,10 +215,18 @@ def stock_outlook(outlook: Mapping[str, Any]) -> str:
         weights = f"q_proj and o_proj grow {width:g} times, weights by {format_bytes(added)}"
     since = "never for one sequence" if tokens is None else f"from {tokens:,} cached tokens on"
     since = "always" if tokens == 0 else since
-    return (
-        f"Stock export: {outlook['key_value_heads']} key/value head(s) of {outlook['head_dim']} channels; {weights}, "
-        f"the cache by {format_bytes(saved)} less a token; memory is saved {since}."
+    heads = head_counts(outlook["key_value_heads"])
+    costs = (
+        f"Stock export: {heads} key/value head(s) of {outlook['head_dim']} channels; {weights}, the cache by "
+        f"{format_bytes(saved)} less a token; memory is saved {since}."
     )
+    warning = outlook.get("warning")
+    return f"{costs} {warning}" if warning else costs
+
+
+def head_counts(heads: int | Sequence[int]) -> str:
+    """Return the number of heads of all layers, or of those with the fewest and the most."""
+    return str(heads) if isinstance(heads, int) else f"{min(heads)} to {max(heads)}"
 
 
 def one_line(cell: object) -> str:

@@ -1,6 +1,7 @@
 """What is refused for an engine, and what is said of head sizes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -9,10 +10,11 @@ from tiny import stock_checkpoint
 
 from mea_compress.cli import cli
 from mea_compress.errors import RequestError
-from mea_compress.exporting.engines import ENGINES, check_engine, head_dim_warning
+from mea_compress.exporting.engines import ENGINES, check_engine, engine_warning
 from mea_compress.exporting.form import StockForm
 from mea_compress.exporting.stock import export
 
+ROOT = Path(__file__).parents[2]
 WIDE = StockForm(groups=1, head_dim=128, source_pairs=tuple(range(32)) * 2, keeps_rope=False)
 PLAIN = StockForm(groups=2, head_dim=64, source_pairs=tuple(range(32)), keeps_rope=True)
 # Engines that drop or refuse rotary frequencies that are written down, or are not known to read them.
@@ -48,8 +50,48 @@ def test_a_head_size_without_a_kernel_is_refused_with_the_nearest_that_have_one(
         check_engine("vllm-cpu", StockForm(1, 320, WIDE.source_pairs, False), "llama", "stock")
     with pytest.raises(RequestError, match=r"16 channels.*have 32 "):
         check_engine("vllm-cpu", StockForm(1, 16, WIDE.source_pairs, False), "llama", "stock")
-    assert head_dim_warning(1, 128) is None
-    assert "192 and 256" in head_dim_warning(1, 200) and "512 (" in head_dim_warning(1, 640)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "nearest"),
+    [
+        (8, "are: 64 ("),
+        (96, "are: 64 and 128 ("),
+        (200, "are: 128 and 256 ("),
+        (320, "256 and 512"),
+        (640, "are: 512 ("),
+    ],
+)
+def test_a_size_that_some_kernels_do_not_take_is_said_with_the_nearest_that_all_do(head_dim, nearest):
+    warning = engine_warning(StockForm(1, head_dim, WIDE.source_pairs, True))
+    assert f"Heads of {head_dim} channels" in warning and nearest in warning
+
+
+def test_nothing_is_said_of_what_every_engine_takes():
+    assert engine_warning(PLAIN) is None
+    assert "longrope" in engine_warning(WIDE) and "Heads of" not in engine_warning(WIDE)
+    assert engine_warning(WIDE, "gguf") is None
+
+
+def test_a_plan_warns_of_head_sizes_as_the_export_does(tmp_path):
+    source = stock_checkpoint(tmp_path / "source")
+    out = compressed(tmp_path)
+    settings = ["--kv-ratio", "0.5", "--recipe", "serve-anywhere"]
+    said = CliRunner().invoke(cli, ["plan", str(source), *settings]).output
+    assert "Heads of 8 channels" in said and "onnxruntime-genai" in said
+    planned = CliRunner().invoke(cli, ["plan", str(source), *settings, "--json", "-"]).output
+    exported = export(out, tmp_path / "export", progress=False)
+    assert json.loads(planned)["stock_export"]["warning"] == exported.to_json()["warning"]
+    assert json.loads(planned)["stock_export"]["head_dim"] == exported.form.head_dim
+
+
+def test_the_documentation_says_of_every_engine_what_is_known_and_from_what():
+    rows = [line for line in (ROOT / "docs" / "serving.md").read_text().splitlines() if line.startswith("| `")]
+    for name, engine in ENGINES.items():
+        (row,) = [line for line in rows if f"`{name}`" in line.split("|")[1]]
+        assert row.split("|")[3].strip().startswith(engine.known_by), name
+        if engine.written_frequencies and name != "llama.cpp":
+            assert "refused" in row.split("|")[2], name
 
 
 def test_an_unknown_engine_is_answered_with_those_that_are_known():

@@ -128,6 +128,38 @@ def test_llama_cpp_computes_what_the_compressed_checkpoint_does_from_half_the_st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "llama-rope-bias-wide-tied", "qwen2"])
+def test_layers_with_different_numbers_of_pooled_heads_go_into_a_file_alone(case, tmp_path):
+    package = llama_cpp()
+    stock_checkpoint(tmp_path / "source", case, vocab_size=700)
+    by_words(tmp_path / "source")
+    out = compressed(tmp_path, case, "pool", layers="1-1")
+    with pytest.raises(RequestError, match="export it with --format gguf"):
+        export(out, tmp_path / "refused", progress=False)
+    result = export(out, tmp_path / "export", format="gguf", progress=False)
+    counts = [layer["key_components"] for layer in json.loads((out / "config.json").read_text())["mea"]["layers"]]
+    assert result.to_json()["key_value_heads"] == counts and counts[1] < counts[0]
+    record = json.loads((out / "compression.json").read_text())["plan"]["kv_bytes_per_token"]
+    assert result.verification["kv_bytes_per_token"] == record["after"]
+    assert result.cost.kv_bytes_per_token == record["before"] - record["after"]
+    engine, model = run(tmp_path / "export" / "model.gguf"), load(out)
+    ids = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits(engine, ids), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    whole = compressed(tmp_path, case, "pool", ratio=1.0, seed=1)
+    export(whole, tmp_path / "whole", format="gguf", progress=False)
+    states = []
+    for directory in ("export", "whole"):  # without flash attention llama.cpp pads values to the widest layer's
+        held = package.Llama(
+            str(tmp_path / directory / "model.gguf"), n_ctx=128, verbose=False, type_k=0, type_v=0, flash_attn=True
+        )
+        held.eval(ids * 4)
+        states.append(package.llama_state_seq_get_size(held._ctx.ctx, ctypes.c_int32(0)))
+    assert states[0] / states[1] == pytest.approx(record["after"] / record["before"], abs=0.05)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS)
 def test_llama_cpp_makes_the_same_tokens_of_a_text(name, tmp_path):
     def put(directory):
