@@ -26,10 +26,10 @@ from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
 from mea_compress.distillation import DistillationSettings, _run
-from mea_compress.healing import _trainable
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
+from mea_compress.stages import Stages
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
 FIRST_STEPS = 2  # of every run, which do not count
@@ -121,13 +121,13 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
                 for name, path in (("original", original), ("compressed", compressed))
             }
             for student in students.values():
-                _trainable(student, "attention")
+                Stages(student).begin("attention")
 
             def heal(clock: Clock, name: str, students=students, teacher=teacher) -> None:
                 trained = [weight for weight in students[name].parameters() if weight.requires_grad]
                 settings = DistillationSettings(all_steps, batch_size, 1e-5)
                 groups = [{"params": trained, "lr": 1e-5}]
-                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
+                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick(), [])
 
             def tune(clock: Clock, teacher: Any, students=students) -> None:
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)

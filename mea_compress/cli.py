@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from mea_compress.checkpoint.files import to_json, write_json, write_text
 from mea_compress.errors import RequestError
+from mea_compress.processes import is_first_process
 from mea_compress.recipe import (
     FORMER_NAMES,
     EvaluateRecipe,
@@ -313,7 +314,10 @@ def _print(text: str, data: object, json_file: Path | None) -> None:
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="mea-compress", prog_name=NAME)
 def cli() -> None:
-    """Compress the KV cache of a trained checkpoint with Multi-head Explicit Attention."""
+    """Compress the KV cache of a trained checkpoint with Multi-head Explicit Attention.
+
+    A checkpoint that is read is a directory, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
+    """
 
 
 @cli.command()
@@ -406,7 +410,9 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
     """  # noqa: D301 - \b is Click's mark of lines that stay as they are
     from mea_compress.compression import compress as compress_checkpoint
 
-    _show(compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume))
+    result = compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume)
+    if is_first_process():
+        _show(result)
 
 
 @cli.command()
@@ -421,7 +427,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, resume: bool, **flag
 
     settings = given_settings(from_flags(HealRecipe, flags))
     result = heal_checkpoint(checkpoint, teacher=teacher, out=out, resume=resume, **settings)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher has started, one prints
+    if is_first_process():  # of those that a launcher has started, one prints
         _show(result)
 
 

@@ -1,15 +1,24 @@
 """The main job: plan, compose layer by layer, write, verify, publish."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.fp8 import keep_in_full
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.system import raise_trim_threshold
-from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, check_space, open_workspace
+from mea_compress.checkpoint.workspace import (
+    FollowedWorkspace,
+    Workspace,
+    already_published,
+    check_free,
+    check_space,
+    open_workspace,
+)
 from mea_compress.emit.directory import auto_map, copy_other_files, fingerprint, other_bytes, versions, write_config
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
@@ -18,8 +27,10 @@ from mea_compress.layers.read import check_finite
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
+from mea_compress.processes import from_first_process, is_first_process, join_processes, process_count
 from mea_compress.recipe import Recipe, budget_file, make_recipe, to_yaml
 from mea_compress.report.cards import model_card
+from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import before_after, fidelity_report
 from mea_compress.text.reading import text_state
@@ -27,7 +38,7 @@ from mea_compress.text.reading import text_state
 # Room for the files that are not weights, beside them and the layers' own files.
 SPARE_BYTES = 64 << 20
 # Our own reports: stale in a derived checkpoint, so not copied.
-_OWN_DOCUMENTS = ("compression.json", "recipe.yaml", "healing.json", "training.json", "export.json")
+_OWN_DOCUMENTS = ("compression.json", "recipe.yaml", "healing.json", "healing.png", "training.json", "export.json")
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,10 +81,11 @@ def compress(
     """Compress the KV cache of a checkpoint.
 
     OUT appears complete or not at all: it is written in a sibling directory, checked against what was composed, and
-    renamed last. Tensors that do not change are copied as bytes. SRC is only read.
+    renamed last. Tensors that do not change are copied as bytes. SRC is only read. Started by ``torchrun`` or
+    ``accelerate launch``, several processes share the calibration sequences, and the first one writes.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory, or a hub id, ``OWNER/NAME[@REVISION]``.
         out: New directory.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults.
         resume: Take up an interrupted run.
@@ -88,15 +100,23 @@ def compress(
         >>> result.plan.bytes_after, result.out.name
         (256, 'HALF')
     """
-    source, out = Path(source), Path(out).absolute()
+    source, out = local_directory(source), Path(out).absolute()
     plan = plan_source(open_checkpoint(source), make_recipe(recipe, settings))
-    if resume and (already_published(out) or (out / "compression.json").is_file()):
+    if process_count() > 1:
+        _join(plan)
+        progress = progress and is_first_process()
+    finished = is_first_process() and resume and (already_published(out) or (out / "compression.json").is_file())
+    if from_first_process(finished):
         return _load_finished_result(plan, out)
+    if not is_first_process():
+        return _take_part(plan, out)
     check_free(out, source)
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
         deadline = deadline_of(plan.recipe)
-        plan = _fit_and_write(_allocated(plan, workspace, progress), workspace, progress, deadline)
+        plan = _allocated(plan, workspace, progress)
+        from_first_process((_decided(plan), workspace.manifest))
+        plan = _fit_and_write(plan, workspace, progress, deadline)
         config = _write_config(plan, workspace)
         # The card is kept aside: the checkpoint gets one of its own.
         copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
@@ -110,7 +130,48 @@ def compress(
         }
         _write_documents(plan, config, fidelity, workspace.path)
         workspace.publish(out)
+    from_first_process((_decided(plan), fidelity))
     return CompressionResult(out, plan, fidelity)
+
+
+def _join(plan: Plan) -> None:
+    """Join the other processes that share the work.
+
+    Raises:
+        RequestError: There is nothing that they could share.
+    """
+    if plan.source.at_cache:
+        raise RequestError(
+            f"several processes share the fit of projections, and those of {plan.source.family.model_type} stay as "
+            "they are: start one process"
+        )
+    if not plan.decisions.needs_calibration and not plan.decisions.healing_steps:
+        raise RequestError("several processes share the calibration, and there is none: start one process")
+    from mea_compress.loading import resolve_device
+
+    join_processes(resolve_device(plan.recipe.device))
+
+
+def _take_part(plan: Plan, out: Path) -> CompressionResult:
+    """Do what falls to any process but the first, which writes and hands the result to the others."""
+    from mea_compress.fit.layers import fit_layers
+
+    decided, manifest = from_first_process(None)
+    plan = replace(plan, **decided)
+    workspace, deadline = FollowedWorkspace(out, manifest), deadline_of(plan.recipe)
+    if plan.decisions.needs_calibration:
+        fit_layers(plan, workspace, False, deadline=deadline)
+    if plan.decisions.healing_steps:
+        from mea_compress.fit.healing import heal_layers
+
+        heal_layers(plan, workspace, False, deadline)
+    decided, fidelity = from_first_process(None)
+    return CompressionResult(out, replace(plan, **decided), fidelity)
+
+
+def _decided(plan: Plan) -> dict[str, Any]:
+    """Return what of a plan measurements change, by field name."""
+    return {name: getattr(plan, name) for name in ("layers", "decisions", "costs", "profile", "predicted_kl")}
 
 
 def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
@@ -238,6 +299,9 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]
+    if source.quantised and not source.at_cache:
+        blocks = [source.attention(layer).removesuffix(".") for layer in range(len(layers))]
+        config["quantization_config"] = keep_in_full(config, source.reader, blocks)
     config["mea"] = {**source.config.mea, "layers": layers}
     write_config(workspace.path, config)
     return config
@@ -247,7 +311,7 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     source, recipe = plan.source, plan.recipe
     recipe_yaml = to_yaml(recipe)
     (target / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-    name = str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name)
+    name = source.name
     write_json(
         target / "compression.json",
         {
@@ -265,6 +329,8 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     measured = {name: fidelity[name] for name in ("healing",) if name in fidelity}
     text = model_card(name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
+    if "healing" in fidelity and has_matplotlib():
+        draw_healing(fidelity["healing"], target / "healing.png")
 
 
 __all__ = ["CompressionResult", "compress"]

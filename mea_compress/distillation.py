@@ -33,7 +33,8 @@ from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
-from mea_compress.processes import is_first_process, process_count
+from mea_compress.processes import from_first_process, is_first_process, process_count
+from mea_compress.top_logits import TopLoss, top_divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +65,8 @@ class DistillationSettings:
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
         cross_entropy: Share of the text's own cross-entropy in the loss.
         gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
+        top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
+        match_hidden: Weight of the error of every layer's output in the loss; see `_hidden_error`.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
             as those of the trials took; None for whenever. Without trials it is not heeded.
     """
@@ -77,6 +80,8 @@ class DistillationSettings:
     temperature: float = 1.0
     cross_entropy: float = 0.0
     gradient_checkpointing: bool = False
+    top_logits: int | None = None
+    match_hidden: float = 0.0
     deadline: float | None = None
 
     @property
@@ -100,12 +105,14 @@ class Distillation:
         curve: KL on held-out text in nats per token by optimiser step, from 0 on.
         steps: Optimiser steps of the full run.
         all_steps: Optimiser steps, those of trials among them.
+        losses: What was trained on by optimiser step, of the full run.
     """
 
     rate: float | None
     curve: tuple[tuple[int, float], ...]
     steps: int
     all_steps: int
+    losses: tuple[float, ...] = ()
 
 
 def distil(
@@ -116,6 +123,7 @@ def distil(
     settings: DistillationSettings,
     tick: Callable[[float], object] = lambda loss: None,
     state: Path | None = None,
+    counted: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Distillation:
     """Distil a model in place; what requires gradients is trained and holds the best weights afterwards.
 
@@ -130,22 +138,27 @@ def distil(
         tick: Called with the loss after every optimiser step.
         state: Directory that keeps how far it has come, and from which it goes on if it was stopped; None keeps
             nothing. It must be of the same model, teacher, sequences and settings.
+        counted: Which tokens of the sequences to train on and of those held out count when they are predicted, bool
+            (N, T) and (M, T), at least one of each sequence; None for all.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
+    learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
     if settings.products != torch.float32:
         _convert_frozen(model, settings.products)
 
     def look() -> float:
-        total = measure(model, teacher, looked_at, settings.products)
-        return total.kl / total.tokens
+        total = measure(model, teacher, looked_at, settings.products, judged)
+        return from_first_process(total.kl / total.tokens)  # what comes next follows from it, in all of them alike
 
     start = {name: weight.detach().clone() for name, weight in parameters.items()}
     progress = _Progress.resumed(state, start) or _Progress(state, look(), start)
 
     def train(groups: list[dict[str, Any]], steps: int, on_step: Callable[[int], object] | None = None) -> None:
         _set(parameters, start)
-        _run(model, teacher, training, groups, settings, steps, tick, on_step, state if on_step else None)
+        losses = progress.losses if on_step else []
+        here = state if on_step else None
+        _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
@@ -174,10 +187,11 @@ def distil(
         progress.offer(value, parameters)
         progress.save()
 
-    if progress.steps:
+    if progress.curve[-1][0] < progress.steps:  # otherwise it was through, and something else was stopped behind it
         train(groups, progress.steps, on_step)
     _set(parameters, progress.best_weights)
-    return Distillation(rate, tuple(progress.curve), progress.steps, progress.taken + progress.steps)
+    all_steps = progress.taken + progress.steps
+    return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tuple(progress.losses))
 
 
 class _Progress:
@@ -195,6 +209,7 @@ class _Progress:
         self.best_weights = dict(weights)
         self.found: dict[str, float] = {}
         self.curve: list[tuple[int, float]] = [(0, value)]
+        self.losses: list[float] = []
         self.steps: int | None = None
         self.taken = 0
         self._offered = True
@@ -209,6 +224,7 @@ class _Progress:
         progress = _Progress(directory, kept["curve"][0][1], {k: weights[k].to(like[k].device) for k in like})
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
+        progress.losses = kept["losses"]
         progress._offered = False
         return progress
 
@@ -237,6 +253,7 @@ class _Progress:
             "best_value": self.best_value,
             "found": self.found,
             "curve": self.curve,
+            "losses": self.losses,
             "steps": self.steps,
             "taken": self.taken,
         }
@@ -300,7 +317,7 @@ def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
 
 
 def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
-    """Return the steps of the full run that are left the time for.
+    """Return the steps of the full run that are left the time for, by the clock of the first process.
 
     Args:
         settings: With the deadline.
@@ -312,19 +329,32 @@ def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int
     now = time.monotonic()
     left = settings.deadline - now
     if not taken:
-        return settings.steps if left > 0 else 0
-    return max(0, min(settings.steps, int(left * taken / (now - began))))
+        return from_first_process(settings.steps if left > 0 else 0)
+    return from_first_process(max(0, min(settings.steps, int(left * taken / (now - began)))))
 
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, products: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    products: torch.dtype = torch.float32,
+    counted: torch.Tensor | None = None,
 ) -> Comparison:
-    """Sum the comparisons of ids (N, T), which have no padding, with products in a given dtype."""
-    total = NOTHING
-    for rows in ids.split(max_batch_size(ids.shape[1], vocabulary_size(teacher))):
+    """Sum the comparisons of sequences, with products in a given dtype.
+
+    Args:
+        model: The compressed model.
+        teacher: Its original.
+        ids: (N, T), int64, without padding.
+        products: Dtype of matrix products.
+        counted: Which tokens count when they are predicted, bool (N, T); None for all.
+    """
+    total, size = NOTHING, max_batch_size(ids.shape[1], vocabulary_size(teacher))
+    masks = torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
+    for rows, mask in zip(ids.split(size), masks.split(size), strict=True):
         with _autocast(model, products):
-            total += compare_models(model, teacher, rows, torch.ones_like(rows, dtype=torch.bool))
+            total += compare_models(model, teacher, rows, mask, padded=False)
     return total
 
 
@@ -354,31 +384,38 @@ def _autocast(model: PreTrainedModel, products: torch.dtype) -> torch.autocast:
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
-    """Training sequences, ids (N, T), one an item."""
+    """Training sequences, ids (N, T), one an item, and which of their tokens count (N, T)."""
 
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
+    def __init__(self, ids: torch.Tensor, counted: torch.Tensor | None) -> None:
+        self.ids, self.counted = ids, counted
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index]}
+        counted = {} if self.counted is None else {"counted": self.counted[index]}
+        return {"input_ids": self.ids[index]} | counted
 
 
 class _Callback(TrainerCallback):
     """Reports every step, looks at the held-out text every so often, and stops at a loss that is not finite."""
 
     def __init__(
-        self, steps: int, tick: Callable[[float], object], look: Callable[[int], object] | None, saves: bool
+        self,
+        steps: int,
+        tick: Callable[[float], object],
+        history: list[float],
+        look: Callable[[int], object] | None,
+        saves: bool,
     ) -> None:
-        self.tick, self.look, self.saves = tick, look, saves
+        self.tick, self.history, self.look, self.saves = tick, history, look, saves
         self.looks = {round(steps * (index + 1) / _LOOKS) for index in range(_LOOKS)}
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         loss = sum(self.losses) / len(self.losses)
         self.losses.clear()
+        self.history[state.global_step - 1 :] = [loss]  # steps behind the checkpoint it went on from are done again
         self.tick(loss)
         if not math.isfinite(loss):
             control.should_training_stop = True
@@ -403,21 +440,38 @@ class _Loss(nn.Module):
         teacher: Its original; no part of the module.
         settings: Temperature, cross-entropy, products.
         sliced: Whether each model's head alone makes its logits, so that those of one sequence at a time will do.
+        per_sequence: Tokens that count in a sequence, on average; None where all do.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, settings: DistillationSettings, sliced: bool
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        settings: DistillationSettings,
+        sliced: bool,
+        per_sequence: float | None = None,
     ) -> None:
         super().__init__()
-        self.student, self.settings, self.sliced = student, settings, sliced
+        self.student, self.settings, self.sliced, self.per_sequence = student, settings, sliced, per_sequence
         object.__setattr__(self, "teacher", teacher)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the loss per token of ids (B, T)."""
+    def forward(self, input_ids: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the loss per token of ids (B, T), of which those that count may be given, (B, T)."""
         loss_of = _sliced_loss if self.sliced else _whole_loss
         teacher: Any = self.teacher
+        # By the average of all sequences, so that it does not matter how they are shared out.
+        weights = None if counted is None else _weights(counted, len(counted) * (self.per_sequence or 1))
         with _autocast(teacher, self.settings.products):
-            return loss_of(self.student, teacher, input_ids, self.settings.temperature, self.settings.cross_entropy)
+            return loss_of(
+                self.student,
+                teacher,
+                input_ids,
+                self.settings.temperature,
+                self.settings.cross_entropy,
+                weights,
+                self.settings.top_logits,
+                self.settings.match_hidden,
+            )
 
 
 class _Distiller(Trainer):
@@ -431,7 +485,7 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = model(inputs["input_ids"])
+        loss = model(**inputs)
         # Of all processes, for all of them are to stop where one meets a loss that is not finite.
         self.reporter.losses.append(float(self.accelerator.reduce(loss.detach(), "mean")))
         return (loss, {}) if return_outputs else loss
@@ -450,33 +504,113 @@ class _Distiller(Trainer):
         _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
 
 
+def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
+    """Return the weight of the prediction at every position, (B, T), from which tokens count when they are predicted.
+
+    Args:
+        counted: (B, T), bool.
+        total: What the weights of a batch add up to 1 for.
+    """
+    return nn.functional.pad(counted[:, 1:] / total, (0, 1))
+
+
+def _weights_of(
+    ids: torch.Tensor, temperature: float, cross_entropy: float, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what KL and cross-entropy at every position of ids (B, T) count in the loss, (B, T) each or None."""
+    if weights is None:
+        everywhere = torch.ones_like(ids, dtype=torch.float32)
+        of_kl, of_text = everywhere / ids.numel(), _weights(everywhere, ids[:, 1:].numel())
+    else:
+        of_kl = of_text = weights
+    return (1 - cross_entropy) * temperature**2 * of_kl, cross_entropy * of_text if cross_entropy else None
+
+
 def _whole_loss(
-    model: Any, teacher: PreTrainedModel, ids: torch.Tensor, temperature: float = 1.0, cross_entropy: float = 0.0
+    model: Any,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    weights: torch.Tensor | None = None,
+    top_logits: int | None = None,
+    match_hidden: float = 0.0,
 ) -> torch.Tensor:
-    """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy."""
+    """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
+
+    Args:
+        model: The student.
+        teacher: Its original.
+        ids: (B, T), int64.
+        temperature: Divides the logits of both.
+        cross_entropy: Share of the text's own.
+        weights: Of the prediction at every position, (B, T); None for all of them alike.
+        top_logits: Tokens that are told apart; see `top_divergence`.
+        match_hidden: Weight of `_hidden_error`.
+    """
+    more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
     with torch.no_grad():
-        log_p = (teacher(input_ids=ids, use_cache=False).logits.float() / temperature).log_softmax(-1)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+        expected = teacher(input_ids=ids, **more)
+        log_p = (expected.logits.float() / temperature).log_softmax(-1)
+    found = model(input_ids=ids, **more)
+    logits = found.logits.float()
     log_q = (logits / temperature).log_softmax(-1)
-    divergence = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    loss = (1 - cross_entropy) * temperature**2 * divergence / ids.numel()
-    if cross_entropy:
-        loss = loss + cross_entropy * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
+    if top_logits is None:
+        divergence = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    else:
+        divergence = top_divergence(log_p, log_q, top_logits)
+    loss = (of_kl * divergence).sum()
+    if of_text is not None:
+        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = loss + (of_text[:, :-1].flatten() * losses).sum()
+    if match_hidden:
+        loss = loss + match_hidden * _hidden_error(found.hidden_states, expected.hidden_states)
     return loss
 
 
 def _sliced_loss(
-    model: Any, teacher: PreTrainedModel, ids: torch.Tensor, temperature: float = 1.0, cross_entropy: float = 0.0
+    model: Any,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    weights: torch.Tensor | None = None,
+    top_logits: int | None = None,
+    match_hidden: float = 0.0,
 ) -> torch.Tensor:
     """Return what `_whole_loss` returns, with the logits of one sequence at a time in memory."""
     with torch.no_grad():
-        target = _hidden(teacher, ids)
-    return _SlicedLoss.apply(_hidden(model, ids), target, _head(model), _head(teacher), ids, temperature, cross_entropy)
+        target, expected = _hidden(teacher, ids, match_hidden > 0)
+    hidden, found = _hidden(model, ids, match_hidden > 0)
+    own, other = _head(model), _head(teacher)
+    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
+    if top_logits is None:
+        loss = _SlicedLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature)
+    else:
+        loss = TopLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, top_logits)
+    return loss + match_hidden * _hidden_error(found, expected) if match_hidden else loss
 
 
-def _hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return what the language-model head reads, (B, T, D)."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def _hidden(
+    model: PreTrainedModel, ids: torch.Tensor, every_layer: bool = False
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return what the language-model head reads, (B, T, D), and the outputs of every layer if they are asked for."""
+    output = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
+    return output.last_hidden_state, output.hidden_states or ()
+
+
+def _hidden_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return |found - expected|² / |expected|² of (B, T, D) states, averaged over tokens and layers.
+
+    What is first are the embeddings, before any layer. Each token is measured by its own size, of which the first of a
+    sequence has often a thousand times as much as the others.
+    """
+    errors = []
+    for own, other in zip(found[1:], expected[1:], strict=True):
+        own, other = own.float(), other.float()
+        errors.append(((own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)).mean())
+    return torch.stack(errors).mean()
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:
@@ -496,40 +630,43 @@ class _SlicedLoss(torch.autograd.Function):
         head: nn.Linear,
         expected: nn.Linear,
         ids: torch.Tensor,
+        counts: torch.Tensor | None,
+        of_kl: torch.Tensor,
+        of_text: torch.Tensor | None,
         temperature: float,
-        cross_entropy: float,
     ) -> Any:
-        gradient = torch.empty_like(hidden)
-        tokens, predictions = ids.numel(), ids[:, 1:].numel()
-        scale, share = (1 - cross_entropy) * temperature**2 / tokens, cross_entropy / predictions
+        gradient = torch.zeros_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for row, (own, other) in enumerate(zip(hidden, target, strict=True)):  # (T, D) each
+        next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
+        for row in range(len(ids)):
+            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
+            own, other, weights = hidden[row, at], target[row, at], of_kl[row, at]  # (T, D) twice, (T,)
             logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
             expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
             wide = torch.promote_types(logits.dtype, torch.float32)
             of_logits: torch.Tensor | float = 0.0
-            if cross_entropy:
-                next_ids = ids[row, 1:, None]
-                q = logits[:-1].softmax(-1, dtype=wide)
-                total += share * (_log_sum(logits[:-1], q) - logits[:-1].gather(1, next_ids)[:, 0].to(wide)).sum()
-                q.scatter_add_(1, next_ids, torch.full_like(next_ids, -1, dtype=wide))
-                of_logits = torch.cat((share * q, q.new_zeros(1, q.shape[1])))
+            if of_text is not None:
+                following, text_weights = next_ids[row, at, None], of_text[row, at]
+                q = logits.softmax(-1, dtype=wide)
+                total += (text_weights * (_log_sum(logits, q) - logits.gather(1, following)[:, 0].to(wide))).sum()
+                q.scatter_add_(1, following, torch.full_like(following, -1, dtype=wide))
+                of_logits = q.mul_(text_weights[:, None])
             if temperature != 1:
                 logits, expected_logits = logits / temperature, expected_logits / temperature
             q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
             difference = expected_logits.to(wide, copy=True).sub_(logits)
             # KL = sum of p (a - b) - log-sum of a + log-sum of b.
             divergence = torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)
-            total += scale * divergence.sum()
-            whole = q.sub_(p).mul_(scale / temperature) + of_logits
-            gradient[row] = (whole.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
+            total += (weights * divergence).sum()
+            whole = q.sub_(p).mul_(weights[:, None] / temperature) + of_logits
+            gradient[row, at] = (whole.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None, None, None, None, None
+        return gradient * outer[0], *[None] * 8
 
 
 def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -548,7 +685,7 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     if type(head) is not nn.Linear or any(weight.requires_grad for weight in head.parameters()):
         return False
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    found = head(_hidden(model, ids).to(head.weight.dtype)).float()
+    found = head(_hidden(model, ids)[0].to(head.weight.dtype)).float()
     return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
 
 
@@ -567,18 +704,21 @@ def _run(
     settings: DistillationSettings,
     steps: int,
     tick: Callable[[float], object],
+    history: list[float],
     look: Callable[[int], object] | None = None,
     state: Path | None = None,
+    counted: torch.Tensor | None = None,
 ) -> None:
     """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`.
 
-    With a directory `state`, checkpoints are kept there whenever `look` is called, and training goes on from the last.
+    The loss of every step goes to `history`. With a directory `state`, checkpoints are kept there whenever `look` is
+    called, and training goes on from the last.
     """
     device = next(model.parameters()).device
     sample = ids[:1, :8].to(device)
     with _autocast(model, settings.products):
         sliced = all(_head_alone_makes_logits(one, sample) for one in (model, teacher))
-    reporter = _Callback(steps, tick, look, state is not None)
+    reporter = _Callback(steps, tick, history, look, state is not None)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     micro, accumulated = _micro_batch(settings, device, ids.shape[1], sliced, vocabulary_size(teacher))
@@ -605,9 +745,9 @@ def _run(
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         distiller = _Distiller(
             reporter,
-            model=_Loss(model, teacher, settings, sliced),
+            model=_Loss(model, teacher, settings, sliced, None if counted is None else float(counted.sum()) / len(ids)),
             args=arguments,
-            train_dataset=_Rows(ids),
+            train_dataset=_Rows(ids, counted),
             callbacks=[reporter],
             optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_peak, steps))),
         )

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from mea_compress.architectures.families import MEA_PREFIX
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -36,15 +36,15 @@ from mea_compress.checkpoint import (
     write_shard,
 )
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
+from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.checkpoint.layout import lay_out
 from mea_compress.checkpoint.workspace import Workspace, open_workspace
 from mea_compress.decoding import check_decoding
 from mea_compress.distillation import DistillationSettings, distil, measure
-from mea_compress.emit.code import carried_code, write_code
+from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
-from mea_compress.fit.refinement import kept_by_forms, mask_cross_group_gradients
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
     check_ids,
@@ -55,11 +55,15 @@ from mea_compress.loading import (
     vocabulary_size,
 )
 from mea_compress.measure.metrics import check_same_vocabulary
-from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.processes import from_first_process, is_first_process, join_processes
+from mea_compress.report.cards import healed_card
+from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
+from mea_compress.stages import Stages, parse_stages
+from mea_compress.text.answers import answer_sequences
 from mea_compress.text.documents import Documents
+from mea_compress.text.kept_samples import kept_samples, tokenizer_digest
 from mea_compress.text.reading import TextChoice, read_documents, text_state
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
@@ -67,11 +71,29 @@ from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
+PICTURE = "healing.png"
+"""The curve, beside the card."""
 _MAX_SAMPLED = 1024
 _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
+
+
+@dataclass(frozen=True)
+class HealingStage:
+    """One stage of a healing.
+
+    Attributes:
+        train: What learnt; see `STAGES`.
+        steps: Optimiser steps.
+        relative_rate: Peak as a share of each weight's root mean square, where it was found by trials.
+        all_steps: Optimiser steps, those of trials among them.
+    """
+
+    train: str
+    steps: int
+    relative_rate: float | None
+    all_steps: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,11 +105,12 @@ class HealingResult(Shown):
         steps: Optimiser steps.
         tokens: Tokens trained on, those of trials among them.
         learning_rate: Peak, where one was given.
-        relative_rate: Peak as a share of each weight's root mean square, where it was found by trials.
-        train: ``attention`` or ``all``.
+        relative_rate: Peak as a share of each weight's root mean square, where it was found by trials; of the last
+            stage.
+        train: The stages.
         text: Names of the texts, or that text was sampled.
         seed: Of sampling and of the order of sequences.
-        trained_parameters: Numbers that were free to change.
+        trained_parameters: Numbers that were free to change, in the stage with the most.
         held_out_tokens: Predictions that losses are averaged over.
         kl_before: KL(original ‖ compressed) before healing.
         kl_after: The same of the weights kept.
@@ -97,6 +120,9 @@ class HealingResult(Shown):
         kept: ``unhealed`` where training did not lower the KL.
         seconds: Time it all took.
         prefix_ids: Ids in front of every sequence.
+        answers_only: Whether only what answers predict counted, in training and in the losses above.
+        stages: What was done, stage by stage.
+        losses: The loss of what was trained on by optimiser step, trials left out.
     """
 
     out: Path
@@ -117,6 +143,9 @@ class HealingResult(Shown):
     kept: Literal["healed", "unhealed"]
     seconds: float
     prefix_ids: tuple[int, ...] = ()
+    answers_only: bool = False
+    stages: tuple[HealingStage, ...] = ()
+    losses: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, as in ``healing.json``."""
@@ -124,29 +153,12 @@ class HealingResult(Shown):
 
     def report(self) -> str:
         """Return what people read."""
-        shown = {name: value for name, value in self.to_json().items() if value is not None and name != "curve"}
+        shown = {
+            name: value
+            for name, value in self.to_json().items()
+            if value is not None and name not in ("curve", "losses", "stages")
+        }
         return key_value_table(shown)
-
-
-def _trainable(model: PreTrainedModel, train: str) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters to train by name, and freeze all others, such as heads that a form promises to keep."""
-    kept = tuple(
-        f"{name}.{own}"
-        for name, module in model.named_modules()
-        if isinstance(module, MeaAttention)
-        for own in kept_by_forms(module)
-    )
-    trainable = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if (train == "all" or _ATTENTION.search(name)) and not name.startswith(kept)
-    }
-    if not trainable:
-        raise RequestError("the student has no weights that are recognised as attention: use all for `train`")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    mask_cross_group_gradients(model)
-    return trainable
 
 
 def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
@@ -197,6 +209,8 @@ def _check_places(student: Path, teacher: Path, out: Path) -> None:
 
 def _sequences(
     documents: Documents | None,
+    answers_only: bool,
+    source: Path,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -204,12 +218,17 @@ def _sequences(
     seed: int,
     bos: Bos,
     progress: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Return sequences to train on and sequences held out, ids (N, length) of each, N at least one.
+
+    They are ``training`` and ``held_out``. Where only answers count there are also ``training_answers`` and
+    ``held_out_answers``, bool of the same shapes; see `answer_sequences`.
 
     Args:
         documents: Where they come from; None samples them from the teacher.
-        teacher: The original.
+        answers_only: Whether the documents are conversations of which the answers count.
+        source: The original.
+        teacher: The same, loaded.
         tokenizer: Makes ids of the text.
         length: Tokens of a sequence.
         trained: Sequences in all steps together; as many are taken, sampled within bounds.
@@ -217,8 +236,13 @@ def _sequences(
         bos: See `sequence_prefix`.
         progress: Show a bar on stderr.
     """
+    answers = None
     if documents is not None:
-        ids = token_sequences(documents, tokenizer, length, limit=trained + _MAX_HELD_OUT, seed=seed, bos=bos)
+        limit = trained + _MAX_HELD_OUT
+        if answers_only:
+            ids, answers = answer_sequences(documents, tokenizer, length, limit=limit, seed=seed, bos=bos)
+        else:
+            ids = token_sequences(documents, tokenizer, length, limit=limit, seed=seed, bos=bos)
         if len(ids) < 2:
             raise RequestError(
                 f"{documents.name} fills one sequence of {length} tokens, and healing holds one out: "
@@ -227,9 +251,24 @@ def _sequences(
     else:
         count = min(trained, _MAX_SAMPLED)
         count += max(2, min(_MAX_HELD_OUT, count // 8))
-        ids = sample_sequences(teacher, tokenizer, count, length, seed, bos=bos, progress=progress)
+        reader = CheckpointReader(source)
+        what = {
+            "model": fingerprint(reader, reader.config()),
+            "tokenizer": tokenizer_digest(tokenizer),  # the student's own
+            "shape": [count, length],
+            "seed": seed,
+            "bos": bos,
+            "device": teacher.device.type,
+            "versions": versions(),
+        }
+        ids = kept_samples(
+            what, lambda: sample_sequences(teacher, tokenizer, count, length, seed, bos=bos, progress=progress)
+        )
     held_out = max(1, min(_MAX_HELD_OUT, len(ids) // 9))
-    return ids[:-held_out], ids[-held_out:]
+    made = {"training": ids[:-held_out], "held_out": ids[-held_out:]}
+    if answers is not None:
+        made |= {"training_answers": answers[:-held_out], "held_out_answers": answers[-held_out:]}
+    return made
 
 
 def heal(
@@ -246,10 +285,13 @@ def heal(
     bos: Bos = "auto",
     device: str = "auto",
     progress: bool = True,
-    train: Literal["attention", "all"] = "attention",
+    train: str | Sequence[str] = "attention",
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
     gradient_checkpointing: bool = False,
+    answers_only: bool = False,
+    top_logits: int | None = None,
+    match_hidden: float = 0.0,
     resume: bool = False,
 ) -> HealingResult:
     """Distil a compressed checkpoint from its original, and keep the better of before and after.
@@ -263,8 +305,8 @@ def heal(
     Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step.
 
     Args:
-        checkpoint: Directory of the compressed checkpoint, the student.
-        teacher: Directory of the original; never written to.
+        checkpoint: Directory of the compressed checkpoint, the student, or its hub id; then `out` says where to.
+        teacher: Directory or hub id of the original; never written to.
         text: One text or several, as `read_documents` takes them; None samples the text from the teacher.
         steps: Optimiser steps.
         out: Directory of the healed checkpoint, which must not exist; None puts it in the student's place.
@@ -276,10 +318,16 @@ def heal(
         bos: What stands in front of every sequence; see `sequence_prefix`.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         progress: Show bars on stderr.
-        train: ``attention`` trains the attention blocks only, ``all`` every weight.
+        train: What learns, one of `STAGES` or several, which then follow one another with equal shares of the steps:
+            ``compositions``, ``components`` (these and k_proj and v_proj), ``attention`` (the whole of it), ``lora``
+            (attention, and adapters of peft on all other linear maps, which are merged in the end), ``all`` weights.
         temperature: Divides the logits of both models.
         cross_entropy: Share of the text's own cross-entropy in the loss, 0 to 1; KL from the original is the rest.
         gradient_checkpointing: Less memory for a second run of each layer in every step.
+        answers_only: The text is conversations, and only what their answers predict counts; see `answer_sequences`.
+        top_logits: Tokens of the teacher, the likeliest, that the loss tells apart; all others count as one, and only
+            a slice of the vocabulary is in memory. None tells all apart.
+        match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size.
         resume: Go on where an interrupted run of the same request stopped.
 
     Returns:
@@ -295,7 +343,9 @@ def heal(
         True
     """
     began = time.monotonic()
-    student, teacher = Path(checkpoint).resolve(), Path(teacher).resolve()
+    if out is None and is_hub_id(checkpoint):
+        raise RequestError(f"{checkpoint} lies on the hub and cannot be replaced there: give `out`")
+    student, teacher = local_directory(checkpoint).resolve(), local_directory(teacher).resolve()
     out = student if out is None else Path(os.path.abspath(out))
     if steps < 1 or batch_size < 1:
         raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
@@ -305,8 +355,18 @@ def heal(
         raise RequestError(f"`temperature` {temperature} is not a positive number: give one such as 2")
     if not 0 <= cross_entropy <= 1:
         raise RequestError(f"`cross_entropy` {cross_entropy} is no share of the loss: give 0 to 1")
-    if train not in ("attention", "all"):
-        raise RequestError(f"`train` {train} is unknown: use attention or all")
+    stages = parse_stages(train)
+    if steps < len(stages):
+        raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
+    if not 0 <= match_hidden < math.inf:
+        raise RequestError(f"`match_hidden` {match_hidden} is no weight: give 0 or more")
+    vocabulary = CheckpointReader(student).config().get("vocab_size")
+    if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
+        raise RequestError(
+            f"`top_logits` {top_logits} are no part of a vocabulary of {vocabulary}: give fewer, such as 256, or none"
+        )
+    if answers_only and text is None:
+        raise RequestError("`answers_only` needs conversations, and there is no text: give some as `text`")
     _check_places(student, teacher, out)
     _check_models(student, teacher)
     target = join_processes(resolve_device(device))
@@ -320,8 +380,16 @@ def heal(
         temperature=temperature,
         cross_entropy=cross_entropy,
         gradient_checkpointing=gradient_checkpointing,
+        top_logits=top_logits,
+        match_hidden=match_hidden,
     )
-    request = asdict(settings) | {"products": None, "train": train, "sequence_length": sequence_length, "bos": bos}
+    request = asdict(settings) | {
+        "products": None,
+        "train": stages,
+        "sequence_length": sequence_length,
+        "bos": bos,
+        "answers_only": answers_only,
+    }
     states = {
         "the checkpoint": fingerprint(CheckpointReader(student), CheckpointReader(student).config()),
         "the teacher": fingerprint(CheckpointReader(teacher), CheckpointReader(teacher).config()),
@@ -331,7 +399,19 @@ def heal(
     }
     with _state(out, states, resume) as state:
         result, changed = _healed(
-            student, teacher, out, documents, settings, sequence_length, bos, target, train, progress, state, began
+            student,
+            teacher,
+            out,
+            documents,
+            answers_only,
+            settings,
+            sequence_length,
+            bos,
+            target,
+            stages,
+            progress,
+            state,
+            began,
         )
         if is_first_process():
             _publish(student, out, changed, result)
@@ -359,6 +439,10 @@ def _check_models(student: Path, teacher: Path) -> None:
         RequestError: They differ in family, depth, hidden size or vocabulary.
     """
     configs = [CheckpointReader(path).config() for path in (student, teacher)]
+    if configs[0].get("quantization_config") is not None:
+        raise RequestError(
+            f"{student} stores quantised weights, which are not trained: compress an unquantised original"
+        )
     families = [str(config.get("model_type", "")).removeprefix("mea_") for config in configs]
     told = {
         "num_hidden_layers": "layers",
@@ -383,11 +467,12 @@ def _healed(
     teacher: Path,
     out: Path,
     documents: Documents | None,
+    answers_only: bool,
     settings: DistillationSettings,
     sequence_length: int | None,
     bos: Bos,
     target: torch.device,
-    train: str,
+    stages: tuple[str, ...],
     progress: bool,
     state: Workspace | None,
     began: float,
@@ -401,41 +486,65 @@ def _healed(
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))
     length = choose_sequence_length(teacher_model, sequence_length)
-    parameters = _trainable(model, train)
+    training_of = Stages(model, seed)
+    for stage in reversed(stages):  # all are looked at before anything is done, and the first one is begun with
+        training_of.begin(stage)
     stored = _stored_dtypes(student)
-    changed_names = [name for name in parameters if name in stored]
-    if len(changed_names) != len(parameters):
-        missing = next(name for name in parameters if name not in stored)
+    if missing := sorted(training_of.trained - stored.keys()):
         raise RequestError(
-            f"{student} stores {missing} under another name, so it cannot be trained: use attention for `train`"
+            f"{student} stores {missing[0]} under another name, so it cannot be trained: use attention for `train`"
         )
     tokenizer = load_tokenizer(student)
     prefix = sequence_prefix(tokenizer, bos)
-    training = held_out = torch.empty(0)
+    sequences: dict[str, torch.Tensor] = {}
     if is_first_process():
-        training, held_out = _stored_sequences(
+        trained = steps * batch_size
+        sequences = _stored_sequences(
             state,
-            lambda: _sequences(documents, teacher_model, tokenizer, length, steps * batch_size, seed, bos, progress),
+            lambda: _sequences(
+                documents, answers_only, teacher, teacher_model, tokenizer, length, trained, seed, bos, progress
+            ),
         )
-        for ids in (training, held_out):
-            check_ids(ids, vocabulary_size(model), student)
-    training, held_out = from_first_process((training, held_out))
+        for name in ("training", "held_out"):
+            check_ids(sequences[name], vocabulary_size(model), student)
+    sequences = from_first_process(sequences)
+    training, held_out = sequences["training"], sequences["held_out"]
+    judged = sequences.get("held_out_answers")
+    counted = None if judged is None else (sequences["training_answers"], judged)
     settings = replace(settings, products=products)
-    before = measure(model, teacher_model, held_out, products)
+    before = measure(model, teacher_model, held_out, products, judged)
     if math.isnan(before.kl):
         raise RequestError(f"the logits of {teacher} or {student} are not all numbers: look for NaN in their weights")
-    with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
+    shares = [steps // len(stages)] * len(stages)
+    shares[-1] += steps % len(stages)
+    parts = [replace(settings, steps=share) for share in shares]
+    total = sum(part.all_steps for part in parts)
+    done: list[HealingStage] = []
+    curve: list[tuple[int, float]] = []
+    losses: list[float] = []
+    with tqdm(total=total, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
             bar.update(1)
 
-        place = from_first_process(None if state is None else state.work / "training")
-        distillation = distil(model, teacher_model, training, held_out, settings, tick, place)
+        place = from_first_process(None if state is None else state.work)
+        for index, (stage, part) in enumerate(zip(stages, parts, strict=True)):
+            if model.dtype != torch.float64:
+                model.float()  # what was frozen before may learn now
+            training_of.begin(stage)
+            here = place / f"training-{index}-{stage}" if place else None
+            distillation = distil(model, teacher_model, training, held_out, part, tick, here, counted)
+            first = sum(one.steps for one in done)
+            curve += [(first + step, value) for step, value in distillation.curve if step or not index]
+            losses += distillation.losses
+            done.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
+    training_of.end()
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(parameter.to(stored[name]))
-    after = measure(model, teacher_model, held_out, products)
+        for name, parameter in model.named_parameters():
+            if name in training_of.trained:
+                parameter.copy_(parameter.to(stored[name]))
+    after = measure(model, teacher_model, held_out, products, judged)
     better = after.kl < before.kl
     if model.dtype != torch.float64:
         model = model.float()
@@ -445,22 +554,25 @@ def _healed(
     result = HealingResult(
         out=out,
         steps=steps,
-        tokens=distillation.all_steps * batch_size * length,
+        tokens=sum(one.all_steps for one in done) * batch_size * length,
         learning_rate=settings.learning_rate,
-        relative_rate=distillation.rate,
-        train=train,
+        relative_rate=done[-1].relative_rate,
+        train=",".join(stages),
         text="sampled from the teacher" if documents is None else documents.title,
         seed=seed,
-        trained_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        trained_parameters=training_of.largest,
         held_out_tokens=before.tokens,
         kl_before=before.kl / before.tokens,
         kl_after=(after if better else before).kl / before.tokens,
         cross_entropy_before=before.cross_entropy / before.tokens,
         cross_entropy_after=(after if better else before).cross_entropy / before.tokens,
-        curve=distillation.curve,
+        curve=tuple(curve),
         kept="healed" if better else "unhealed",
         seconds=round(time.monotonic() - began, 1),
         prefix_ids=prefix,
+        answers_only=answers_only,
+        stages=tuple(done),
+        losses=tuple(losses),
     )
     if not better and is_first_process():
         print(
@@ -469,32 +581,32 @@ def _healed(
             file=sys.stderr,
         )
     weights = model.state_dict()
-    # Under train: all a tied weight may be stored under both of its names.
-    changed = {name: weights[name] for name in (stored if train == "all" else changed_names) if name in weights}
+    # Where all weights learn a tied weight may be stored under both of its names.
+    names = stored if "all" in stages else sorted(training_of.trained)
+    changed = {name: weights[name] for name in names if name in weights}
     return result, changed if better else {}
 
 
-def _stored_sequences(
-    state: Workspace | None, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored_sequences(state: Workspace | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the sequences that `make` gives, kept so that a resumed run has the same."""
     assert state is not None
     directory = state.work / "text"
     if not state.result_of("text", "tokens"):
-        names = ("training", "held_out")
-        arrays = [as_array(ids) for ids in make()]
+        arrays = {name: as_array(made) for name, made in make().items()}
         entries = [
             NewTensor(name, dtype_name(array.dtype), array.shape, partial(np.asarray, array))
-            for name, array in zip(names, arrays, strict=True)
+            for name, array in arrays.items()
         ]
         write_checkpoint(directory, entries)
-        state.commit("text", "tokens", len(arrays[0]))
+        state.commit("text", "tokens", len(arrays["training"]))
     reader = CheckpointReader(directory)
-    return reader.read("training"), reader.read("held_out")
+    return {name: reader.read(name) for name in reader.tensors}
 
 
 def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
     """Write the student's directory with new weights and a ``healing.json``, complete or not at all.
+
+    What its card says of healing is replaced, and the curve is drawn where matplotlib is installed.
 
     Raises:
         RequestError: The disk is full or refuses; what was at `out` is as it was.
@@ -503,8 +615,14 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
     with refusals(out), replacing_directory(out, student, "healing") as work:
         copy_tree(student, work, {file.name for file in reader.files})
         _write_weights(reader, work, changed)
-        if carried_code(work).version is not None:  # by an older release, perhaps: what was run is this one's
+        if str(reader.config().get("model_type")).startswith(MEA_PREFIX):  # what was run is this release's code
             write_code(work)
         record = {name: value for name, value in result.to_json().items() if name != "out"}
         # A loss may be infinite here, which `write_json` refuses.
         write_text(work / "healing.json", json.dumps(record | {"versions": versions()}, indent=2) + "\n")
+        card = work / "README.md"
+        if card.is_file():
+            write_text(card, healed_card(card.read_text(encoding="utf-8", errors="replace"), record))
+        (work / PICTURE).unlink(missing_ok=True)
+        if has_matplotlib() and result.curve:
+            draw_healing(record, work / PICTURE)

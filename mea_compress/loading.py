@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.errors import RequestError
 from mea_compress.modeling import register
 
@@ -85,7 +86,7 @@ def load_model(
     """Load the causal language model of a checkpoint directory, in evaluation mode, from safetensors only.
 
     Args:
-        path: Directory of the checkpoint.
+        path: Directory of the checkpoint, or its hub id.
         dtype: Dtype of the weights; None keeps the checkpoint's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         trust_remote_code: Run modelling code of the directory. Never needed for the models of this package.
@@ -132,7 +133,7 @@ def load(
     """Load a compressed checkpoint, or any that transformers loads, with its tokenizer.
 
     Args:
-        checkpoint: Directory of the checkpoint.
+        checkpoint: Directory of the checkpoint, or its hub id.
         dtype: Dtype of the weights; None keeps the checkpoint's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
 
@@ -147,6 +148,7 @@ def load(
         >>> model.config.model_type
         'mea_llama'
     """
+    checkpoint = local_directory(checkpoint)
     model = load_model(checkpoint, dtype, device)
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     has_tokenizer = any((Path(checkpoint) / name).is_file() for name in names)
@@ -154,7 +156,7 @@ def load(
 
 
 def _checkpoint_directory(path: Path | str) -> Path:
-    path = Path(path)
+    path = local_directory(path)
     if not path.is_dir():
         raise RequestError(
             f"{path} is not a directory: give the directory of a checkpoint (config.json and *.safetensors)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.errors import RequestError
 from mea_compress.recipe import Recipe, given_settings, make_recipe
 from mea_compress.report.showing import Shown
@@ -88,21 +89,22 @@ def run(
         raise RequestError(f"{name} does not say where from: add source to it, or give `source`")
     target = wanted.out or _default_out(wanted.source, recipe)
     _check_texts(wanted, name)
+    directory = local_directory(wanted.source)
     from mea_compress.compression import compress
 
-    compression = compress(wanted.source, target, recipe=wanted, resume=resume, progress=progress)
+    compression = compress(directory, target, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
     if wanted.healing_settings and not (resume and (target / "healing.json").is_file()):
         from mea_compress.healing import heal
 
         options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
-        healing = heal(target, teacher=wanted.source, **options)
+        healing = heal(target, teacher=directory, **options)
     if wanted.evaluate:
         from mea_compress.measure.evaluation import evaluate
 
         options = shared | given_settings(wanted.evaluate)
-        evaluation = evaluate(target, reference=wanted.source, **options)
+        evaluation = evaluate(target, reference=directory, **options)
     return PipelineResult(compression, healing, evaluation)
 
 
@@ -182,7 +184,12 @@ def _name(recipe: Recipe | Path | str) -> str:
 
 
 def _default_out(source: Path, recipe: Recipe | Path | str) -> Path:
-    """Return a directory beside the source: models/NAME-best-50 for models/NAME and best-50 or best-50.yaml."""
+    """Return a directory beside the source: models/NAME-best-50 for models/NAME and best-50 or best-50.yaml.
+
+    What is on the hub becomes NAME-best-50 in the current directory.
+    """
+    if is_hub_id(source):
+        source = Path(Path(str(source).partition("@")[0]).name)
     beside = Path(os.path.abspath(source))  # the name of . and of DIR/.. too, and not where a link leads
     purpose = "compressed" if isinstance(recipe, Recipe) else Path(recipe).stem
     return beside.with_name(f"{beside.name}-{purpose}")

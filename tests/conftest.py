@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -6,6 +8,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+os.environ["MEA_COMPRESS_CACHE"] = ""  # sampled text is made anew, and nothing is left behind
 
 
 @pytest.fixture

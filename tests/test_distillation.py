@@ -58,6 +58,66 @@ def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options
         torch.testing.assert_close(gradient, found[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_what_does_not_count_has_no_part_in_the_loss(pair, share):
+    student, teacher = pair
+    counted = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    counted[:, 3] = True
+    mean = float(counted[:, 1:].sum()) / len(counted)
+    with torch.no_grad():
+        q, p = (model(IDS).logits.double().log_softmax(-1) for model in (student, teacher))
+    kl = (p.exp() * (p - q)).sum(-1)[:, :-1]
+    text = -q[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
+    expected = ((1 - share) * kl + share * text)[counted[:, 1:]].mean()
+    settings = DistillationSettings(1, 24, cross_entropy=share)
+    found = []
+    for sliced in (True, False):
+        loss_of = distillation._Loss(student, teacher, settings, sliced, mean)
+        loss = loss_of(IDS, counted)
+        loss.backward()
+        whole = gradients(student)
+        # Shared out, whatever counts in a part: the same on average.
+        parts = [loss_of(*part) for part in zip(IDS.split(6), counted.split(6), strict=True)]
+        (sum(parts) / 4).backward()
+        for name, gradient in gradients(student).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-6)
+        assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+        assert sum(part.item() for part in parts) / 4 == pytest.approx(loss.item(), rel=1e-5)
+        found.append(whole)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6)
+    judged = measure(student, teacher, IDS, counted=counted)
+    assert judged.kl == pytest.approx(float(kl[counted[:, 1:]].sum()), rel=1e-4) != 0
+    assert judged.tokens == int(counted[:, 1:].sum())
+
+
+def test_the_outputs_of_layers_are_matched_each_token_by_its_own_size(pair):
+    student, teacher = pair
+    with torch.no_grad():
+        found, expected = (model(IDS[:3], output_hidden_states=True).hidden_states for model in pair)
+    errors = [((a - b).norm(dim=-1) / b.norm(dim=-1)).square() for a, b in zip(found[1:], expected[1:], strict=True)]
+    error = float(torch.stack(errors).double().mean())
+    assert error > 0 and torch.equal(found[0], expected[0])
+    results = []
+    for loss_of in (_whole_loss, _sliced_loss):
+        without = loss_of(student, teacher, IDS[:3]).item()
+        loss = loss_of(student, teacher, IDS[:3], match_hidden=3.0)
+        loss.backward()
+        assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
+        results.append(gradients(student))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"top_logits": 16}, {"match_hidden": 0.5}])
+def test_other_losses_heal_too(pair, options):
+    student, teacher = pair
+    before = measure(student, teacher, IDS[16:]).kl
+    settings = DistillationSettings(20, 8, rates=(0.03,), gradient_checkpointing=True, **options)
+    distil(student, teacher, IDS[:16], IDS[16:], settings)
+    assert measure(student, teacher, IDS[16:]).kl < 0.8 * before
+
+
 def gradients(student):
     found = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
     student.zero_grad()

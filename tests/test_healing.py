@@ -13,8 +13,9 @@ import pytest
 import torch
 from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from mea_compress import distillation
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
@@ -67,12 +68,13 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
 
     assert result.kept == "healed" and result.kl_after < 0.7 * result.kl_before
     after = files(student)
-    assert set(after) == set(before) | {"healing.json"}
+    assert set(after) == set(before) | {"healing.json", "healing.png"} and after["healing.png"].startswith(b"\x89PNG")
     assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
     assert files(teacher) == original
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
     record = json.loads(after["healing.json"])
+    assert len(record["losses"]) == 40 and min(record["losses"][20:]) < record["losses"][0]
     assert record["tokens"] == 40 * 8 * 32 and record["kl_after"] == result.kl_after
     assert record["versions"]["torch"] and "out" not in record
 
@@ -110,7 +112,7 @@ def test_shards_names_and_dtypes_stay(tmp_path, teacher):
     assert len(list(student.glob("*.safetensors"))) > 1
     heal(student, teacher=teacher, **SETTINGS)
     after = weights(student)
-    assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json"])
+    assert sorted(path.name for path in student.iterdir()) == sorted([*names, "healing.json", "healing.png"])
     assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(student).dtype == torch.bfloat16
     assert not torch.equal(
@@ -128,6 +130,117 @@ def test_everything_can_be_trained_on_given_text(tmp_path, teacher):
     assert "lm_head.weight" in changed and "model.layers.0.mlp.up_proj.weight" in changed
 
 
+def composed_student(directory: Path, teacher: Path) -> Path:
+    settings = {"kv_ratio": 0.5, "fit": "weights", "key_composition": "head", "value_composition": "head"}
+    compress(teacher, directory, progress=False, **settings)
+    return directory
+
+
+def changed_between(before: dict, after: dict) -> set[str]:
+    return {".".join(name.split(".")[3:]) for name in after if not torch.equal(before[name], after[name])}
+
+
+COMPOSITIONS = {"self_attn.key_composition.weight", "self_attn.value_composition.weight"}
+
+
+@pytest.mark.parametrize(
+    ("train", "learnt"),
+    [
+        ("compositions", COMPOSITIONS),
+        (["compositions", "components"], COMPOSITIONS | {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}),
+    ],
+)
+def test_stages_train_few_weights_first(train, learnt, tmp_path, teacher):
+    student = composed_student(tmp_path / "student", teacher)
+    before = weights(student)
+    result = heal(student, teacher=teacher, out=tmp_path / "out", train=train, **SETTINGS | {"steps": 21})
+    assert result.kl_after < result.kl_before
+    assert changed_between(before, weights(tmp_path / "out")) == learnt
+    stages = json.loads((tmp_path / "out" / "healing.json").read_text())["stages"]
+    assert ",".join(stage["train"] for stage in stages) == result.train
+    assert sum(stage["steps"] for stage in stages) == 21 == result.curve[-1][0]
+    assert [step for step, _ in result.curve] == sorted({step for step, _ in result.curve})
+    assert result.tokens == 21 * 8 * 32
+
+
+def test_a_stage_with_adapters_changes_the_rest_and_leaves_nothing_of_them(tmp_path, teacher):
+    pytest.importorskip("peft")
+    student = composed_student(tmp_path / "student", teacher)
+    before = weights(student)
+    result = heal(student, teacher=teacher, out=tmp_path / "out", train="attention,lora", **SETTINGS)
+    after = weights(tmp_path / "out")
+    assert result.kl_after < result.kl_before and before.keys() == after.keys()
+    changed = changed_between(before, after)
+    assert {"mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight"} <= changed
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & changed
+    assert result.trained_parameters > sum(w.numel() for name, w in after.items() if "self_attn" in name)
+    # What was merged is what was measured.
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    found = evaluate(tmp_path / "out", text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False)
+    other = evaluate(student, text=tmp_path / "text.txt", reference=teacher, device="cpu", progress=False)
+    assert found.kl < other.kl
+
+
+def test_stages_go_on_where_they_were_stopped(tmp_path, teacher, monkeypatch):
+    student = composed_student(tmp_path / "student", teacher)
+    options = SETTINGS | {"teacher": teacher, "train": "compositions,attention", "steps": 20}
+    whole = heal(student, out=tmp_path / "whole", **options)
+    step, count = distillation._Callback.on_step_end, iter(range(100))
+
+    def stop(self, *arguments, **more):
+        if next(count) == 15:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(distillation._Callback, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        heal(student, out=tmp_path / "out", **options)
+    taken = []
+    monkeypatch.setattr(
+        distillation._Callback, "on_step_end", lambda *args, **more: (taken.append(1), step(*args, **more))[1]
+    )
+    resumed = heal(student, out=tmp_path / "out", resume=True, **options)
+    assert len(taken) < 10 and resumed.curve == whole.curve and resumed.losses == whole.losses
+    assert resumed.stages == whole.stages and len(whole.losses) == 20
+    assert all(torch.equal(w, weights(tmp_path / "whole")[name]) for name, w in weights(tmp_path / "out").items())
+
+
+def test_stages_that_cannot_be(tmp_path, teacher, monkeypatch):
+    student = make_student(tmp_path / "student")  # a stock one
+    before = files(student)
+    for train, said in [
+        ("compositions", "no weights that compositions would train: use attention"),
+        ("attention,most", "`train` most is unknown"),
+        ("", "`train`  is unknown"),
+    ]:
+        with pytest.raises(RequestError, match=said):
+            heal(student, teacher=teacher, train=train, **SETTINGS)
+    with pytest.raises(RequestError, match="`steps` 1 cannot be shared out to 2 stages"):
+        heal(student, teacher=teacher, train="attention,all", **SETTINGS | {"steps": 1})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"`train` lora needs peft, .*pip install 'mea-compress\[peft\]'"):
+        heal(student, teacher=teacher, train="lora", **SETTINGS)
+    monkeypatch.undo()
+    assert files(student) == before
+
+
+def test_the_card_says_what_the_last_healing_did(tmp_path, teacher, monkeypatch):
+    student = composed_student(tmp_path / "student", teacher)
+    short = SETTINGS | {"steps": 8}
+    first = heal(student, teacher=teacher, **short)
+    card = (student / "README.md").read_text()
+    assert card.index("## Load it") < card.index("## How it was healed") < card.index("## How it was made")
+    assert f"{first.kl_before:.4g}" in card and f"{first.kl_after:.4g}" in card and "sampled from the teacher" in card
+    monkeypatch.setattr("mea_compress.healing.has_matplotlib", lambda: False)
+    second = heal(student, teacher=teacher, seed=1, **short)
+    again = (student / "README.md").read_text()
+    assert f"{second.kl_after:.4g}" in again and f"{first.kl_before:.4g}" not in again
+    assert again.count("How it was healed") == 1 and not (student / "healing.png").exists()
+    section = again.index("## How it was healed")
+    assert again[:section] == card[: card.index("## How it was healed")]
+    assert again[again.index("## How it was made") :] == card[card.index("## How it was made") :]
+
+
 def test_several_texts_and_what_stands_in_front(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
@@ -138,6 +251,48 @@ def test_several_texts_and_what_stands_in_front(tmp_path, teacher):
     assert json.loads((student / "healing.json").read_text())["prefix_ids"] == []
 
 
+CHAT = (
+    "{% for m in messages %}{{ '<s>' + m['role'][0] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>a ' }}{% endif %}"
+)
+
+
+def test_answers_alone_are_learnt_from(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(student)
+    text = tmp_path / "talk.jsonl"
+    asked = ["what is it", "who are you", "where to", "how much"]
+    talks = [
+        [{"role": "user", "content": asked[i % 4]}, {"role": "assistant", "content": "abcdefgh"[i % 5 :]}]
+        for i in range(40)
+    ]
+    text.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    options = SETTINGS | {"text": text, "sequence_length": 24}
+    whole = heal(student, teacher=teacher, out=tmp_path / "whole", **options)
+    result = heal(student, teacher=teacher, out=tmp_path / "out", answers_only=True, **options)
+    assert result.answers_only and result.kl_after < 0.7 * result.kl_before
+    assert result.held_out_tokens < 0.7 * whole.held_out_tokens
+    assert json.loads((tmp_path / "out" / "healing.json").read_text())["answers_only"] is True
+    with pytest.raises(RequestError, match="`answers_only` needs conversations"):
+        heal(student, teacher=teacher, answers_only=True, **SETTINGS)
+    (tmp_path / "plain.txt").write_text("the quick brown fox " * 40)
+    with pytest.raises(RequestError, match="text without messages"):
+        heal(student, teacher=teacher, answers_only=True, **options | {"text": tmp_path / "plain.txt"})
+
+
+def test_text_of_the_teacher_is_sampled_once(tmp_path, teacher, monkeypatch):
+    monkeypatch.setenv("MEA_COMPRESS_CACHE", str(tmp_path / "kept"))
+    student, short = make_student(tmp_path / "student"), SETTINGS | {"steps": 2}
+    first = heal(student, teacher=teacher, out=tmp_path / "one", **short)
+    monkeypatch.setattr("mea_compress.healing.sample_sequences", lambda *_, **__: pytest.fail("sampled again"))
+    second = heal(student, teacher=teacher, out=tmp_path / "two", **short)
+    assert second.curve == first.curve and len(list((tmp_path / "kept").iterdir())) == 1
+    assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
+    assert all(torch.equal(w, weights(tmp_path / "two")[name]) for name, w in weights(tmp_path / "one").items())
+
+
 def test_it_never_ends_worse(tmp_path, teacher, capsys):
     student = make_student(tmp_path / "student")
     before = files(student)
@@ -145,7 +300,7 @@ def test_it_never_ends_worse(tmp_path, teacher, capsys):
     assert result.kept == "unhealed" and result.kl_after == result.kl_before
     assert weights(student).keys() == weights(teacher).keys()
     after = files(student)
-    del after["healing.json"]
+    del after["healing.json"], after["healing.png"]
     assert after == before
     assert "did not help" in capsys.readouterr().err
 
@@ -335,6 +490,7 @@ def test_what_was_killed_goes_on_to_the_same_curve_and_weights(tmp_path, teacher
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         record = json.loads((out / "healing.json").read_text())
         assert [tuple(point) for point in record["curve"]] == [pytest.approx(point) for point in whole.curve]
+        assert record["losses"] == [pytest.approx(loss, rel=1e-4) for loss in whole.losses]
         assert record["tokens"] == whole.tokens and record["kept"] == whole.kept == "healed"
         healed, expected = weights(out), weights(tmp_path / "whole")
         for name, tensor in healed.items():
@@ -384,3 +540,33 @@ def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_what_is_composed_at_its_cache_is_healed_with_its_encoders(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = Olmo2Config(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path / "source")
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a little model that read one story after another " * 30)
+    options = {"text": str(text), "sequences": 16, "sequence_length": 32, "progress": False}
+    compress(tmp_path / "source", tmp_path / "half", kv_ratio=0.5, refine=0, **options)
+    before = weights(tmp_path / "half")
+    result = heal(tmp_path / "half", teacher=tmp_path / "source", out=tmp_path / "healed", text=str(text), **SETTINGS)
+    assert result.kept == "healed" and result.kl_after < 0.9 * result.kl_before
+    after = weights(tmp_path / "healed")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attn." in name}
+    assert {"encoder", "weight"} == {name.rpartition(".")[2] for name in changed if "_composition." in name}

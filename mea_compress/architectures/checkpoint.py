@@ -5,18 +5,21 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures.common_config import ModelShape, read_common_config
 from mea_compress.architectures.families import MEA_PREFIX, Family, LayerGeometry, Shapes, find_family
 from mea_compress.checkpoint import CheckpointReader, TensorInfo
-from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.fp8 import Fp8Reader, fp8_layout
+from mea_compress.checkpoint.hub import repository_of
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, every_head, side_form
 
 _MOST_LAYERS = 10_000
+# Settings of how a model is stored and loaded.
+_NOT_OF_THE_MODEL = ("auto_map", "architectures", "quantization_config")
 ADAPTER_CONFIG = "adapter_config.json"
 # What puts a name in front of every tensor when it is saved instead of the model in it.
 _WRAPPERS = {
@@ -47,6 +50,12 @@ class Checkpoint:
     native: bool
     raw_config: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Return what the model is called: its hub id, as config.json says, or the name of its directory."""
+        directory = self.reader.directory
+        return str(repository_of(directory) or self.raw_config.get("_name_or_path") or directory.resolve().name)
+
     @cached_property
     def model_config(self) -> Any:
         """Return the configuration object of the MEA form of the family, for modules and models."""
@@ -54,6 +63,11 @@ class Checkpoint:
             return self.config
         where = str(self.reader.directory / "config.json")
         return model_configuration(self.raw_config, self.family, self.native, where)
+
+    @property
+    def quantised(self) -> bool:
+        """Return whether weights are stored in fp8, with scales."""
+        return isinstance(self.reader, Fp8Reader)
 
     @property
     def at_cache(self) -> bool:
@@ -82,6 +96,18 @@ class Checkpoint:
         return f"{geometry.block}."
 
     @property
+    def heads(self) -> int:
+        """Return the key/value heads, of the first layer where they differ."""
+        return self.first_geometry.heads
+
+    @property
+    def is_alike(self) -> bool:
+        """Return whether all layers that cache keys and values have as many heads, keys and values alike wide."""
+        layers = (self.geometry(layer) for layer in range(self.config.num_hidden_layers))
+        sizes = {(one.heads, one.head_dim, one.value_dim, one.rotary_dim > 0) for one in layers if one is not None}
+        return len(sizes) == 1 and all(head_dim == value_dim for _, head_dim, value_dim, _ in sizes)
+
+    @property
     def head_dim(self) -> int:
         """Return the channels of a head, of the first layer where they differ."""
         return self.first_geometry.head_dim
@@ -102,14 +128,15 @@ class Checkpoint:
         if self.at_cache:
             return _common_dtype(self.reader, self.attention_tensors())
         name = "k_proj" if self.family.fused is None or self.native else self.family.fused
-        return self.reader.info(f"{self.family.attention(0)}{name}.weight").dtype
+        return self.reader.dtype_of(f"{self.family.attention(0)}{name}.weight")
 
     def attention_tensors(self) -> list[str]:
         """Return the names of all tensors of attention blocks, without those that compose heads; of all if unknown."""
         layers = range(self.config.num_hidden_layers)
         prefixes = tuple(self.attention(layer) for layer in layers if self.geometry(layer) is not None)
-        own = [name for name in self.reader.tensors if name.startswith(prefixes) and "_composition." not in name]
-        return own or list(self.reader.tensors)
+        names = self.reader.model_names
+        own = [name for name in names if name.startswith(prefixes) and "_composition." not in name]
+        return own or names
 
 
 GEOMETRY = tuple(field.name for field in fields(LayerGeometry))
@@ -124,9 +151,9 @@ def _common_dtype(reader: CheckpointReader, names: list[str]) -> str:
     """
     counts: dict[str, int] = {}
     for name in names:
-        info = reader.info(name)
-        if info.dtype in FLOATS:
-            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes // (DTYPE_BITS[info.dtype] // 8)
+        dtype = reader.dtype_of(name)
+        if dtype in FLOATS:
+            counts[dtype] = counts.get(dtype, 0) + prod(reader.info(name).shape)
     if not counts:
         raise RequestError(
             f"{reader.directory}: no attention weight is one of {', '.join(FLOATS)}; save the model unquantised first"
@@ -158,6 +185,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     reader.check_generation_config()
     where = str(directory / "config.json")
     family = find_family(raw, where)
+    layout = fp8_layout(raw)
+    if layout is not None:
+        reader = Fp8Reader(directory, layout)
     native = str(raw["model_type"]).startswith(MEA_PREFIX)
     if family.at_cache:
         return _open_at_cache(reader, family, raw, where, native)
@@ -187,7 +217,7 @@ def _open_at_cache(
             f"become one; give the checkpoint of a {stock[-1]}"
         )
     _check_origin(reader)
-    settings = {key: _decoded(value) for key, value in raw.items() if key not in ("auto_map", "architectures")}
+    settings = {key: _decoded(value) for key, value in raw.items() if key not in _NOT_OF_THE_MODEL}
     try:
         if not native:
             stock_config = classes[0].__mro__[1].from_dict(copy.deepcopy(settings))
@@ -289,7 +319,7 @@ def _configuration(raw: dict[str, Any], family: Family, native: bool, where: str
 
 def _fields(raw: dict[str, Any], family: Family, native: bool) -> dict[str, Any]:
     """Return the settings of the MEA form; a stock checkpoint gets a section that says ``none`` for every layer."""
-    fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+    fields = {key: value for key, value in raw.items() if key not in ("model_type", *_NOT_OF_THE_MODEL)}
     if not native:
         heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         layers = [every_head(heads) for _ in range(raw["num_hidden_layers"])]
@@ -346,7 +376,7 @@ def _check_tensors(source: Checkpoint) -> None:
     for layer in range(source.config.num_hidden_layers):
         for name, shape in attention_shapes(source, layer).items():
             info = _check_tensor(reader, name, shape)
-            if info.dtype not in FLOATS:
+            if reader.dtype_of(name) not in FLOATS:
                 raise RequestError(
                     f"{info.file}: tensor {name} is {info.dtype}; attention weights must be one of {', '.join(FLOATS)}"
                 )
@@ -383,16 +413,22 @@ def _check_tensor(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -
     return info
 
 
-def kept_in_float32(source: Checkpoint) -> re.Pattern[str] | None:
-    """Return what the names of tensors look like that transformers keeps in float32, whatever a model is loaded in."""
+def kept_in_float32(source: Checkpoint, dtype: str) -> re.Pattern[str] | None:
+    """Return what the names of tensors look like that transformers keeps in float32 where a model is loaded in a dtype.
+
+    Args:
+        source: The checkpoint.
+        dtype: As torch calls it. More is kept in float32 beside float16 than beside bfloat16, which has its range.
+    """
     if not source.at_cache:  # none of the families that are written out has any
         return None
     from mea_compress.modeling import family_classes
 
     names: set[str] = set()
     for kind in family_classes(source.family.model_type)[1:]:
-        names.update(getattr(kind, "_keep_in_fp32_modules", None) or ())
         names.update(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == "float16":
+            names.update(getattr(kind, "_keep_in_fp32_modules", None) or ())
     return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(names))) if names else None
 
 

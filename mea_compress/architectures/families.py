@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mea_compress.checkpoint.fp8 import fp8_layout
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import rotary_pairs
 
@@ -132,7 +133,7 @@ FAMILIES = (
 # Settings under which keys and values cannot be composed, and why.
 _UNSUPPORTED_SETTINGS = {
     "kv_lora_rank": "its attention already caches a latent (MLA)",
-    "quantization_config": "its weights are quantised; save it unquantised first",
+    "quantization_config": "its weights are quantised otherwise than in fp8 with scales; save it unquantised first",
 }
 # The same for families that are written out: at the cache it would not matter.
 _UNSUPPORTED_IN_PROJECTIONS = {"attn_logit_softcapping": "its attention logits are soft-capped"}
@@ -151,11 +152,17 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
+    for key in ("vision_config", "audio_config"):
+        if isinstance(config.get(key), dict):
+            raise RequestError(
+                f"{where}: this {model_type} checkpoint has more than a language model in it ({key}), and language "
+                "models are compressed by themselves; give a checkpoint of its language model alone"
+            )
     known = {family.model_type: family for family in FAMILIES}
     stock_type = model_type.removeprefix(MEA_PREFIX)
     unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
     for key, reason in unsupported.items():
-        if config.get(key) is not None:
+        if config.get(key) is not None and not (key == "quantization_config" and fp8_layout(config)):
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
     if stock_type in known:
         return known[stock_type]

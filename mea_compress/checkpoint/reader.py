@@ -149,7 +149,8 @@ class CheckpointReader:
         Raises:
             RequestError: There is no such tensor, or as `read_tensor`.
         """
-        return read_tensor(self.info(name))
+        info = self.info(name)
+        return _computable(self.read_part(info), info)
 
     def read_array(self, name: str) -> NDArray[Any]:
         """Return one tensor as a NumPy array.
@@ -157,7 +158,35 @@ class CheckpointReader:
         Raises:
             RequestError: There is no such tensor, or as `read_array`.
         """
-        return read_array(self.info(name))
+        return self.read_part(self.info(name))
+
+    def read_part(self, info: TensorInfo) -> NDArray[Any]:
+        """Return a tensor, or some of its rows, as a NumPy array.
+
+        Args:
+            info: Where it lies: one of `tensors`, or a range of rows of it.
+
+        Raises:
+            RequestError: As `read_array`.
+        """
+        return read_array(info)
+
+    @property
+    def model_names(self) -> list[str]:
+        """Names of the tensors that the model itself has."""
+        return list(self.tensors)
+
+    def is_scale(self, name: str) -> bool:
+        """Return whether a tensor only scales another of the model."""
+        return False
+
+    def dtype_of(self, name: str) -> str:
+        """Return the safetensors name of the dtype that a tensor is read as.
+
+        Raises:
+            RequestError: There is no such tensor.
+        """
+        return self.info(name).dtype
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop` (exclusive) of a tensor of shape (N, ...), of shape (stop - start, ...).
@@ -171,9 +200,8 @@ class CheckpointReader:
             raise ValueError(f"rows {start}:{stop} of {name} with shape {info.shape}")
         row = info.nbytes // max(1, info.shape[0])
         shape = (stop - start, *info.shape[1:])
-        return read_tensor(
-            TensorInfo(name, info.dtype, shape, info.file, info.offset + start * row, (stop - start) * row)
-        )
+        part = TensorInfo(name, info.dtype, shape, info.file, info.offset + start * row, (stop - start) * row)
+        return _computable(self.read_part(part), part)
 
     def config(self) -> dict[str, Any]:
         """Return the parsed `config.json`.
@@ -235,7 +263,15 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     Raises:
         RequestError: As `read_array`, or torch has no such dtype.
     """
-    array = read_array(info)
+    return _computable(read_array(info), info)
+
+
+def _computable(array: NDArray[Any], info: TensorInfo) -> torch.Tensor:
+    """Return what was read as a torch tensor.
+
+    Raises:
+        RequestError: Torch has no such dtype.
+    """
     try:
         return as_tensor(array)
     except KeyError:

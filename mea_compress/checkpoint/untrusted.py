@@ -52,7 +52,8 @@ def allowed_folders(directory: Path) -> list[Path]:
         real = Path(os.path.realpath(directory))
     except FileNotFoundError:
         raise RequestError(
-            f"{printable_path(directory)}: there is no such directory; give the path of a downloaded checkpoint"
+            f"{printable_path(directory)}: there is no such directory; give the path of a checkpoint, or its id "
+            "on the hub (OWNER/NAME)"
         ) from None
     except (OSError, ValueError) as error:
         raise RequestError(

@@ -127,6 +127,21 @@ class Workspace:
             _remove(self.work)
 
 
+class FollowedWorkspace(Workspace):
+    """What another process than the first one has of a workspace: it reads there, and only remembers what is finished.
+
+    Args:
+        out: The output directory.
+        manifest: That of the first process.
+    """
+
+    def __init__(self, out: Path, manifest: dict[str, Any]) -> None:
+        super().__init__(partial_path(out), manifest)
+
+    def _save(self) -> None:
+        self._unsynced.clear()
+
+
 def _has_results(manifest: Mapping[str, Any]) -> bool:
     return any(manifest.get(section) for section in _RESULTS)
 
@@ -342,6 +357,7 @@ def _remove(work: Path) -> None:
 __all__ = [
     "CHECKPOINT",
     "MANIFEST",
+    "FollowedWorkspace",
     "Workspace",
     "already_published",
     "check_free",

@@ -11,6 +11,7 @@ from typing import Any
 from mea_compress import modeling
 from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory
+from mea_compress.checkpoint.hub import is_hub_id
 from mea_compress.emit.outside import FORM_FILES, form_file, outside_forms
 from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.errors import RequestError
@@ -143,6 +144,8 @@ def refresh(checkpoint: Path | str, *, check: bool = False) -> RefreshResult:
         >>> refresh("HALF").refreshed  # what was compressed now carries the code of now
         False
     """
+    if is_hub_id(checkpoint):
+        raise RequestError(f"{checkpoint} lies on the hub, where nothing can be replaced; give a directory")
     directory = Path(os.path.realpath(checkpoint))
     source = open_checkpoint(Path(checkpoint))
     if not source.native:

@@ -96,7 +96,7 @@ def _check_layer(emitted: Checkpoint, layer: int) -> tuple[float, int]:
         expected_keys = _explicit_keys(emitted, layer, attention, hidden, cos, sin)
         expected_values = _explicit_heads(emitted, layer, "value", hidden)
     difference = max(_difference_of_heads(keys, expected_keys), _difference_of_heads(values, expected_values))
-    itemsize = DTYPE_BITS[emitted.reader.info(f"{emitted.family.attention(layer)}k_proj.weight").dtype] // 8
+    itemsize = DTYPE_BITS[emitted.reader.dtype_of(f"{emitted.family.attention(layer)}k_proj.weight")] // 8
     return difference, (cached_keys.numel() + cached_values.numel()) * itemsize // TOKENS
 
 

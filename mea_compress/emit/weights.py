@@ -24,6 +24,7 @@ from mea_compress.checkpoint import (
     Entry,
     NewTensor,
     Shard,
+    TensorInfo,
     array_dtype,
     plan_shards,
     read_array,
@@ -61,8 +62,9 @@ def write_weights(plan: Plan, workspace: Workspace, progress: bool) -> None:
             }
     entries, dtype = _entries(plan, fitted), plan.recipe.dtype
     if dtype is not None:
-        kept = kept_in_float32(plan.source)
-        entries = [_cast(entry, dtype, kept) for entry in entries]
+        kept = kept_in_float32(plan.source, dtype)
+        scales = plan.source.reader.tensors.keys() - set(plan.source.reader.model_names)
+        entries = [entry if entry.name in scales else _cast(entry, dtype, kept) for entry in entries]
     # Tensors of any size are made where all are cast: one of them in memory at a time.
     write_shards(entries, plan.recipe.shard_bytes, workspace, progress, 1 if dtype is not None else _FILES_AT_ONCE)
 
@@ -241,11 +243,16 @@ def _entries(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entr
     gone: set[str] = set()
     new: dict[str, list[Entry]] = {}
     for layer in plan.layers:
-        prefix, dropped = family.attention(layer.layer), set()
+        prefix = family.attention(layer.layer)
         made: dict[str, Entry] = {}
+        dropped: set[str] = set()
+        if source.quantised:
+            made, dropped = _dequantised(plan, prefix, old[prefix])
         if family.fused and not source.native:
-            made = {f"{side[0]}_proj.weight": projection_info(source, layer.layer, side) for side in SIDES}
-            dropped = {f"{family.fused}.weight"}
+            parts = {f"{side[0]}_proj.weight": projection_info(source, layer.layer, side) for side in SIDES}
+            made |= {own: _in_full(plan, info) for own, info in parts.items()}
+            made.pop(f"{family.fused}.weight", None)
+            dropped.add(f"{family.fused}.weight")
         if layer.compressed:
             made |= fitted[layer.layer]
             stems = ("k_proj.", "v_proj.", "key_composition.", "value_composition.")
@@ -258,6 +265,33 @@ def _entries(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entr
     for info in source.reader.tensors.values():
         entries += new.get(info.name, [] if info.name in gone else [info])
     return entries
+
+
+def _dequantised(plan: Plan, prefix: str, names: Sequence[str]) -> tuple[dict[str, Entry], set[str]]:
+    """Return a layer's attention weights that are stored in fp8 as they are stored now, and all names that give way.
+
+    Args:
+        plan: What happens to every layer.
+        prefix: Of the tensors of its attention.
+        names: Those tensors, without it.
+    """
+    reader = plan.source.reader
+    kept = [own for own in reader.model_names if own.startswith(prefix)]
+    made = {
+        name.removeprefix(prefix): _in_full(plan, reader.info(name))
+        for name in kept
+        if reader.dtype_of(name) != reader.info(name).dtype
+    }
+    return made, made.keys() | {own for own in names if prefix + own not in kept}
+
+
+def _in_full(plan: Plan, info: TensorInfo) -> Entry:
+    """Return a tensor, or some rows of it, to be stored as it is, or where it is in fp8 as what it stands for."""
+    reader = plan.source.reader
+    if reader.dtype_of(info.name) == info.dtype:
+        return info
+    dtype = plan.decisions.stored_dtype
+    return NewTensor(info.name, dtype, info.shape, lambda: reader.read_part(info).astype(array_dtype(dtype)))
 
 
 def _entries_at_cache(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entry]:

@@ -21,6 +21,7 @@ from mea_compress.checkpoint import (
 )
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.layout import DEFAULT_SHARD_BYTES
 from mea_compress.checkpoint.workspace import already_published, check_free, check_space, open_workspace
 from mea_compress.compression import SPARE_BYTES
@@ -97,7 +98,7 @@ def export(
     against the compressed checkpoint, and renamed last. One layer is in memory at a time.
 
     Args:
-        checkpoint: A checkpoint of this package.
+        checkpoint: A checkpoint of this package, its directory or hub id.
         out: New directory.
         format: ``stock``, the base family's, ``llama``, which every engine knows best, or ``gguf``, a directory with
             the file ``model.gguf`` for llama.cpp.
@@ -116,7 +117,7 @@ def export(
         >>> exported.model_type, exported.form.groups
         ('llama', 1)
     """
-    checkpoint, out = Path(checkpoint), Path(out).absolute()
+    checkpoint, out = local_directory(checkpoint), Path(out).absolute()
     source = open_checkpoint(checkpoint)
     if not source.native:
         raise RequestError(f"{checkpoint} is a {source.family.model_type} checkpoint already; compress it first")
@@ -124,6 +125,10 @@ def export(
         raise RequestError(
             f"{checkpoint} composes at the cache of {source.family.model_type}'s own attention, which no stock "
             "checkpoint does; serve it with transformers"
+        )
+    if source.quantised:
+        raise RequestError(
+            f"{checkpoint} stores weights in fp8, which no export does; export what an original in bfloat16 became"
         )
     form = stock_form(source, source.config.mea["layers"], format)
     model_type = source.family.model_type if format == "stock" else "llama"
@@ -291,4 +296,4 @@ def _write_card(source: Checkpoint, result: ExportResult, target: Path) -> None:
 def _source_name(source: Checkpoint) -> str:
     """Return the name of the model before compression."""
     record = source.reader.directory / "compression.json"
-    return json.loads(record.read_text())["source"] if record.is_file() else source.reader.directory.resolve().name
+    return json.loads(record.read_text())["source"] if record.is_file() else source.name

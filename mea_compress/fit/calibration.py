@@ -9,6 +9,7 @@ from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.layers.runner import CapturedAttention
 from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.processes import add_up
 
 # Queries per sequence whose attention is evaluated: each costs as much as a head as wide as the model.
 SAMPLED_QUERIES = 64
@@ -26,6 +27,8 @@ class SensitivityAccumulator:
             are float64 always.
     """
 
+    sums: tuple[str, ...] = ("key_covariance", "sensitivity", "tokens", "queries")
+    """Names of the attributes that are added up over processes."""
     metric: torch.Tensor
     """What the layer makes of errors of each query head's output, JᵀJ, (H, G, d, d)."""
     head_norm: Any = None
@@ -37,6 +40,13 @@ class SensitivityAccumulator:
         self.queries = 0
         self.key_covariance = torch.zeros(len(pairs[0]), heads, heads, dtype=torch.complex128)
         self.sensitivity = torch.zeros(heads, len(pairs[0]), dtype=torch.float64)
+
+    def add_processes(self) -> None:
+        """Take the sums of all processes, each of which has seen its own sequences."""
+        for name in self.sums:
+            own = getattr(self, name)
+            total = add_up(torch.as_tensor(own))
+            setattr(self, name, total if isinstance(own, torch.Tensor) else total.item())
 
     def accumulate_key_sensitivity(
         self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -128,6 +138,8 @@ class StatisticsAccumulator(SensitivityAccumulator):
         attention: The attention whose inputs come.
         products: As `SensitivityAccumulator` has it.
     """
+
+    sums = (*SensitivityAccumulator.sums, "moment", "attention_weighted_moment")
 
     def __init__(self, attention: Any, products: torch.dtype = torch.float32) -> None:
         super().__init__(attention.heads, rotary_pairs(attention.head_dim, attention.rotary_dim), products)

@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
-from mea_compress.fit.layers import held_out_sequences, stored_tokens
+from mea_compress.fit.layers import held_out_sequences, shared_tokens
 from mea_compress.fit.refinement import trainable_parameters
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.runner import fast_products
@@ -33,6 +34,7 @@ from mea_compress.loading import load_model, resolve_device, seeded
 from mea_compress.planning.decisions import HEALING_EPOCHS
 from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
+from mea_compress.processes import is_first_process, process_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +59,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     """
     if workspace.result_of("healing", "healing"):
         return
-    tokens, length = stored_tokens(plan, workspace, progress), plan.decisions.sequence_length
+    tokens, length = shared_tokens(plan, workspace, progress), plan.decisions.sequence_length
     if len(tokens) < 2:
         if plan.decisions.healing_asked_for:
             raise RequestError(
@@ -68,6 +70,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     held_out = held_out_sequences(len(tokens), length)
     training, held_out_ids = _training(plan, tokens[:-held_out]), tokens[-held_out:]
     batch = min(healing_batch(length), len(training))
+    batch = max(1, batch // process_count()) * process_count()
     steps = plan.decisions.healing_steps
     if not plan.decisions.healing_asked_for:
         steps = min(steps, ceil(HEALING_EPOCHS * len(training) / batch))
@@ -94,7 +97,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
                 weight.copy_(weight.to(kept))
     after = measure(student, teacher, held_out_ids, products)
     better = after.kl < before.kl
-    if better:
+    if better and is_first_process():
         for layer, weights in trained.items():
             _store(plan, workspace, layer, weights)
     workspace.commit(
@@ -111,6 +114,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             "sequences": len(training),
             "held_out_tokens": before.tokens,
             "curve": [list(point) for point in distillation.curve],
+            "losses": [loss if math.isfinite(loss) else None for loss in distillation.losses],
         },
     )
     del student, teacher, trained

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
+from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
@@ -24,16 +25,19 @@ from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
 from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
 from mea_compress.fit.refinement import Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
+from mea_compress.fit.sharing import Share
 from mea_compress.fit.split import kv_split_candidates
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
-from mea_compress.layers.blocks import BlockRunner, embed_tokens
+from mea_compress.layers.blocks import BlockHeadRunner, BlockRunner, embed_tokens
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.planning.types import LayerPlan, Plan
+from mea_compress.processes import add_up, from_first_process, is_first_process, process_count
+from mea_compress.text.kept_samples import kept_samples
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import token_sequences
@@ -60,6 +64,8 @@ def fit_layers(
 ) -> None:
     """Fit every layer that is to be compressed, and store its tensors in a directory of its own.
 
+    Several processes share the calibration sequences, all fit every layer, and the first one stores it.
+
     Args:
         plan: What to do.
         workspace: Where to, and what is finished.
@@ -78,9 +84,10 @@ def fit_layers(
         if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and plan.decisions.needs_calibration:
-        tokens = stored_tokens(plan, workspace, progress)[: plan.decisions.sequences]
+        tokens = shared_tokens(plan, workspace, progress)[: plan.decisions.sequences]
         held_out = choosing_sequences(plan, tokens)
-        calibrated = CalibratedFit(plan, tokens, held_out)
+        share = Share.own(len(tokens), held_out)
+        calibrated = CalibratedFit(plan, tokens, held_out, share)
         steps = Settings(calibrated.steps, calibrated.batch, held_out).all_steps
         parts, sampled = len(list(calibrated.parts())), len(calibrated.sample)
         calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), deadline, progress)
@@ -94,7 +101,8 @@ def fit_layers(
                 composed, fidelity = calibrated.fit(layer) if calibrated else compose(plan, layer, None)
                 stored_layer = store_layer(composed, plan.source.config.mea["bias"], plan.decisions.stored_dtype)
                 entries = [_entry(name, array) for name, array in stored_layer.tensors.items()]
-                write_checkpoint(directory, entries, durable=False)
+                if is_first_process():
+                    write_checkpoint(directory, entries, durable=False)
                 workspace.commit_later(str(layer.layer), directory, fidelity=fidelity, layers=stored_layer.section)
                 stored(layer.layer)
                 del composed
@@ -116,34 +124,45 @@ class CalibratedFit:
 
     Args:
         plan: What to do.
-        tokens: Calibration sequences, (N, T), int64.
+        tokens: Calibration sequences, (N, T), int64, of all processes.
         held_out: Sequences at the front that are for choosing; no statistic and no step looks at them.
+        share: Which of them this process has; all without.
 
     Attributes:
+        held_out: Of this process's sequences, those at the front that are for choosing.
         work: Is told what goes on and how much is done.
-        original: The text as the original has it, (N, T, D): before the present layer, behind its attention once
-            `pass_original` was called.
+        original: This process's text as the original has it, (N, T, D): before the present layer, behind its
+            attention once `pass_original` was called.
         compressed: The text as the compressed layers send it into the present layer, (N, T, D).
         following: The text behind the present layer of the original, once it was run.
 
     Raises:
-        RequestError: There are too few tokens for the statistics.
+        RequestError: There are too few tokens for the statistics, or too few sequences for so many processes.
     """
 
-    def __init__(self, plan: Plan, tokens: torch.Tensor, held_out: int) -> None:
-        self.plan, self.held_out, self.work = plan, held_out, Work()
+    def __init__(self, plan: Plan, tokens: torch.Tensor, held_out: int, share: Share | None = None) -> None:
+        self.share = share or Share.whole(len(tokens), held_out)
+        self.plan, self.held_out, self.work = plan, self.share.place(held_out), Work()
         self.device = resolve_device(plan.recipe.device)
         self.products = fast_products(torch_dtype(plan.source.dtype), self.device)
         check_tokens(tokens, plan.source.config.hidden_size)
+        if self.share.is_part and len(tokens) - held_out < process_count():
+            raise RequestError(
+                f"there are {len(tokens) - held_out} calibration sequences beside those held out and {process_count()} "
+                "processes: give more --sequences, or start fewer processes"
+            )
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
-        self.original = (embed_tokens if plan.source.at_cache else embed)(plan.source, tokens)
+        own = tokens[self.share.index]
+        self.original = (embed_tokens if plan.source.at_cache else embed)(plan.source, own)
         self.compressed = self.original
         self.following: Activations | None = None
         # What o_proj reads in the finished layer, where it was computed.
         self.mixed: Activations | None = None
         self.steps = plan.decisions.refinement_steps
         self.runner = self.runner_of(0)
-        self.sample = list(self.parts())[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :]
+        every = [*batches(held_out, self.batch), *batches(len(tokens), self.batch, held_out)]
+        self.sampled_from = every[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :][0].start
+        self.sample = self.share.reaching(list(self.parts()), self.sampled_from)
 
     def fit(self, layer: LayerPlan) -> tuple[ComposedLayer, dict[str, Any]]:
         """Take the next layer's statistics, fit its closed form and refine it; `advance` comes after it.
@@ -163,12 +182,12 @@ class CalibratedFit:
             check_finite(composed, layer.layer)
         if len(fits) > 1:
             fits.sort(key=lambda fit: self.regress(layer.layer, fit[0], self.sample)[1])
-        composed, report = fits[0]
+        composed, report = self._agreed(fits[0])
         if self.plan.recipe.fit == "aligned":
-            composed, error = self.regress(layer.layer, composed)
+            composed, error = self._agreed(self.regress(layer.layer, composed))
             report = {**report, "attention_relative_error": error}
-        settings = Settings(self.steps, self.batch, self.held_out)
-        steps = self.work.steps_allowed(self.steps, settings.all_steps - settings.steps)
+        settings = Settings(self.steps, self.batch, self.share.held_out)
+        steps = self._agreed(self.work.steps_allowed(self.steps, settings.all_steps - settings.steps))
         if not steps:
             return composed, report
         self.work.say(layer.layer, "refining")
@@ -179,11 +198,16 @@ class CalibratedFit:
             replace(settings, steps=steps),
             seed,
             lambda done: self.work.add(STEP * done),
+            self.share,
         )
-        refined = refiner.refine(composed, self.runner_of(layer.layer, self._stored(composed, "F32")))
+        refined = self._agreed(refiner.refine(composed, self.runner_of(layer.layer, self._stored(composed, "F32"))))
         self.mixed = None
         fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
         return refined.layer, {**report, "refinement": fidelity}
+
+    def _agreed(self, result: Any) -> Any:
+        """Return what the first of the processes that share the text has found, to the last bit."""
+        return from_first_process(result) if self.share.is_part else result
 
     def advance(self, layer: int, stored: StoredLayer | None) -> None:
         """Send the calibration text through a finished layer, as the original has it and as it was stored."""
@@ -212,15 +236,19 @@ class CalibratedFit:
             stored: The layer as it was stored.
             tokens: The calibration sequences, (N, T).
         """
-        part = slice(0, measured_sequences(tokens))
+        measured = measured_sequences(tokens)
+        part = self.share.between(0, measured)
+        tokens = tokens[self.share.index[part]]
         self.work.say(layer, "measuring")
         original, compressed = self._targets()[part], self.runner_of(layer, stored).run(self.compressed[part])[0].cpu()
         for above in range(layer + 1, len(self.plan.layers)):
             runner = self.runner_of(above)
             original, compressed = (runner.run(stream)[0].cpu() for stream in (original, compressed))
-        head = HeadRunner(self.plan.source, self.device, self.products)
-        _, ((kl, _),) = compare_streams(head, tokens[part], original, compressed[None])
-        return kl
+        head = self.head_runner()
+        if not self.share.is_part:
+            return compare_streams(head, tokens, original, compressed[None])[1][0][0]
+        total = compare_streams(head, tokens, original, compressed[None])[1][0][0] * len(tokens) if len(tokens) else 0.0
+        return float(add_up(torch.tensor(total, dtype=torch.float64))) / measured
 
     def _passed(self, runner: LayerRunner, part: slice) -> torch.Tensor:
         """Return what a finished layer makes of a part of the compressed stream."""
@@ -267,6 +295,8 @@ class CalibratedFit:
             self.following[part] = behind
             self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
             self.work.add(1.0 + (STATISTICS if accumulator else 0.0))
+        if accumulator and self.share.is_part:
+            accumulator.add_processes()
         return accumulator.finish() if accumulator else None
 
     def regress(
@@ -291,6 +321,7 @@ class CalibratedFit:
         if sample is None:
             self.mixed = Activations((*self.original.shape[:2], weight.shape[1]), self.products)
         self.work.say(layer, "regression" if sample is None else "dividing the budget")
+        first = max(self.share.held_out, 0 if sample is None else self.sampled_from)
         for part in self.parts() if sample is None else sample:
             mixed = runner.attend(self.compressed[part]).mixed
             if sample is None:
@@ -299,8 +330,11 @@ class CalibratedFit:
             if part.start >= self.held_out:
                 stream = self.original[part].to(mixed.device)
                 missing = stream - self.compressed[part].to(mixed.device)
-                regression.add(mixed, missing if bias is None else missing - bias, stream)
+                turns = self.share.index[part] - first if self.share.is_part else None
+                regression.add(mixed, missing if bias is None else missing - bias, stream, turns)
             self.work.add(ATTENTION)
+        if self.share.is_part:
+            regression.add_processes()
         output, error = regression.solve(as_array(weight).astype(np.float64))
         heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
@@ -337,6 +371,11 @@ class CalibratedFit:
         yield from batches(self.held_out, self.batch)
         yield from batches(self.original.shape[0], self.batch, self.held_out)
 
+    def head_runner(self) -> Any:
+        """Return what makes distributions of the last layer's hidden states."""
+        kind = BlockHeadRunner if self.plan.source.at_cache else HeadRunner
+        return kind(self.plan.source, self.device, self.products)
+
     def runner_of(self, layer: int, stored: StoredLayer | None = None) -> Any:
         """Return a layer to run, the original's or as it was stored."""
         kind = BlockRunner if self.plan.source.at_cache else LayerRunner
@@ -363,15 +402,28 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
         if len(tokens) > count:  # what lies at the front of a text is no fair sample of it
             tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))]
         return tokens
-    model, own = load_model(directory, device=recipe.device), None
-    with suppress(RequestError):
-        own = load_tokenizer(directory)
-    tokens = sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
-    if not decisions.healing_steps:
-        return tokens
-    extra = _extra_sequences(count, length)  # by another seed, so that calibration has the same text without them
-    others = sample_sequences(model, own, extra, length, recipe.seed + 1, bos=recipe.bos, progress=progress)
-    return torch.cat((tokens, others))
+    extra = _extra_sequences(count, length) if decisions.healing_steps else 0
+
+    def sample() -> torch.Tensor:
+        model, own = load_model(directory, device=recipe.device), None
+        with suppress(RequestError):
+            own = load_tokenizer(directory)
+        tokens = sample_sequences(model, own, count, length, recipe.seed, bos=recipe.bos, progress=progress)
+        if not extra:
+            return tokens
+        # By another seed, so that calibration has the same text without them.
+        others = sample_sequences(model, own, extra, length, recipe.seed + 1, bos=recipe.bos, progress=progress)
+        return torch.cat((tokens, others))
+
+    what = {
+        "model": fingerprint(plan.source.reader, plan.source.raw_config),
+        "shape": [count, extra, length],
+        "seed": recipe.seed,
+        "bos": recipe.bos,
+        "device": resolve_device(recipe.device).type,
+        "versions": versions(),
+    }
+    return kept_samples(what, sample)
 
 
 def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
@@ -433,6 +485,11 @@ def stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Ten
         write_checkpoint(directory, [_entry("tokens", tokens.numpy())])
         workspace.commit("calibration", "tokens", list(tokens.shape))
     return CheckpointReader(directory).read("tokens")
+
+
+def shared_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:
+    """Return what `stored_tokens` does in the first of several processes, and hand it to the others."""
+    return from_first_process(stored_tokens(plan, workspace, progress) if is_first_process() else None)
 
 
 def check_finite(composed: ComposedLayer, layer: int) -> None:

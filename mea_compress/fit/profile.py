@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from math import ceil, isfinite, prod
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.untrusted import printable_path
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.directory import fingerprint
@@ -28,11 +29,12 @@ from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
 from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, profile_units
-from mea_compress.layers.runner import HeadRunner, LayerRunner, batches
+from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
 from mea_compress.planning.plans import plan_source
 from mea_compress.planning.profiles import Profile, ProfilePoint
+from mea_compress.planning.sizes import largest_layer
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.text.reading import text_state
@@ -53,8 +55,13 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
         progress: Show a bar on stderr.
 
     Raises:
-        RequestError: There is too little text, or a layer cannot be composed from it.
+        RequestError: There is too little text, a layer cannot be composed from it, or layers differ in their heads.
     """
+    if plan.source.at_cache and not plan.source.is_alike:
+        raise RequestError(
+            f"the layers of this {plan.source.family.model_type} model differ in the heads that they cache, and a "
+            "profile counts heads; compress it with a uniform budget"
+        )
     measured, fitted = _division(plan, tokens)
     layers = [layer for layer in plan.layers if layer.compressed and candidates(layer, plan)]
     if not layers:
@@ -73,12 +80,12 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
     results = [commit.results[str(layer.layer)] for layer in layers]
     source, first = plan.source, layers[0].spec
     return Profile(
-        source=str(source.raw_config.get("_name_or_path") or source.reader.directory.resolve().name),
+        source=source.name,
         key_composition=first.key.composition,
         value_composition=first.value.composition,
         fit=plan.recipe.fit,
         layers=len(plan.layers),
-        heads=source.config.num_key_value_heads,
+        heads=source.heads,
         head_dim=source.head_dim,
         tokens=measured * (tokens.shape[1] - 1),
         cross_entropy=results[0]["cross_entropy"],
@@ -144,12 +151,9 @@ class _Profiler:
     def __init__(self, plan: Plan, tokens: torch.Tensor, measured: int, missing: Sequence[int], progress: bool) -> None:
         self.plan, self.tokens = plan, tokens[:measured]
         self.fit = CalibratedFit(plan, tokens, measured)
-        self.head: HeadRunner | None = None
+        self.head: Any = None
         self.resident: dict[int, LayerRunner] = {}
-        source = plan.source
-        first = source.family.layer.partition("{layer}")[0]
-        size = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(first))
-        self.keeps_layers = 4 * size <= _RESIDENT_BYTES
+        self.keeps_layers = 4 * largest_layer(plan.source) * len(plan.layers) <= _RESIDENT_BYTES
         parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
         self.fit.work = self.bar = WorkBar("profiling", profile_units(plan, missing, parts, sampled, share), progress)
 
@@ -164,7 +168,7 @@ class _Profiler:
         for side, count in wanted:
             composed, _ = compose(plan, with_side(layer, side, count), statistics)
             check_finite(composed, layer.layer)
-            if plan.recipe.fit == "aligned":
+            if plan.recipe.fit == "aligned" and not plan.source.at_cache:  # where o_proj stays as it is
                 composed, _ = fit.regress(layer.layer, composed, fit.sample)
             bias = plan.source.config.mea["bias"]
             runner = fit.runner_of(layer.layer, store_layer(composed, bias, plan.decisions.stored_dtype))
@@ -174,7 +178,7 @@ class _Profiler:
         noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
         behind = self._above(layer.layer, torch.stack([original, original * (1 + _NOISE * noise), *sent]))
         if self.head is None:
-            self.head = HeadRunner(plan.source, fit.device, fit.products)
+            self.head = fit.head_runner()
         own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
         if not all(isfinite(number) for numbers in (rounding, *costs) for number in numbers):
             raise RequestError(
@@ -217,7 +221,7 @@ def profile(
     """Measure what compressing one side of one layer costs, by width, on text that nothing was fitted to.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory or hub id.
         out: JSON file for the result, which `budget` of a recipe takes. What is measured is kept beside it as it comes,
             and a run that was interrupted goes on there.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults. Methods, fit, layers and
@@ -236,7 +240,7 @@ def profile(
     """
     share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
     wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
-    plan = plan_source(open_checkpoint(Path(source)), wanted)
+    plan = plan_source(open_checkpoint(local_directory(source)), wanted)
     file = None if out is None else Path(out)
     kept, commit = None, Commit({})
     if file is not None:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from mea_compress.checkpoint import as_array
+from mea_compress.fit.sharing import Share
 from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.encoded_mea import EncodedAttention
+from mea_compress.processes import add_up
 
 _WARM_UP = 5
 
@@ -81,6 +83,8 @@ class Refiner:
         settings: Steps, batches, step sizes.
         seed: Seed of the order of sequences.
         tick: Called with the number of optimiser steps done since its last call.
+        share: Which sequences inputs and targets are where other processes have others, and settings are of all;
+            without it they are all.
     """
 
     def __init__(
@@ -90,7 +94,9 @@ class Refiner:
         settings: Settings,
         seed: int,
         tick: Callable[[int], object] = lambda _: None,
+        share: Share | None = None,
     ) -> None:
+        self.share = share or Share.whole(inputs.shape[0], settings.held_out)
         self.inputs, self.targets, self.settings = inputs, targets, settings
         self.seed, self.tick = seed, tick
 
@@ -157,10 +163,14 @@ class _Run:
         self.inputs, self.targets = refiner.inputs, refiner.targets
         self.parameters = trainable_parameters(runner.attention)
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        first = self.settings.held_out
-        reach = slice(first, first + self.settings.batch)
+        self.share, first = refiner.share, self.settings.held_out
+        reach = self.share.between(first, first + self.settings.batch)
         moved = (self.targets[reach] - self.inputs[reach]).square() / _size(self.targets[reach])
-        self.scale = float(moved.mean().clamp(min=1e-30))
+        mean = moved.mean()
+        if self.share.is_part:
+            total, count = add_up(torch.tensor([float(moved.double().sum()), moved.numel()], dtype=torch.float64))
+            mean = total / count
+        self.scale = float(mean.clamp(min=1e-30))
         self.best = _Best(self.held_out(), self.start)
 
     def error(self, index: slice | torch.Tensor) -> torch.Tensor:
@@ -173,9 +183,33 @@ class _Run:
     def held_out(self) -> float:
         """Return the error on the held-out sequences."""
         total = 0.0
-        for part in batches(self.settings.held_out, self.settings.batch):
+        for part in batches(self.share.place(self.settings.held_out), self.settings.batch):
             total += float(self.error(part)) * (part.stop - part.start)
+        if self.share.is_part:
+            total = float(add_up(torch.tensor(total, dtype=torch.float64)))
         return total / self.settings.held_out
+
+    def descend(self, numbers: torch.Tensor) -> bool:
+        """Make the gradients of the mean error of some sequences; return whether it is finite.
+
+        Processes make them together, each of the sequences that it has.
+        """
+        places = self.share.places(numbers) if self.share.is_part else numbers
+        loss = torch.zeros(())
+        if len(places):
+            loss = self.error(places) * (len(places) / len(numbers))
+        total = add_up(loss.detach().double().cpu()) if self.share.is_part else loss
+        if not torch.isfinite(total):
+            return False
+        if len(places):
+            loss.backward()
+        if self.share.is_part:
+            weights = list(self.parameters.values())
+            gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+            sums = add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+            for weight, part in zip(weights, sums.split([weight.numel() for weight in weights]), strict=True):
+                weight.grad = part.view_as(weight)
+        return True
 
 
 class _Descent:
@@ -190,7 +224,7 @@ class _Descent:
             groups.append({"params": [parameter], "lr": 0.0, "size": size})
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         settings = run.settings
-        self.order = _order(run.inputs.shape[0] - settings.held_out, settings.batch, run.refiner.seed)
+        self.order = _order(run.share.total - settings.held_out, settings.batch, run.refiner.seed)
         self.reached: dict[str, torch.Tensor] = {}
 
     def resume(self) -> None:
@@ -210,11 +244,9 @@ class _Descent:
                 factor *= 0.5 * (1 + math.cos(math.pi * (step + 1) / (steps + 1)))
             for group in self.optimiser.param_groups:
                 group["lr"] = self.rate * factor * group["size"]
-            loss = run.error(next(self.order) + run.settings.held_out)
-            if not torch.isfinite(loss):
-                return math.inf
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            if not run.descend(next(self.order) + run.settings.held_out):
+                return math.inf
             self.optimiser.step()
             self.steps += 1
             run.refiner.tick(1)

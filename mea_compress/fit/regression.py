@@ -7,11 +7,14 @@ as well. Every token counts relative to the size of its stream, for the next nor
 towards the old weight; its strength is the one that does best on sequences that the weight was not fitted to.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from mea_compress.checkpoint import as_array
 from mea_compress.heads.composed import Array
+from mea_compress.processes import add_up
 
 _FOLDS = 2
 _STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003)
@@ -32,23 +35,38 @@ class OutputRegression:
         self.whole = 0.0  # ‖Y‖²
         self.rows = 0
 
-    def add(self, mixed: torch.Tensor, missing: torch.Tensor, stream: torch.Tensor) -> None:
+    def add(
+        self,
+        mixed: torch.Tensor,
+        missing: torch.Tensor,
+        stream: torch.Tensor,
+        turns: torch.Tensor | None = None,
+    ) -> None:
         """Add one batch; sequences go to the folds in turn.
 
         Args:
             mixed: What o_proj reads in the composed layer, (B, T, Hq * d).
             missing: What it should send, (B, T, D).
             stream: The original's residual stream behind the attention, (B, T, D), for the size of each token.
+            turns: Whose turn each sequence is, (B,), where other processes have those between.
         """
         size = stream.float().square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()  # (B, T, 1)
         mixed, missing = mixed.float() * size, missing.float() * size
         for fold in range(_FOLDS):
-            own = slice((fold - self.rows) % _FOLDS, None, _FOLDS)
+            own: Any = slice((fold - self.rows) % _FOLDS, None, _FOLDS)
+            if turns is not None:
+                own = (turns % _FOLDS == fold).to(mixed.device)
             z, y = mixed[own].flatten(0, 1), missing[own].flatten(0, 1)
             self.gram[fold] += as_array((z.T @ z).cpu())
             self.cross[fold] += as_array((y.T @ z).cpu())
             self.whole += float(y.square().sum())
         self.rows += len(mixed)
+
+    def add_processes(self) -> None:
+        """Take the sums of all processes, each of which has added its own sequences."""
+        self.gram, self.cross = (add_up(torch.from_numpy(sums)).numpy() for sums in (self.gram, self.cross))
+        self.whole, rows = add_up(torch.tensor([self.whole, self.rows], dtype=torch.float64)).tolist()
+        self.rows = int(rows)
 
     def solve(self, weight: Array) -> tuple[Array, float]:
         """Fit the weight.

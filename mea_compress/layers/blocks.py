@@ -102,7 +102,7 @@ class BlockRunner:
         prefix, index = _layer_prefix(source, layer), layer
         state = {
             name: source.reader.read(name).to(dtype)
-            for name in source.reader.tensors
+            for name in source.reader.model_names
             if _belongs(name, prefix) and "_composition." not in name
         }
 
@@ -301,16 +301,42 @@ class BlockRunner:
             hook.remove()
 
 
-def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
-    """Return what a model of any family hands to its first layer, (N, T) -> (N, T, D), float32.
+class BlockHeadRunner:
+    """What a model of any family makes of its last layer's hidden states; used as `HeadRunner` is.
 
-    Raises:
-        RequestError: It is not one hidden state a token.
+    Args:
+        source: The checkpoint.
+        device: To compute on.
+        products: What matrix products are computed in.
     """
+
+    def __init__(
+        self, source: Checkpoint, device: torch.device | str = "cpu", products: torch.dtype = torch.float32
+    ) -> None:
+        self.model = _without_layers(source).to(device)
+        self.device, self.products = torch.device(device), products
+        layers = decoder_layers(self.model)[1]
+        for layer in layers:
+            layer.forward = _passing(layer, None)
+        layers[0].forward = lambda *_, **__: passed_on(layers[0], self._hidden)
+        self._hidden = torch.empty(0)
+
+    @torch.no_grad()
+    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the next-token log-probabilities (T, V), float32, of what the last layer sends, (T, D)."""
+        self._hidden = hidden.to(self.device, torch.float32)[:, None]  # sequences of one token each
+        ids = torch.ones(len(hidden), 1, dtype=torch.long, device=self.device)
+        with torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits[:, 0].float().log_softmax(-1)
+
+
+def _without_layers(source: Checkpoint) -> Any:
+    """Return the model in float32 with the weights of all but its decoder layers."""
     path = _layer_list(source)
     state = {
         name: source.reader.read(name).float()
-        for name in source.reader.tensors
+        for name in source.reader.model_names
         if not re.search(rf"(^|\.){path}\.\d+\.", name)
     }
 
@@ -318,8 +344,16 @@ def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
         for layer in decoder_layers(model)[1]:
             _empty(layer)
 
-    config = stock_configuration(source)
-    model = skeleton(config, prune, state, lambda name: True)
+    return skeleton(stock_configuration(source), prune, state, lambda name: True)
+
+
+def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
+    """Return what a model of any family hands to its first layer, (N, T) -> (N, T, D), float32.
+
+    Raises:
+        RequestError: It is not one hidden state a token.
+    """
+    model = _without_layers(source)
     first = decoder_layers(model)[1][0]
 
     def reached(*args: Any, **kwargs: Any) -> Any:
@@ -476,4 +510,4 @@ def _eager_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, tor
     )
 
 
-__all__ = ["BlockRunner", "ObservedAttention", "embed_tokens", "stock_configuration"]
+__all__ = ["BlockHeadRunner", "BlockRunner", "ObservedAttention", "embed_tokens", "stock_configuration"]

@@ -127,7 +127,7 @@ def read_projection(source: Checkpoint, layer: int, side: str) -> Array:
     info = projection_info(source, layer, side)
     bias = f"{source.family.attention(layer)}{side[0]}_proj.bias"
     projection = np.empty((info.shape[0], info.shape[1] + 1))
-    projection[:, :-1] = read_array(info)
+    projection[:, :-1] = source.reader.read_part(info)
     projection[:, -1] = _read(source, bias) if source.reader.has(bias) else 0.0
     return _finite(projection, info)
 
@@ -145,7 +145,7 @@ def check_finite(source: Checkpoint) -> None:
 
 def _read(source: Checkpoint, name: str) -> Array:
     info = source.reader.info(name)
-    return _finite(read_array(info).astype(np.float64), info)
+    return _finite(source.reader.read_part(info).astype(np.float64), info)
 
 
 def _finite(array: Array, info: TensorInfo) -> Array:

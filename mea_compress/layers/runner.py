@@ -305,7 +305,7 @@ def _layer_state(source: Checkpoint, layer: int, dtype: torch.dtype) -> dict[str
     prefix, attention = source.family.layer.format(layer=layer), source.family.attention(layer)
     state = {}
     fused = source.family.fused if not source.native else None
-    for name in source.reader.tensors:
+    for name in source.reader.model_names:
         if name.startswith(prefix) and not (fused and name.startswith(f"{attention}{fused}.")):
             state["layers.0." + name.removeprefix(prefix)] = source.reader.read(name).to(dtype)
     if fused:

@@ -104,9 +104,9 @@ def evaluate(
     reference runs once for all checkpoints.
 
     Args:
-        checkpoint: Directory of a causal language model, or a list of several of one vocabulary.
+        checkpoint: Directory or hub id of a causal language model, or a list of several of one vocabulary.
         text: One text or several, as `read_documents` takes them; may be left out where there are tasks.
-        reference: Directory of the original, of the same vocabulary.
+        reference: Directory or hub id of the original, of the same vocabulary.
         sequence_length: Tokens of a sequence, the prefix included; None takes the model's context, at most 1024.
         batch_size: Sequences at once; None suits it to the vocabulary.
         limit: Measure the first so many sequences, examples of a task, and prompts of a place of retrieval only.

@@ -163,17 +163,18 @@ def _mean_difference(model: Predictions, reference: Predictions) -> torch.Tensor
 
 
 @torch.no_grad()
-def predict(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> Predictions:
+def predict(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, padded: bool = True) -> Predictions:
     """Return what a model predicts in one batch: a forward pass, padding masked, nothing cached.
 
     Args:
         model: Causal language model.
         ids: (B, T), int64.
         mask: (B, T), bool, False where ids are padding.
+        padded: Otherwise no ids are padding, and those where the mask is False are read and not judged.
     """
     device = next(model.parameters()).device
     ids, mask = ids.to(device), mask.to(device)
-    attention_mask = None if bool(mask.all()) else mask.long()
+    attention_mask = None if not padded or bool(mask.all()) else mask.long()
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     return predictions(logits, ids.to(logits.device), mask.to(logits.device))
 
@@ -194,7 +195,11 @@ def compare_logits(
 
 
 def compare_models(
-    model: PreTrainedModel, reference: PreTrainedModel | None, ids: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    padded: bool = True,
 ) -> Comparison:
     """Compare one batch as `compare` does: a forward pass of each model.
 
@@ -203,9 +208,10 @@ def compare_models(
         reference: Causal language model of the same vocabulary, or None.
         ids: (B, T), int64.
         mask: (B, T), bool, False where ids are padding.
+        padded: See `predict`.
     """
-    expected = None if reference is None else predict(reference, ids, mask)
-    return compare(predict(model, ids, mask), expected)
+    expected = None if reference is None else predict(reference, ids, mask, padded)
+    return compare(predict(model, ids, mask, padded), expected)
 
 
 def check_same_vocabulary(

@@ -186,7 +186,7 @@ def read_widths(file: Path) -> dict[int, tuple[float, float]]:
 
 def _check(plan: Plan, profile: Profile) -> None:
     source = plan.source
-    expected = {"layers": source.config.num_hidden_layers, "heads": source.config.num_key_value_heads}
+    expected = {"layers": source.config.num_hidden_layers, "heads": source.heads}
     expected["head_dim"] = source.head_dim
     for name, value in expected.items():
         if getattr(profile, name) != value:
@@ -242,7 +242,7 @@ def _step(plan: Plan, spec: SideSpec, whole: int) -> int:
 def _channels(plan: Plan, layers: Sequence[LayerPlan]) -> int:
     """Return the numbers a token that all sides together may cache, without what lies beside keys."""
     config, head_dim = plan.source.config, plan.source.head_dim
-    heads, norm = config.num_key_value_heads, config.mea["qk_norm"]
+    heads, norm = plan.source.heads, config.mea["qk_norm"]
     before = beside = 0
     for layer in layers:
         sides = (layer.before.key, layer.before.value)
@@ -255,7 +255,7 @@ def _channels(plan: Plan, layers: Sequence[LayerPlan]) -> int:
 
 def _divides(spec: SideSpec, count: float | Fraction, plan: Plan) -> bool:
     """Return whether a form that repeats components can have so many."""
-    return not spec.form.repeats or plan.source.config.num_key_value_heads % count == 0
+    return not spec.form.repeats or plan.source.heads % count == 0
 
 
 def _knapsack(choices: Sequence[Sequence[tuple[int, float]]], budget: int) -> tuple[list[int] | None, float]:
@@ -299,7 +299,7 @@ def explicit(plan: Plan, widths: Mapping[int, tuple[float, float]]) -> dict[int,
         RequestError: A width is not possible, or a layer is not there.
     """
     specs = {}
-    heads, head_dim = plan.source.config.num_key_value_heads, plan.source.head_dim
+    heads, head_dim = plan.source.heads, plan.source.head_dim
     for number, counts in widths.items():
         if not 0 <= number < len(plan.layers):
             raise RequestError(f"the budget names layer {number}, but the model has {len(plan.layers)}")

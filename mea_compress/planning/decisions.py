@@ -46,7 +46,7 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     healing = healing_steps(source, recipe, layers, sequences, length)
     steps = refinement_steps(source, recipe, healing > 0)
     calibrated = recipe.fit != "weights" or steps > 0
-    measured = measures_budget(recipe, source.at_cache) and any(layer.compressed for layer in layers)
+    measured = measures_budget(recipe, source) and any(layer.compressed for layer in layers)
     searched = (
         not measured
         and budget_file(recipe) is None
@@ -70,7 +70,8 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
         and not healing
         and recipe.dtype is None
         and not any(layer.needs_queries for layer in layers if layer.compressed),
-        verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES,
+        # What stored fp8 is run as depends on the machine.
+        verifies_whole_model=source.weight_bytes <= WHOLE_MODEL_BYTES and not source.quantised,
         choice=choice,
         healing_steps=healing,
         healing_asked_for=healing > 0 and recipe.heal != "auto",
@@ -93,18 +94,20 @@ def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan], at_cache: bo
     return shares
 
 
-def measures_budget(recipe: Recipe, at_cache: bool = False) -> bool:
+def measures_budget(recipe: Recipe, source: Checkpoint) -> bool:
     """Return whether widths are chosen by a measured profile: where that was asked for, or nothing speaks against it.
+
+    At the cache it is done where it was asked for alone.
 
     Args:
         recipe: What was asked for.
-        at_cache: Whether heads are composed at the cache of attention blocks that stay as they are.
+        source: The checkpoint.
 
     Raises:
         RequestError: It was asked for and the rest of the recipe leaves nothing to choose, or no text to measure on.
     """
     obstacles = [
-        (at_cache, "profiles are of projections, and this model is composed at its cache"),
+        (source.at_cache and not source.is_alike, "the layers of this model differ in the heads that they cache"),
         (recipe.fit == "weights", "--fit weights reads no text to measure on"),
         (recipe.kv_ratio is None, "there is no --kv-ratio to divide"),
         (
@@ -119,7 +122,8 @@ def measures_budget(recipe: Recipe, at_cache: bool = False) -> bool:
     found = [reason for holds, reason in obstacles if holds]
     if recipe.budget == "measured" and found:
         raise RequestError(f"--budget measured cannot be: {found[0]}; leave one of them out")
-    return not found and recipe.budget in (None, "measured") and recipe.kv_ratio != 1
+    asked = ("measured",) if source.at_cache else (None, "measured")
+    return not found and recipe.budget in asked and recipe.kv_ratio != 1
 
 
 def deadline_of(recipe: Recipe) -> float | None:
@@ -175,6 +179,10 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
                 f"--heal {recipe.heal} distils projections, and those of {source.family.model_type} stay as they are; "
                 "use `mea-compress heal` afterwards"
             )
+        return 0
+    if source.quantised:
+        if recipe.heal not in ("auto", "0"):
+            raise RequestError(f"--heal {recipe.heal} trains through weights that are stored in fp8 here; use --heal 0")
         return 0
     if recipe.heal != "auto":
         return int(recipe.heal)
@@ -246,10 +254,14 @@ def _at_cache(source: Checkpoint, recipe: Recipe) -> str:
         )
     if recipe.kv_groups > 1:
         raise RequestError(f"--kv-groups divides projections, and those of {name} stay as they are; leave it out")
-    if recipe.rotary_allocation == "shared" or budget_file(recipe) is not None:
+    if recipe.rotary_allocation == "shared":
         raise RequestError(
-            f"--rotary-allocation shared and a --budget from a file are for projections, and those of {name} stay as "
-            "they are; leave them out"
+            f"--rotary-allocation shared is for projections, and those of {name} stay as they are; leave it out"
+        )
+    if budget_file(recipe) is not None and not source.is_alike:
+        raise RequestError(
+            f"a --budget from a file counts heads, and the layers of this {name} model differ in those that they "
+            "cache; leave it out"
         )
     sentence = f"composed at the cache: the attention of {name} and its weights stay as they are"
     left = [str(layer) for layer in range(config.num_hidden_layers) if source.geometry(layer) is None]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mea_compress.architectures import Checkpoint, open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
+from mea_compress.checkpoint.hub import local_directory, repository_of
 from mea_compress.emit.code import CarriedCode, carried_code
 from mea_compress.errors import RequestError
 from mea_compress.planning.budget import allocate, explicit, is_profile, read_widths
@@ -25,7 +26,7 @@ def plan(source: Path | str, *, recipe: Recipe | Path | str | None = None, **set
     """Plan a compression: components, cache bytes and parameters of every layer. Reads headers only.
 
     Args:
-        source: A checkpoint directory.
+        source: A checkpoint directory or hub id.
         recipe: A `Recipe`, a built-in recipe's name or a YAML file; None for the defaults.
         **settings: Fields of `Recipe` that win over it, such as ``kv_ratio=0.5``.
 
@@ -36,16 +37,16 @@ def plan(source: Path | str, *, recipe: Recipe | Path | str | None = None, **set
         >>> plan("SRC", kv_ratio=0.5).to_json()["kv_bytes_per_token"]
         {'before': 512, 'after': 256}
     """
-    return make_plan(Path(source), make_recipe(recipe, settings))
+    return make_plan(source, make_recipe(recipe, settings))
 
 
-def make_plan(directory: Path, recipe: Recipe) -> Plan:
-    """Return the plan for a checkpoint directory.
+def make_plan(source: Path | str, recipe: Recipe) -> Plan:
+    """Return the plan for a checkpoint directory or hub id.
 
     Raises:
         RequestError: The checkpoint is not usable or the recipe asks for what it cannot give.
     """
-    return plan_source(open_checkpoint(directory), recipe)
+    return plan_source(open_checkpoint(local_directory(source)), recipe)
 
 
 def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
@@ -203,16 +204,19 @@ def open(source: Path | str) -> Inspection:
         >>> open("SRC").to_json()["key_value_heads"]
         4
     """
-    return inspect_checkpoint(Path(source))
+    return inspect_checkpoint(source)
 
 
-def inspect_checkpoint(directory: Path) -> Inspection:
-    """Return what a checkpoint directory holds.
+def inspect_checkpoint(source: Path | str) -> Inspection:
+    """Return what a checkpoint directory, or the repository of a hub id, holds.
 
     Raises:
         RequestError: The checkpoint is not usable.
     """
-    source = open_checkpoint(directory)
-    unchanged = plan_source(source, Recipe())
-    code = carried_code(directory) if source.native else None
-    return Inspection(source, unchanged.layers, unchanged.costs.parameters_before, code)
+    directory = local_directory(source)
+    checkpoint = open_checkpoint(directory)
+    unchanged = plan_source(checkpoint, Recipe())
+    code = carried_code(directory) if checkpoint.native else None
+    if code is not None and code.version is None and repository_of(directory):
+        code = None  # it was not downloaded
+    return Inspection(checkpoint, unchanged.layers, unchanged.costs.parameters_before, code)

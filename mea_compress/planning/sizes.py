@@ -14,6 +14,7 @@ from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import engine_warning
 from mea_compress.exporting.form import export_cost, stock_form, uniform_rotary_components
 from mea_compress.modeling.section_mea import cached_width
+from mea_compress.planning.heal_memory import heal_weight_bytes
 from mea_compress.planning.types import Costs, Decisions, LayerPlan, LayerSpec
 from mea_compress.recipe import Recipe
 
@@ -87,11 +88,19 @@ def _widths(geometry: LayerGeometry, spec: LayerSpec) -> tuple[int, int]:
 def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers: Sequence[LayerPlan]) -> Costs:
     """Return what the whole work takes and gives."""
     infos = source.reader.tensors.values()
-    total = sum(prod(info.shape) for info in infos)
+    total = sum(prod(source.reader.info(name).shape) for name in source.reader.model_names)
     grown = sum(layer.parameters_after - layer.parameters_before for layer in layers)
     size = DTYPE_BITS[decisions.stored_dtype] // 8
     output = sum(size * prod(info.shape) if recipe.dtype and info.dtype in FLOATS else info.nbytes for info in infos)
     output += size * grown
+    if source.quantised and not source.at_cache:  # attention is stored in full
+        for info in infos:
+            if ".self_attn." not in info.name:
+                continue
+            if source.reader.dtype_of(info.name) != info.dtype:
+                output += size * prod(info.shape) - info.nbytes
+            elif source.reader.is_scale(info.name):
+                output -= info.nbytes
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
     scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
@@ -127,7 +136,19 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         disk_bytes=output + size * scratch + healing_disk,
         memory_bytes=memory + _WORKING_BYTES,
         stock_export=_stock_export(source, recipe, layers, size),
+        heal_bytes=_heal_bytes(source, layers, total, total + grown),
     )
+
+
+def _heal_bytes(source: Checkpoint, layers: Sequence[LayerPlan], before: int, after: int) -> int:
+    """Return the memory of `heal` by itself, as one process, activations left out."""
+    config = source.config
+    attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
+    trained = sum(layer.parameters_after + attention for layer in layers)
+    tied = bool(source.raw_config.get("tie_word_embeddings"))
+    embeddings = 0 if tied else config.vocab_size * config.hidden_size
+    itemsize = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
+    return heal_weight_bytes(before, after, trained, embeddings, itemsize)
 
 
 def largest_layer(source: Checkpoint) -> int:

@@ -151,6 +151,7 @@ class Costs:
         output_bytes: Size of the emitted weights on disk.
         disk_bytes: Most that is on disk while the work goes on.
         memory_bytes: Memory to expect above what importing the libraries takes.
+        heal_bytes: Memory of weights and optimiser in `heal` afterwards, by itself; see `heal_weight_bytes`.
         stock_export: What a stock export costs and saves, or the ``reason`` why there is none.
     """
 
@@ -160,6 +161,7 @@ class Costs:
     disk_bytes: int
     memory_bytes: int
     stock_export: dict[str, Any] = field(default_factory=dict)
+    heal_bytes: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,6 +205,7 @@ class Plan(Shown):
             "cache": cache_sizes(((one.bytes_before, one.bytes_after, one.window) for one in self.layers), batch),
             "output_bytes": self.costs.output_bytes,
             "memory_bytes": self.costs.memory_bytes,
+            "heal_memory_bytes": self.costs.heal_bytes,
             "composed_at": composed_at(self.source),
             "stock_export": self.costs.stock_export,
             **({} if self.predicted_kl is None else {"predicted_kl": self.predicted_kl}),

@@ -106,6 +106,11 @@ class HealRecipe(_Settings):
         json_schema_extra=_group("Data", "FILE"),
     )
     bos: Bos | None = Field(None, description=f"{_BOS_HELP}; auto without it.", json_schema_extra=_group("Data"))
+    answers_only: bool | None = Field(
+        None,
+        description="Learn from the answers of conversations alone; all of the text has messages.",
+        json_schema_extra=_group("Data"),
+    )
     steps: int = Field(200, ge=1, description="Optimiser steps.", json_schema_extra=_group("Training", "N"))
     learning_rate: float | None = Field(
         None,
@@ -113,10 +118,11 @@ class HealRecipe(_Settings):
         description="Peak learning rate; found by short trials without it.",
         json_schema_extra=_group("Training", "X"),
     )
-    train: Literal["attention", "all"] | None = Field(
+    train: str | None = Field(
         None,
-        description="Which weights learn: those of attention (the default) or all.",
-        json_schema_extra=_group("Training"),
+        description="Which weights learn: compositions, components (with k_proj and v_proj), attention (the default), "
+        "lora (adapters on the rest too) or all; several, as compositions,attention, one after the other.",
+        json_schema_extra=_group("Training", "STAGES"),
     )
     batch_size: int | None = Field(
         None, ge=1, description="Sequences in a step.", json_schema_extra=_group("Training", "N")
@@ -132,6 +138,18 @@ class HealRecipe(_Settings):
         ge=0,
         le=1,
         description="Share of the text's own cross-entropy in the loss; 0 without it.",
+        json_schema_extra=_group("Training", "X"),
+    )
+    top_logits: int | None = Field(
+        None,
+        ge=1,
+        description="Less memory: only the original's K likeliest tokens are told apart in the loss.",
+        json_schema_extra=_group("Training", "K"),
+    )
+    match_hidden: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the error of the layers' outputs in the loss; 0 without it.",
         json_schema_extra=_group("Training", "X"),
     )
     gradient_checkpointing: bool | None = Field(

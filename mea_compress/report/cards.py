@@ -11,6 +11,7 @@ import yaml
 
 from mea_compress.report.tables import head_counts, key_value_table, one_line, plan_report, share, stock_outlook
 
+_MADE, _HEALED = "## How it was made", "## How it was healed"
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -54,7 +55,7 @@ def model_card(
     ]
     if fidelity:
         body += ["## How close it is", key_value_table(fidelity)]
-    body += ["## How it was made", "```yaml\n" + recipe_yaml.rstrip("\n") + "\n```"]
+    body += [_MADE, "```yaml\n" + recipe_yaml.rstrip("\n") + "\n```"]
     return _card(name, ["mea", "kv-cache", "compression"], body, versions, source_card)
 
 
@@ -89,6 +90,31 @@ def export_card(
         stock_outlook(exported),
     ]
     return _card(name, ["kv-cache", "compression"], body, versions, source_card)
+
+
+def healed_card(card: str, healing: Mapping[str, Any]) -> str:
+    """Return a card that says how its checkpoint was healed, in the place of what it said of an earlier healing.
+
+    Args:
+        card: The README.md of the checkpoint.
+        healing: The JSON of `heal`.
+    """
+    before, _, behind = card.partition(f"{_HEALED}\n")
+    if behind:
+        following = behind.find("\n## ")
+        card = before + (behind[following + 1 :] if following >= 0 else "")
+    names = ("kept", "kl", "cross_entropy", "tokens", "steps", "train", "text", "answers_only", "held_out_tokens")
+    shown = {
+        name: value
+        for name, value in healing.items()
+        if name.startswith(names) and value is not None and value is not False
+    }
+    about = "Distilled from the original; losses in nats per token on text held out from training."
+    section = f"{_HEALED}\n\n{about}\n\n{key_value_table(shown)}\n"
+    place = card.find(f"\n{_MADE}\n")
+    if place < 0:
+        return f"{card.rstrip()}\n\n{section}"
+    return f"{card[:place].rstrip()}\n\n{section}{card[place:]}"
 
 
 def _card(
@@ -128,4 +154,4 @@ def _carried_metadata(card: str | None) -> dict[str, Any]:
     return {key: metadata[key] for key in _CARRIED if key in metadata} if isinstance(metadata, dict) else {}
 
 
-__all__ = ["export_card", "model_card"]
+__all__ = ["export_card", "healed_card", "model_card"]

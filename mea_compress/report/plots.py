@@ -66,6 +66,15 @@ def check_matplotlib(purpose: str) -> None:
         ) from error
 
 
+def has_matplotlib() -> bool:
+    """Return whether pictures can be drawn, for those that nobody has asked for."""
+    try:
+        check_matplotlib("")
+    except RequestError:
+        return False
+    return True
+
+
 def draw_sweep(sweep: Mapping[str, Any], file: Path | str) -> None:
     """Draw loss against cache: a line for each method and budget, and the front that no point beats.
 
@@ -188,4 +197,43 @@ def _save(figure: Any, file: Path | str) -> None:
         figure.savefig(file, dpi=150)
 
 
-__all__ = ["check_file", "check_matplotlib", "check_plot", "draw_profile", "draw_retrieval", "draw_sweep"]
+def draw_healing(healing: Mapping[str, Any], file: Path | str) -> None:
+    """Draw how the loss fell: of the text that was trained on by step, and of text held out whenever it was looked at.
+
+    Args:
+        healing: The JSON of a healing, with `curve` and `losses`.
+        file: Where the picture goes; its ending says the format.
+
+    Raises:
+        RequestError: As `check_file`.
+    """
+    check_file(file)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    losses = [float("nan") if loss is None else loss for loss in healing["losses"]]
+    axis.plot(range(1, len(losses) + 1), losses, color="0.6", linewidth=1, label="training loss", zorder=1)
+    steps, values = zip(*healing["curve"], strict=True)
+    axis.plot(steps, values, marker="o", label="KL on held-out text", zorder=2)
+    shown = [value for value in (*losses, *values) if value == value and abs(value) != float("inf")]
+    if shown and min(shown) > 0:
+        axis.set_yscale("log")
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel("nats per token")
+    axis.set_title(f"KL {healing['kl_before']:.4g} before, {healing['kl_after']:.4g} after", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, file)
+
+
+__all__ = [
+    "check_file",
+    "check_matplotlib",
+    "check_plot",
+    "draw_healing",
+    "draw_profile",
+    "draw_retrieval",
+    "draw_sweep",
+    "has_matplotlib",
+]

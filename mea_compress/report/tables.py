@@ -171,6 +171,7 @@ def before_after(plan: Mapping[str, Any]) -> str:
     for title, key in (
         ("weights on disk", "output_bytes"),
         ("memory to compress, above the libraries'", "memory_bytes"),
+        ("memory of heal afterwards, activations left out", "heal_memory_bytes"),
     ):
         if key in plan:
             rows.append([title, None, format_bytes(plan[key]), None])

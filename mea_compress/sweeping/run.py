@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import write_json, write_text
+from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, open_workspace, partial_path
 from mea_compress.compression import compress
 from mea_compress.emit.directory import fingerprint, versions
@@ -65,7 +66,7 @@ def sweep(
     make each again.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory or hub id.
         out: New directory.
         text: Held-out text to measure on, as `evaluate` takes it.
         methods: ``KEY+VALUE``, one name for both sides, or ``default``.
@@ -93,7 +94,8 @@ def sweep(
     assert common.evaluate is not None
     evaluation = common.evaluate.model_dump(mode="json", exclude_none=True)
     command = _command(source, out, common, methods, shares, budgets)
-    checkpoint = open_checkpoint(Path(source))
+    directory = local_directory(source)
+    checkpoint = open_checkpoint(directory)
     reasons, profiled = _look_ahead(checkpoint, points)
     # A method is profiled once, and the commands of its points take the file that OUT gets.
     files = {point.name: out / _PROFILES / _profile_name(point) for point in points if point.name in profiled}
@@ -101,7 +103,7 @@ def sweep(
     check_matplotlib("`sweep` draws a picture")
     if resume and (already_published(out) or (out / _JSON).is_file()):
         return _load_finished_sweep(out, command)
-    check_free(out, Path(source))
+    check_free(out, directory)
     texts = {"the text": text, **({} if common.text is None else {"the calibration text": common.text})}
     read = sorted({str(file) for point in points if (file := budget_file(point.recipe))})
     texts |= {"a budget": read} if read else {}
@@ -118,7 +120,7 @@ def sweep(
         rows = run.rows([_with_budget(point, run.profile_files(files)) for point in points], shown, reasons)
         result = Sweep(
             out=out,
-            source=checkpoint.reader.directory.resolve().name,
+            source=checkpoint.name,
             command=command,
             text=common.evaluate.text or (),
             tokens=workspace.result_of("reference", "tokens"),

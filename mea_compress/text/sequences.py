@@ -82,8 +82,13 @@ def _written_in_front(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(whole[: next((index for index, token in enumerate(whole) if token not in special), len(whole))])
 
 
-def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
     """Return a conversation as the tokenizer's chat template writes it.
+
+    Args:
+        chat: The conversation.
+        tokenizer: With the template.
+        opened: Open the assistant's next turn behind it.
 
     Raises:
         RequestError: There is no template, or it refuses the conversation.
@@ -94,10 +99,17 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
             "a chat model"
         )
     try:
-        return str(tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(chat.messages, tools=chat.tools, add_generation_prompt=opened, tokenize=False)
+        )
     except Exception as error:  # whatever a template raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the chat template refuses {chat.place} ({reason}): correct its messages") from error
+        raise template_refusal(chat, error) from error
+
+
+def template_refusal(chat: Chat, error: Exception) -> RequestError:
+    """Return what to raise where a chat template has raised an error."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RequestError(f"the chat template refuses {chat.place} ({reason}): correct its messages")
 
 
 @dataclass
@@ -123,7 +135,7 @@ def _strings(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The ids of a piece of a document."""
 
     ids: list[int]
@@ -133,7 +145,7 @@ class _Part:
 
 def _encode(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """Yield the ids of pieces, no special token added, in batches that are hardly larger than what is asked for."""
     strings = _strings(pieces, tokenizer, length)
     wanted = _BATCH_CHARACTERS if limit is None else _CHARACTERS_PER_TOKEN * limit * length
@@ -145,7 +157,7 @@ def _encode(
             context = text[text.rfind("\n", 0, len(text) - 1) + 1 :][-_CONTEXT_CHARACTERS:]
         encoded = _ids([before + text for before, (text, _) in zip(contexts, batch, strict=True)], tokenizer)
         for ids, before, (text, piece) in zip(encoded, contexts, batch, strict=True):
-            yield _Part(_behind(ids, before, text, tokenizer), piece.begins, piece.running)
+            yield Part(_behind(ids, before, text, tokenizer), piece.begins, piece.running)
 
 
 def _batch(strings: Iterator[tuple[str, Piece]], budget: int) -> Iterator[tuple[str, Piece]]:
@@ -172,13 +184,13 @@ def _behind(ids: list[int], before: str, text: str, tokenizer: PreTrainedTokeniz
     return _ids([text], tokenizer)[0]  # a token lies over the border
 
 
-def _without_prefix(part: _Part, prefix: tuple[int, ...]) -> list[int]:
+def _without_prefix(part: Part, prefix: tuple[int, ...]) -> list[int]:
     """Return a document's first ids without the prefix that its text, or a chat template, writes itself."""
     doubled = part.begins and prefix and tuple(part.ids[: len(prefix)]) == prefix
     return part.ids[len(prefix) :] if doubled else part.ids
 
 
-def _full_rows(parts: Iterable[_Part], prefix: tuple[int, ...], length: int, tally: _Tally) -> Iterator[list[int]]:
+def _full_rows(parts: Iterable[Part], prefix: tuple[int, ...], length: int, tally: _Tally) -> Iterator[list[int]]:
     """Yield sequences of one length; documents that fill none are put one after the other until they do."""
     front, width = list(prefix), length - len(prefix)
     rest: list[int] = []
@@ -205,7 +217,7 @@ def _full_rows(parts: Iterable[_Part], prefix: tuple[int, ...], length: int, tal
         rest = rest[whole * width :]
 
 
-def _windows(parts: Iterable[_Part], prefix: tuple[int, ...], length: int, tally: _Tally) -> Iterator[list[int]]:
+def _windows(parts: Iterable[Part], prefix: tuple[int, ...], length: int, tally: _Tally) -> Iterator[list[int]]:
     """Yield sequences of two to `length` tokens that never mix documents."""
     front, width = list(prefix), length - len(prefix)
     rest: list[int] = []
@@ -229,10 +241,10 @@ def _windows(parts: Iterable[_Part], prefix: tuple[int, ...], length: int, tally
         rest = rest[whole * width :]
 
 
-def _with_end(parts: Iterable[_Part]) -> Iterator[_Part]:
+def _with_end(parts: Iterable[Part]) -> Iterator[Part]:
     """Yield parts, and behind them the beginning of a document that has nothing."""
     yield from parts
-    yield _Part([], True, False)
+    yield Part([], True, False)
 
 
 def _interleave(rows: Sequence[Iterator[list[int]]], sizes: Sequence[int | None]) -> Iterator[list[int]]:
@@ -314,19 +326,60 @@ def token_sequences(
     Raises:
         RequestError: The text does not fill one sequence, or cannot be read.
     """
+    documents = documents if isinstance(documents, Documents) else documents_of(documents)
+
+    def encode(pieces: Iterable[Piece]) -> Iterator[Part]:
+        return _encode(pieces, tokenizer, sequence_length, limit)
+
+    rows = cut_sequences(documents, tokenizer, sequence_length, limit, seed, bos, encode)
+    _warn_of_unknown(rows.numpy(), tokenizer)
+    return rows
+
+
+def cut_sequences(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    limit: int | None,
+    seed: int,
+    bos: Bos,
+    encode: Callable[[Iterable[Piece]], Iterator[Part]],
+    wanted: Callable[[list[int]], bool] = lambda row: True,
+) -> torch.Tensor:
+    """Cut documents into sequences as `token_sequences` does.
+
+    Args:
+        documents: Of `read_documents`.
+        tokenizer: Their tokenizer.
+        sequence_length: Tokens of a sequence, the prefix included.
+        limit: At most so many sequences.
+        seed: Of the places that are read where not all are.
+        bos: See `sequence_prefix`.
+        encode: Makes ids of the pieces of documents.
+        wanted: Whether a sequence is taken; the others do not count.
+
+    Returns:
+        Ids (N, sequence_length), int64, N at least 1 if all are wanted.
+
+    Raises:
+        RequestError: The text does not fill one sequence, or cannot be read.
+    """
     documents, prefix = _checked(documents, tokenizer, sequence_length, bos)
     tally = _Tally()
+    filled = False
 
     def rows_of(pieces: Iterable[Piece]) -> Iterator[list[int]]:
-        return _full_rows(_encode(pieces, tokenizer, sequence_length, limit), prefix, sequence_length, tally)
+        nonlocal filled
+        for row in _full_rows(encode(pieces), prefix, sequence_length, tally):
+            filled = True
+            if wanted(row):
+                yield row
 
     streams = [_spread_rows(text, rows_of, tokenizer, sequence_length, limit, seed) for text in documents.texts]
     rows = _taken(_interleave(streams, [text.size for text in documents.texts]), limit)
-    if not rows:
+    if not filled:
         raise _too_short(documents, tally, sequence_length)
-    ids = np.stack(rows)
-    _warn_of_unknown(ids, tokenizer)
-    return torch.from_numpy(ids)
+    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, sequence_length), np.int64))
 
 
 def padded_sequences(

@@ -105,6 +105,15 @@ def test_compressing_and_exporting(version, tmp_path):
 
 
 @pytest.mark.parametrize("version", RELEASES)
+def test_components_at_the_cache_are_read_as_they_lie(version):
+    told = run(version, "at_cache.py")
+    assert told["transformers"] == version
+    for name, result in told["found"].items():
+        assert result["absorbed"] == 5, name  # the prompt, which has a mask, and four steps
+        assert result["difference"] < 3e-6, name
+
+
+@pytest.mark.parametrize("version", RELEASES)
 def test_texts_become_the_same_sequences(version, tmp_path):
     told = run(version, "text_here.py", tmp_path)
     assert told["transformers"] == version and told["prefix"] == [1]

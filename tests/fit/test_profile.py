@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import CASES, stock_checkpoint
-from transformers import AutoModelForCausalLM
+from test_every_family import FAMILIES, SIZES
+from tiny import CASES, save, scatter, stock_checkpoint
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 import mea_compress as mc
 from mea_compress.errors import RequestError
+from mea_compress.fit import layers as fit_layers
 from mea_compress.fit import profile as profiling
 from mea_compress.fit.layers import calibration_tokens, measured_sequences
 from mea_compress.planning.plans import make_plan
@@ -44,6 +46,62 @@ def test_a_cost_is_that_of_a_checkpoint_with_this_side_compressed(case, tmp_path
     file.write_text(json.dumps({"layers": layers}))
     mc.compress(source, tmp_path / "out", recipe=recipe, budget=str(file), progress=False)
     assert point.kl == pytest.approx(kl(source, tmp_path / "out", ids), rel=2e-3, abs=1e-7)
+
+
+@pytest.fixture
+def at_cache(tmp_path):
+    """Makes a checkpoint of a family that is composed at its cache."""
+
+    def make(family, **changes):
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[family](**SIZES | FAMILIES[family][0] | changes)
+        return save(scatter(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)), tmp_path / "source")
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_next"])
+def test_a_cost_at_the_cache_is_that_of_a_checkpoint_with_this_side_compressed(family, at_cache, tmp_path, monkeypatch):
+    """Behind other layers, layers of other kinds, final norms and soft-capped logits."""
+    source = at_cache(family)
+    settings = {**QUICK, "fit": "activations", "refine": 0, "effort": "fast"}
+    profile = mc.profile(source, progress=False, **settings)
+    plan = make_plan(source, Recipe(kv_ratio=0.5, budget="measured", **settings))
+    assert plan.decisions.measures_budget
+    assert not make_plan(source, Recipe(kv_ratio=0.5, **settings)).decisions.measures_budget
+    tokens = calibration_tokens(plan, progress=False)
+    ids, fitted = tokens[: measured_sequences(tokens)], tokens[measured_sequences(tokens) :]
+    layers = [layer.layer for layer in plan.layers if layer.compressed]
+    point = next(point for point in profile.points if (point.layer, point.side) == (layers[0], "value"))
+    counts = [{"layer": layer, "key_components": 2, "value_components": 2} for layer in layers]
+    counts[0]["value_components"] = point.components
+    (tmp_path / "widths.json").write_text(json.dumps({"layers": counts}))
+    options = {**settings, "kv_ratio": 0.5, "budget": str(tmp_path / "widths.json"), "sequences": len(fitted)}
+    monkeypatch.setattr(fit_layers, "calibration_tokens", lambda *_: fitted)  # not what the cost was measured on
+    mc.compress(source, tmp_path / "out", progress=False, **options)
+    assert point.kl == pytest.approx(kl(source, tmp_path / "out", ids), rel=2e-3, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_a_budget_at_the_cache_is_measured_where_it_is_asked_for(at_cache, tmp_path):
+    source = at_cache("olmo2")
+    settings = {**QUICK, "fit": "activations", "refine": 0, "effort": "fast", "kv_ratio": 0.5, "progress": False}
+    result = mc.compress(source, tmp_path / "out", budget="measured", **settings)
+    budget = result.fidelity["budget"]
+    assert budget["measured_kl"] > 0 and budget["predicted_kl"] > 0
+    assert result.plan.bytes_after <= result.plan.bytes_before / 2
+
+
+def test_layers_that_differ_in_their_heads_have_no_profile(at_cache, tmp_path):
+    source = at_cache("gemma4_text")
+    with pytest.raises(RequestError, match="differ in the heads that they cache"):
+        mc.profile(source, progress=False, **QUICK)
+    with pytest.raises(RequestError, match="--budget measured cannot be: the layers of this model differ"):
+        mc.plan(source, kv_ratio=0.5, budget="measured")
+    (tmp_path / "widths.json").write_text(json.dumps({"layers": []}))
+    with pytest.raises(RequestError, match="a --budget from a file counts heads"):
+        mc.plan(source, kv_ratio=0.5, budget=str(tmp_path / "widths.json"))
 
 
 def test_every_layer_and_side_has_a_curve_that_falls(tmp_path):
