@@ -24,6 +24,7 @@ from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import check_written, write_weights, writing_concurrently
 from mea_compress.errors import RequestError, VerificationError
 from mea_compress.layers.read import check_finite
+from mea_compress.planning.budget import predicted_cost
 from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
@@ -204,8 +205,12 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
     """Return the plan with the widths and the rotary components that measurements choose before the fit."""
     if plan.decisions.measures_budget:
         from mea_compress.fit.profile import profile_in
+        from mea_compress.fit.trial import better_plan
 
-        plan = plan_budget(plan, profile_in(plan, workspace, progress))
+        measured = plan_budget(plan, profile_in(plan, workspace, progress))
+        assert measured.profile is not None
+        equal = replace(plan, profile=measured.profile, predicted_kl=predicted_cost(plan, measured.profile))
+        plan = better_plan({"measured": measured, "uniform": equal}, workspace, progress)
     if plan.decisions.shares_rotary_allocation:
         from mea_compress.fit.allocation import share_rotary_components
 
@@ -281,8 +286,12 @@ def _budget_fidelity(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     """Return what the profile predicted of the whole, and what was measured of it on the same text after the fit."""
     if plan.profile is None:
         return {}
-    measured = workspace.result_of("budget", "kl")
-    return {"budget": {"predicted_kl": plan.predicted_kl, "measured_kl": measured, "tokens": plan.profile.tokens}}
+    told = {"predicted_kl": plan.predicted_kl, "measured_kl": workspace.result_of("budget", "kl")}
+    tried = workspace.result_of("budget", "trial")
+    if tried is not None:
+        told["chosen"] = min(tried, key=lambda name: tried[name])
+        told |= {f"{name}_trial_kl": kl for name, kl in tried.items()}
+    return {"budget": {**told, "tokens": plan.profile.tokens}}
 
 
 def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
             f"the layers of this {plan.source.family.model_type} model differ in the heads that they cache, and a "
             "profile counts heads; compress it with a uniform budget"
         )
-    measured, fitted = _division(plan, tokens)
+    measured, fitted = divide_text(plan, tokens)
     layers = [layer for layer in plan.layers if layer.compressed and candidates(layer, plan)]
     if not layers:
         raise RequestError(
@@ -117,7 +117,7 @@ class Commit:
         self.save(str(layer), result)
 
 
-def _division(plan: Plan, tokens: torch.Tensor) -> tuple[int, int]:
+def divide_text(plan: Plan, tokens: torch.Tensor) -> tuple[int, int]:
     """Return how many of the sequences (N, T) costs are measured on, and how many candidates are fitted to.
 
     Raises:
@@ -275,4 +275,4 @@ def _kept_results(file: Path, request: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-__all__ = ["Commit", "Profile", "ProfilePoint", "measure_profile", "profile", "profile_in"]
+__all__ = ["Commit", "Profile", "ProfilePoint", "divide_text", "measure_profile", "profile", "profile_in"]

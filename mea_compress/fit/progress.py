@@ -232,6 +232,8 @@ def estimate_seconds(plan: Plan) -> float:
         fitted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
         profiled = [layer.layer for layer in plan.layers if layer.compressed]
         share = MEASURED_TOKENS / TOKENS_PER_STEP
-        fit += profile_units(plan, profiled, ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP, share)
+        parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
+        fit += profile_units(plan, profiled, parts, sampled, share)
+        fit += 2 * compressed * _closed_units(plan, parts, sampled)  # what it says is tried beside equal widths
     seconds = unit * (fit * decisions.needs_calibration + healing_units(plan))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

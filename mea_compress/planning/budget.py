@@ -152,6 +152,22 @@ def allocate(plan: Plan, profile: Profile) -> tuple[dict[int, LayerSpec], float]
     return specs, cost
 
 
+def predicted_cost(plan: Plan, profile: Profile) -> float:
+    """Return the KL in nats per token that a profile predicts of a plan's widths.
+
+    Args:
+        plan: The plan.
+        profile: What each side costs by width; of the same model and methods.
+    """
+    cost = 0.0
+    for layer in plan.layers:
+        for side in candidates(layer, plan) if layer.compressed else ():
+            sides = ("key", "value") if side == "both" else (side,)
+            kept, whole = (sum(spec.side(one).components for one in sides) for spec in (layer.spec, layer.before))
+            cost += float(cost_at(profile, layer.layer, side, [kept], whole)[0])
+    return cost
+
+
 def is_profile(file: Path) -> bool:
     """Return whether a budget's file is a profile, and not a list of widths.
 
