@@ -236,16 +236,19 @@ class EncodedAttention(nn.Module):
             return ""
         return str(config.replaced) if config._attn_implementation == ATTENTION else ""
 
-    def may_absorb(self, query_heads: int, tokens: int, device: str, mask: Any, settings: dict[str, Any]) -> bool:
+    def may_absorb(self, queries: torch.Tensor, length: int, mask: Any, settings: dict[str, Any]) -> bool:
         """Return whether new tokens attend to the components themselves, and faster than to heads rebuilt of them.
 
+        A sequence whose tokens are all new is expanded, however short it is: the first one always is, and the same is
+        to become of the same.
+
         Args:
-            query_heads: Hq.
-            tokens: New tokens Q.
-            device: Device type, as in ``torch.device.type``.
+            queries: Of the new tokens, (B, Hq, Q, d).
+            length: All tokens T, new ones included.
             mask: What the model made for its attention implementation.
             settings: What the block hands to its attention function beside.
         """
+        tokens, device = queries.shape[2], queries.device.type
         unknown = {name for name, value in settings.items() if value is not None} - _WITHOUT_EFFECT - _READ
         if unknown or settings.get("dropout") or settings.get("scaling") is None or not readable_mask(mask, tokens):
             return False
@@ -259,7 +262,8 @@ class EncodedAttention(nn.Module):
         heads, head_dim = self.mea["heads"], self.mea["head_dim"]
         if choice != "auto" or all(form.plain for form, _ in sides):
             return choice == "absorb"
-        return absorb_is_faster(sides[0], sides[1], query_heads, heads, head_dim, tokens, device)
+        faster = absorb_is_faster(sides[0], sides[1], queries.shape[1], heads, head_dim, tokens, device)
+        return tokens < length and faster
 
     def attend_to_components(
         self,
@@ -358,12 +362,12 @@ def is_plain(
     scaling, softcap, s_aux = (told.get(name) for name in ("scaling", "softcap", "s_aux"))
     if scaling is None or output.shape != (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]):
         return False
-    groups = query.shape[1] // key.shape[1]
     seen = query.shape[2] if causal else key.shape[2]
-    keys, values = (side[:, :, :seen].to(wide).repeat_interleave(groups, 1) for side in (key, value))
-    logits = query[:, :, -1:].to(wide) @ keys.mT * scaling
+    last = query[:, :, -1].unflatten(1, (key.shape[1], -1))  # (B, H, Hq / H, d): heads are not copied for their queries
+    logits = (last @ key[:, :, :seen].mT).to(wide).flatten(1, 2)[:, :, None] * scaling
     weights = attention_weights(logits, None if mask is None else mask[..., -1:, :], softcap, s_aux)
-    expected = (weights @ values)[:, :, 0]
+    weights = weights[:, :, 0].unflatten(1, (key.shape[1], -1)).to(value.dtype)
+    expected = (weights @ value[:, :, :seen]).flatten(1, 2).to(wide)
     difference = (output[:, -1].to(wide) - expected).abs().max()
     return bool(difference <= _ROUNDING.get(query.dtype, _COARSE_ROUNDING) * expected.abs().max())
 
@@ -407,7 +411,7 @@ def attend(
             with torch.no_grad():
                 stand_in.plain = is_plain(query, key, value, attention_mask, told, output, causal)
         return output, weights
-    if module.may_absorb(query.shape[1], query.shape[2], query.device.type, attention_mask, settings):
+    if module.may_absorb(query, key.shape[2], attention_mask, settings):
         output, weights = module.attend_to_components(query, key, value, attention_mask, **told)
         return output, weights if implementation == "eager" else None
     return function(module, query, *module.rebuild(key, value), attention_mask, **settings)

@@ -160,6 +160,16 @@ def test_the_faster_one_is_taken_and_prompts_are_expanded(absorbed):
     assert len(absorbed) == 2 * len(blocks(model))  # two steps behind the prompt
 
 
+def test_the_same_sequence_becomes_the_same_again(absorbed):
+    """Also where its mask would let a short one be read absorbed from the second time on."""
+    model = composed("gemma3_text", "eager")
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        first, second = (model(ids, use_cache=False).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert not absorbed
+
+
 def test_attention_weights_are_given_where_they_were_given(absorbed):
     model = composed("gpt_oss", "eager")
     ids = tokens(1, 8)
@@ -335,9 +345,10 @@ def test_settings_that_nobody_knows_are_left_to_the_block(block, absorbed):
     count = len(absorbed)
     mask = torch.zeros(1, 1, 1, 3)
     known = {"scaling": 0.3, "sliding_window": 4, "position_ids": mask, "other": None}
-    assert block.may_absorb(4, 1, "cpu", mask, known)
-    assert not block.may_absorb(4, 1, "cpu", mask, known | {"position_bias": mask})
-    assert not block.may_absorb(4, 1, "cpu", mask, known | {"dropout": 0.1})
-    assert not block.may_absorb(4, 1, "cpu", mask, known | {"scaling": None})
-    assert not block.may_absorb(4, 2, "cpu", None, known)
+    query = torch.zeros(1, 4, 1, 8)
+    assert block.may_absorb(query, 3, mask, known)
+    assert not block.may_absorb(query, 3, mask, known | {"position_bias": mask})
+    assert not block.may_absorb(query, 3, mask, known | {"dropout": 0.1})
+    assert not block.may_absorb(query, 3, mask, known | {"scaling": None})
+    assert not block.may_absorb(query.repeat(1, 1, 2, 1), 3, None, known)
     assert len(absorbed) == count
