@@ -20,7 +20,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 from pydantic import BaseModel
 
-from mea_compress.checkpoint.files import to_json, write_json, write_text
+from mea_compress.checkpoint.files import refusals, to_json, write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process
 from mea_compress.recipe import (
@@ -390,7 +390,8 @@ def profile(source: Path, recipe: str | None, plot: Path | None, json_file: Path
     file = None if json_file is None or str(json_file) == "-" else json_file
     found = profile_checkpoint(source, out=file, recipe=recipe, **flags)
     if plot is not None:
-        draw_profile(found.to_json(), plot)
+        with refusals(plot):
+            draw_profile(found.to_json(), plot)
     _print(found.report(), found.to_json(), json_file)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
-from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.files import refusals, write_json
 from mea_compress.checkpoint.fp8 import keep_in_full
 from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.system import raise_trim_threshold
@@ -339,7 +339,8 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     text = model_card(name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
     (target / "README.md").write_text(text, encoding="utf-8")
     if "healing" in fidelity and has_matplotlib():
-        draw_healing(fidelity["healing"], target / "healing.png")
+        with refusals(target / "healing.png"):
+            draw_healing(fidelity["healing"], target / "healing.png")
 
 
 __all__ = ["CompressionResult", "compress"]

@@ -625,4 +625,5 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
             write_text(card, healed_card(card.read_text(encoding="utf-8", errors="replace"), record))
         (work / PICTURE).unlink(missing_ok=True)
         if has_matplotlib() and result.curve:
-            draw_healing(record, work / PICTURE)
+            with refusals(work / PICTURE):
+                draw_healing(record, work / PICTURE)

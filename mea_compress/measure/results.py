@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mea_compress.checkpoint.files import refusals
 from mea_compress.report.measurements import evaluation_report, evaluations_report, model_columns
 from mea_compress.report.plots import draw_retrieval
 from mea_compress.report.showing import Shown
@@ -90,7 +91,8 @@ class Evaluation(Shown):
         Raises:
             RequestError: Retrieval was not measured, matplotlib is not installed, or the file cannot be written.
         """
-        draw_retrieval(model_columns({"checkpoint": self.to_json()}), file)
+        with refusals(Path(file)):
+            draw_retrieval(model_columns({"checkpoint": self.to_json()}), file)
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +119,8 @@ class Evaluations(Shown):
         Raises:
             RequestError: Retrieval was not measured, matplotlib is not installed, or the file cannot be written.
         """
-        draw_retrieval(model_columns(self.to_json()["checkpoints"]), file)
+        with refusals(Path(file)):
+            draw_retrieval(model_columns(self.to_json()["checkpoints"]), file)
 
 
 def _asked_for(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import pytest
 from matplotlib.figure import Figure
 
+from mea_compress.checkpoint.files import refusals
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.report.plots import draw_profile, draw_retrieval
 
@@ -30,5 +31,6 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(name, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    with pytest.raises(DiskFullError, match=r"map\.png: the disk or quota is full"):
-        draw(data, tmp_path / "map.png")
+    file = tmp_path / "map.png"
+    with pytest.raises(DiskFullError, match=r"map\.png: the disk or quota is full"), refusals(file):  # as callers do
+        draw(data, file)
