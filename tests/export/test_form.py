@@ -214,7 +214,8 @@ def test_plan_and_export_say_the_same_of_weights_and_cache(tmp_path):
 
 
 def test_windows_bound_what_a_cache_can_save():
-    assert _first_saving(100, 10, [None]) == 10
-    assert _first_saving(100, 10, [4, None]) == 6
-    assert _first_saving(100, 10, [4, 5]) is None
-    assert _first_saving(-1, 10, [None]) == 0
+    assert _first_saving(100, [10], [None]) == 10
+    assert _first_saving(100, [10, 10], [4, None]) == 6
+    assert _first_saving(100, [10, 10], [4, 5]) is None
+    assert _first_saving(-1, [10], [None]) == 0
+    assert _first_saving(100, [30, 10], [2, None]) == 4  # layers that save unlike
