@@ -71,7 +71,7 @@ def floats():
     """Bytes of all tensors of floating-point numbers that are alive, each storage once."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # and none of those that stand for others
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.is_floating_point():
                     storage = tensor.untyped_storage()
