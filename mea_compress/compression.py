@@ -209,7 +209,10 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
 
         measured = plan_budget(plan, profile_in(plan, workspace, progress))
         assert measured.profile is not None
-        equal = replace(plan, profile=measured.profile, predicted_kl=predicted_cost(plan, measured.profile))
+        predicted = predicted_cost(plan, measured.profile)
+        # As --budget uniform has it, which may divide each layer's share between keys and values.
+        equal = plan_source(plan.source, plan.recipe.model_copy(update={"budget": "uniform"}))
+        equal = replace(equal, recipe=plan.recipe, profile=measured.profile, predicted_kl=predicted)
         plan = better_plan({"measured": measured, "uniform": equal}, workspace, progress)
     if plan.decisions.shares_rotary_allocation:
         from mea_compress.fit.allocation import share_rotary_components

@@ -90,6 +90,8 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             bar.update(1)
 
         distillation = distil(student, teacher, training, held_out_ids, settings, tick, workspace.work / "healing")
+        bar.total = bar.n  # trials may have been fewer or more
+        bar.refresh()
     kept = torch_dtype(plan.decisions.stored_dtype)
     with torch.no_grad():
         for weights in trained.values():
