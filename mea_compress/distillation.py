@@ -34,6 +34,16 @@ from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
 from mea_compress.processes import from_first_process, is_first_process, process_count
+from mea_compress.sharding import (
+    gathered,
+    is_sharded,
+    load_parts,
+    part_of,
+    reshard,
+    run_base,
+    save_parts,
+    whole,
+)
 from mea_compress.top_logits import TopLoss, top_divergence
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ _LEAST_GAIN = 0.5
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
+_PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
 _LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
@@ -59,7 +70,8 @@ class DistillationSettings:
         steps: Optimiser steps of the full run.
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
-        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`.
+        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`. One
+            alone is taken as it is.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -68,7 +80,8 @@ class DistillationSettings:
         top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
         match_hidden: Weight of the error of every layer's output in the loss; see `_hidden_error`.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
-            as those of the trials took; None for whenever. Without trials it is not heeded.
+            as those of the trials took; None for whenever. Without trials there are all steps, or with `rates` none
+            where it is over already.
     """
 
     steps: int
@@ -92,7 +105,7 @@ class DistillationSettings:
     @property
     def all_steps(self) -> int:
         """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
-        trials = 0 if self.learning_rate is not None else min(_TRIALS, len(self.rates))
+        trials = 0 if self.learning_rate is not None or len(self.rates) == 1 else min(_TRIALS, len(self.rates))
         return self.steps + trials * self.trial_steps
 
 
@@ -130,8 +143,8 @@ def distil(
     Several processes that a launcher has started share the sequences of every step among them.
 
     Args:
-        model: The compressed model, float32.
-        teacher: Its original, in any dtype.
+        model: The compressed model, float32; sharded or not, see `mea_compress.sharding`.
+        teacher: Its original, in any dtype; sharded where the model is.
         training: Sequences to train on, ids (N, T).
         held_out: Sequences to choose by, ids (M, T).
         settings: Steps, step size, precision.
@@ -144,7 +157,7 @@ def distil(
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
-    if settings.products != torch.float32:
+    if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
         _convert_frozen(model, settings.products)
 
     def look() -> float:
@@ -221,7 +234,7 @@ class _Progress:
             return None
         kept = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         weights = load_file(directory / kept["best"])
-        progress = _Progress(directory, kept["curve"][0][1], {k: weights[k].to(like[k].device) for k in like})
+        progress = _Progress(directory, kept["curve"][0][1], {k: part_of(weights[k], like[k]) for k in like})
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
         progress.losses = kept["losses"]
@@ -236,18 +249,21 @@ class _Progress:
 
     def save(self) -> None:
         """Write it down, complete or not at all."""
-        if self.directory is None or not is_first_process():
+        if self.directory is None:
             return
-        with _keeping(self.directory):
-            self._write(self.directory)
+        weights = gathered(self.best_weights) if self._offered else {}
+        if is_first_process():
+            with _keeping(self.directory):
+                self._write(self.directory, weights)
+        self._offered = False
 
-    def _write(self, directory: Path) -> None:
+    def _write(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"best-{self.taken + self.curve[-1][0]}.safetensors"
         if not self._offered:
             name = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
         else:
-            save_file({key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, directory / name)
+            save_file(weights, directory / name)
         record = {
             "best": name,
             "best_value": self.best_value,
@@ -258,7 +274,6 @@ class _Progress:
             "taken": self.taken,
         }
         write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
-        self._offered = False
         for old in directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -289,6 +304,8 @@ def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
         One of `rates`, or None if enough was tried.
     """
     middle, start = len(rates) // 2, progress.curve[0][1]
+    if len(rates) == 1:
+        return None
     if str(rates[middle]) not in progress.found:
         return rates[middle]
     climbs = progress.found[str(rates[middle])] < start
@@ -355,6 +372,7 @@ def measure(
     for rows, mask in zip(ids.split(size), masks.split(size), strict=True):
         with _autocast(model, products):
             total += compare_models(model, teacher, rows, mask, padded=False)
+    reshard(model, teacher)
     return total
 
 
@@ -366,7 +384,10 @@ def _set(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Ten
 
 def _group(parameters: Mapping[str, nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Return optimiser groups in which every tensor moves relative to its root mean square."""
-    sizes = {name: float(weight.detach().square().mean().sqrt()) for name, weight in parameters.items()}
+    sizes = {
+        name: math.sqrt(float(whole(weight.detach().square().sum())) / weight.numel())
+        for name, weight in parameters.items()
+    }
     least = min((size for size in sizes.values() if size > 0), default=0.02)  # for what begins at zero
     return [{"params": [weight], "lr": rate * (sizes[name] or least)} for name, weight in parameters.items()]
 
@@ -474,12 +495,24 @@ class _Loss(nn.Module):
             )
 
 
+class _Prepared(nn.Module):
+    """A loss whose student is sharded, which neither Trainer nor accelerate wraps or moves: it is wrapped already."""
+
+    def __init__(self, loss: _Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.loss(**inputs)
+
+
 class _Distiller(Trainer):
-    """Trainer of a `_Loss`, whose checkpoints hold what is trained alone."""
+    """Trainer of a `_Loss`, whose checkpoints hold what is trained alone, in parts where the student is sharded."""
 
     def __init__(self, reporter: _Callback, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.reporter = reporter
+        self.student: Any = arguments["model"].student
         self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
 
     def compute_loss(
@@ -490,6 +523,11 @@ class _Distiller(Trainer):
         self.reporter.losses.append(float(self.accelerator.reduce(loss.detach(), "mean")))
         return (loss, {}) if return_outputs else loss
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if training and is_sharded(self.student):
+            return _Prepared(model)
+        return super()._wrap_model(model, training, dataloader)
+
     def _trained(self) -> dict[str, nn.Parameter]:
         model: Any = self.model
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -497,11 +535,36 @@ class _Distiller(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
+        if is_sharded(self.student):  # written with the optimiser, by all processes
+            return
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}
         save_file(weights, directory / _TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
+        if not is_sharded(self.student):
+            _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.student):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_parts(Path(output_dir) / _PARTS, self.student, self._own_optimiser())
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.student):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_parts(Path(checkpoint) / _PARTS, self.student, self._own_optimiser())
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+    def _own_optimiser(self) -> torch.optim.Optimizer:
+        """Return the optimiser that accelerate has wrapped."""
+        optimiser: Any = self.optimizer
+        return getattr(optimiser, "optimizer", optimiser)
 
 
 def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
@@ -596,7 +659,7 @@ def _hidden(
     model: PreTrainedModel, ids: torch.Tensor, every_layer: bool = False
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return what the language-model head reads, (B, T, D), and the outputs of every layer if they are asked for."""
-    output = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
+    output = run_base(model, input_ids=ids, use_cache=False, output_hidden_states=every_layer)
     return output.last_hidden_state, output.hidden_states or ()
 
 
@@ -686,6 +749,7 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
         return False
     expected = model(input_ids=ids, use_cache=False).logits.float()
     found = head(_hidden(model, ids)[0].to(head.weight.dtype)).float()
+    reshard(model)
     return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
 
 

@@ -240,6 +240,17 @@ def test_gradient_checkpointing_changes_nothing(pair):
     assert not other.is_gradient_checkpointing
 
 
+def test_a_single_step_size_needs_no_trial(pair):
+    student, teacher = pair
+    losses = []
+    before = measure(student, teacher, IDS[16:]).kl
+    settings = DistillationSettings(6, 8, rates=(0.03,))
+    result = distil(student, teacher, IDS[:16], IDS[16:], settings, losses.append)
+    assert len(losses) == result.steps == result.all_steps == settings.all_steps == 6
+    assert result.rate == 0.03 and result.losses == tuple(losses) and [step for step, _ in result.curve][-1] == 6
+    assert measure(student, teacher, IDS[16:]).kl < before
+
+
 @pytest.mark.parametrize(
     ("values", "tried", "chosen"),
     [
