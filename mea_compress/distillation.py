@@ -30,6 +30,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
+from mea_compress.head_loss import HeadLoss, whole_row
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
@@ -44,7 +45,7 @@ from mea_compress.sharding import (
     save_parts,
     whole,
 )
-from mea_compress.top_logits import TopLoss, top_divergence
+from mea_compress.top_logits import top_divergence, top_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -648,10 +649,8 @@ def _sliced_loss(
     hidden, found = _hidden(model, ids, match_hidden > 0)
     own, other = _head(model), _head(teacher)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
-    if top_logits is None:
-        loss = _SlicedLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature)
-    else:
-        loss = TopLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, top_logits)
+    loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
+    loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
     return loss + match_hidden * _hidden_error(found, expected) if match_hidden else loss
 
 
@@ -680,62 +679,6 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return head
-
-
-class _SlicedLoss(torch.autograd.Function):
-    """The loss of two heads' logits; the gradient of the hidden states is made with them and kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        target: torch.Tensor,
-        head: nn.Linear,
-        expected: nn.Linear,
-        ids: torch.Tensor,
-        counts: torch.Tensor | None,
-        of_kl: torch.Tensor,
-        of_text: torch.Tensor | None,
-        temperature: float,
-    ) -> Any:
-        gradient = torch.zeros_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
-        for row in range(len(ids)):
-            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
-            own, other, weights = hidden[row, at], target[row, at], of_kl[row, at]  # (T, D) twice, (T,)
-            logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
-            expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            of_logits: torch.Tensor | float = 0.0
-            if of_text is not None:
-                following, text_weights = next_ids[row, at, None], of_text[row, at]
-                q = logits.softmax(-1, dtype=wide)
-                total += (text_weights * (_log_sum(logits, q) - logits.gather(1, following)[:, 0].to(wide))).sum()
-                q.scatter_add_(1, following, torch.full_like(following, -1, dtype=wide))
-                of_logits = q.mul_(text_weights[:, None])
-            if temperature != 1:
-                logits, expected_logits = logits / temperature, expected_logits / temperature
-            q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
-            difference = expected_logits.to(wide, copy=True).sub_(logits)
-            # KL = sum of p (a - b) - log-sum of a + log-sum of b.
-            divergence = torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)
-            total += (weights * divergence).sum()
-            whole = q.sub_(p).mul_(weights[:, None] / temperature) + of_logits
-            gradient[row, at] = (whole.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], *[None] * 8
-
-
-def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return log Σ exp of logits (T, V) whose softmax is known: (T,)."""
-    largest = probabilities.amax(-1)
-    return logits.amax(-1).to(largest.dtype) - largest.log()
 
 
 @torch.no_grad()
