@@ -105,21 +105,16 @@ def shard(model: PreTrainedModel, device: torch.device, products: torch.dtype | 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            inside = [weight for layer in module for weight in layer.parameters()]  # each once in a layer
-            own = {id(weight) for weight in inside}
-            if len(own) < len(inside) or any(id(weight) in own for weight in _around(model, module)):
+            owners: dict[int, set[str]] = {}
+            for each, weight in model.named_parameters(remove_duplicate=False):
+                layer = each.removeprefix(f"{name}.").partition(".")[0] if each.startswith(f"{name}.") else ""
+                owners.setdefault(id(weight), set()).add(layer)
+            if any(len(layers) > 1 for layers in owners.values()):
                 break
             return module
     raise RequestError(f"the layers of a {type(model).__name__} cannot be sharded one by one: leave --use_fsdp out")
-
-
-def _around(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Parameter]:
-    below = set(layers.modules())
-    for module in model.modules():
-        if module not in below:
-            yield from module.parameters(recurse=False)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_healing import CURVE, SETTINGS, in_a_process, make_student, port, weights
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mea_compress import distillation, sharding
 from mea_compress.compression import compress
@@ -89,7 +90,7 @@ def work(directory: Path, names: list[str]) -> None:
                 for tensor in (weight, weight.grad, optimiser.state[weight]["exp_avg_sq"]):
                     assert abs(2 * tensor.to_local().numel() - tensor.numel()) <= tensor[:1].numel()
 
-    torch.optim.optimizer.register_optimizer_step_post_hook(check_parts)
+    register_optimizer_step_post_hook(check_parts)
     for name in names:
         distillation.HEALING_MICRO_TOKENS = 32 if name == "small micro-batches" else 1024
         curves, found = healed(name, directory, True)
