@@ -59,6 +59,7 @@ _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
+_ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what families call their attention blocks
 _LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
@@ -79,7 +80,8 @@ class DistillationSettings:
         cross_entropy: Share of the text's own cross-entropy in the loss.
         gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
         top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
-        match_hidden: Weight of the error of every layer's output in the loss; see `_hidden_error`.
+        match_hidden: Weight of the error of every layer's output in the loss; see `_relative_error`.
+        match_attention: Weight of the error of what every attention block sends to the stream; measured alike.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
             as those of the trials took; None for whenever. Without trials there are all steps, or with `rates` none
             where it is over already.
@@ -96,6 +98,7 @@ class DistillationSettings:
     gradient_checkpointing: bool = False
     top_logits: int | None = None
     match_hidden: float = 0.0
+    match_attention: float = 0.0
     deadline: float | None = None
 
     @property
@@ -493,6 +496,7 @@ class _Loss(nn.Module):
                 weights,
                 self.settings.top_logits,
                 self.settings.match_hidden,
+                self.settings.match_attention,
             )
 
 
@@ -599,6 +603,7 @@ def _whole_loss(
     weights: torch.Tensor | None = None,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
 ) -> torch.Tensor:
     """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
 
@@ -610,13 +615,15 @@ def _whole_loss(
         cross_entropy: Share of the text's own.
         weights: Of the prediction at every position, (B, T); None for all of them alike.
         top_logits: Tokens that are told apart; see `top_divergence`.
-        match_hidden: Weight of `_hidden_error`.
+        match_hidden: Weight of the error of every layer's output; see `_relative_error`.
+        match_attention: Weight of the error of every attention block's output.
     """
     more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
-    with torch.no_grad():
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
         expected = teacher(input_ids=ids, **more)
         log_p = (expected.logits.float() / temperature).log_softmax(-1)
-    found = model(input_ids=ids, **more)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        found = model(input_ids=ids, **more)
     logits = found.logits.float()
     log_q = (logits / temperature).log_softmax(-1)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
@@ -628,9 +635,9 @@ def _whole_loss(
     if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
-    if match_hidden:
-        loss = loss + match_hidden * _hidden_error(found.hidden_states, expected.hidden_states)
-    return loss
+    if match_hidden:  # behind the embeddings, which come first
+        loss = loss + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
+    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
 
 
 def _sliced_loss(
@@ -642,16 +649,20 @@ def _sliced_loss(
     weights: torch.Tensor | None = None,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
 ) -> torch.Tensor:
     """Return what `_whole_loss` returns, with the logits of one sequence at a time in memory."""
-    with torch.no_grad():
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
         target, expected = _hidden(teacher, ids, match_hidden > 0)
-    hidden, found = _hidden(model, ids, match_hidden > 0)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        hidden, found = _hidden(model, ids, match_hidden > 0)
     own, other = _head(model), _head(teacher)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
     loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
     loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
-    return loss + match_hidden * _hidden_error(found, expected) if match_hidden else loss
+    if match_hidden:
+        loss = loss + match_hidden * _relative_error(found[1:], expected[1:])
+    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
 
 
 def _hidden(
@@ -662,14 +673,37 @@ def _hidden(
     return output.last_hidden_state, output.hidden_states or ()
 
 
-def _hidden_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
+@contextmanager
+def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs (B, T, D) of a model's attention blocks while it runs in the block, if they are wanted.
+
+    Raises:
+        RequestError: It has no attention blocks that can be told.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = [each for name, each in model.named_modules() if name.rpartition(".")[2] in _ATTENTION] if wanted else []
+    if wanted and not blocks:
+        raise RequestError(f"the attention of a {type(model).__name__} cannot be told: leave `match_attention` out")
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:  # a layer that is run again for its gradients adds nothing
+            handle.remove()
+
+
+def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return |found - expected|² / |expected|² of (B, T, D) states, averaged over tokens and layers.
 
-    What is first are the embeddings, before any layer. Each token is measured by its own size, of which the first of a
-    sequence has often a thousand times as much as the others.
+    Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
+    others.
     """
     errors = []
-    for own, other in zip(found[1:], expected[1:], strict=True):
+    for own, other in zip(found, expected, strict=True):
         own, other = own.float(), other.float()
         errors.append(((own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)).mean())
     return torch.stack(errors).mean()

@@ -294,6 +294,7 @@ def heal(
     answers_only: bool = False,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
     resume: bool = False,
 ) -> HealingResult:
     """Distil a compressed checkpoint from its original, and keep the better of before and after.
@@ -304,7 +305,8 @@ def heal(
     weights, rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
 
     How far it has come is kept beside `out`, in a directory with ``.partial`` behind its name, until it is through.
-    Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step.
+    Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step; where the
+    launcher asks for FSDP2, both models are sharded over them, see `mea_compress.sharding`.
 
     Args:
         checkpoint: Directory of the compressed checkpoint, the student, or its hub id; then `out` says where to.
@@ -330,6 +332,7 @@ def heal(
         top_logits: Tokens of the teacher, the likeliest, that the loss tells apart; all others count as one, and only
             a slice of the vocabulary is in memory. None tells all apart.
         match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size.
+        match_attention: Weight of the error of the attention blocks' outputs in the loss, measured alike.
         resume: Go on where an interrupted run of the same request stopped.
 
     Returns:
@@ -360,8 +363,9 @@ def heal(
     stages = parse_stages(train)
     if steps < len(stages):
         raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
-    if not 0 <= match_hidden < math.inf:
-        raise RequestError(f"`match_hidden` {match_hidden} is no weight: give 0 or more")
+    for name, weight in (("match_hidden", match_hidden), ("match_attention", match_attention)):
+        if not 0 <= weight < math.inf:
+            raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
     vocabulary = CheckpointReader(student).config().get("vocab_size")
     if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
         raise RequestError(
@@ -386,6 +390,7 @@ def heal(
             gradient_checkpointing=gradient_checkpointing,
             top_logits=top_logits,
             match_hidden=match_hidden,
+            match_attention=match_attention,
         )
         request = asdict(settings) | {
             "products": None,

@@ -24,9 +24,13 @@ from mea_compress.stages import Stages
 
 IDS = torch.randint(3, 29, (28, 16), generator=torch.Generator().manual_seed(1))
 CASES = {
-    "small micro-batches": ("student", ("attention",), {"temperature": 2.0, "match_hidden": 0.5}),
-    "checkpointing": ("student", ("attention",), {"gradient_checkpointing": True, "top_logits": 8}),
-    "tied, all weights": ("tied", ("attention", "all"), {"cross_entropy": 0.3}),
+    "small micro-batches": (
+        "student",
+        ("attention",),
+        {"temperature": 2.0, "match_hidden": 0.5, "match_attention": 0.5},
+    ),
+    "checkpointing": ("student", ("attention",), {"gradient_checkpointing": True, "match_attention": 1.0}),
+    "tied, all weights": ("tied", ("attention", "all"), {"cross_entropy": 0.3, "top_logits": 8}),
     "bfloat16": ("student", ("attention",), {"products": torch.bfloat16}),
     "groups of heads": ("groups", ("compositions", "attention"), {}),
 }
