@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from compat.releases import NEWEST, OLDEST, release_directory
 from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_healing import CURVE, SETTINGS, in_a_process, make_student, port, weights
@@ -162,13 +164,16 @@ heal(sys.argv[1], teacher=sys.argv[2], out=sys.argv[3], resume="resume" in sys.a
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_sharded_processes_that_were_killed_go_on_to_what_one_alone_has(tmp_path, teacher, monkeypatch):
+@pytest.mark.parametrize("version", dict.fromkeys((OLDEST, transformers.__version__, NEWEST)))
+def test_sharded_processes_that_were_killed_go_on_to_what_one_alone_has(version, tmp_path, teacher, monkeypatch):
     student, text = make_student(tmp_path / "student"), tmp_path / "text.txt"
     text.write_text("\n".join(f"a story of {letter} and the little fox" * 3 for letter in "abcdefghijklmnop" * 4))
     alone = heal(student, teacher=teacher, out=tmp_path / "alone", text=text, **SETTINGS | CURVE)
     (tmp_path / "launched.py").write_text(LAUNCHED)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
+    if (release := release_directory(version)) is not None:  # in front of what the processes import
+        monkeypatch.syspath_prepend(release)
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port")
     what = (tmp_path / "launched.py", student, teacher, tmp_path / "both", text)
     stopped = in_a_process(*launch, port(), *what, alone.stages[0].all_steps - 20 + 14)
@@ -177,6 +182,7 @@ def test_sharded_processes_that_were_killed_go_on_to_what_one_alone_has(tmp_path
     resumed = in_a_process(*launch, port(), *what, 1000, "resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     record = json.loads((tmp_path / "both" / "healing.json").read_text())
+    assert record["versions"]["transformers"] == version
     assert record["losses"] == pytest.approx(list(alone.losses), rel=1e-3) and len(record["losses"]) == 20
     assert [value for _, value in record["curve"]] == pytest.approx([value for _, value in alone.curve], rel=1e-3)
     assert record["kl_after"] == pytest.approx(alone.kl_after, rel=1e-3) and record["kept"] == "healed"
