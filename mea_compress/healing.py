@@ -60,7 +60,7 @@ from mea_compress.report.cards import healed_card
 from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
-from mea_compress.sharding import gathered, in_turns, shard, sharding_asked_for
+from mea_compress.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.stages import Stages, parse_stages
 from mea_compress.text.answers import answer_sequences
 from mea_compress.text.documents import Documents
@@ -504,15 +504,17 @@ def _healed(
     """Distil the student; return what was done, and its new weights by name, none where it did not help."""
     steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
 
+    mesh = all_processes(target) if sharded else None
+
     def load(checkpoint: Path) -> tuple[PreTrainedModel, torch.dtype]:
-        model = load_model(checkpoint, None, "cpu" if sharded else target)
+        model = load_model(checkpoint, None, target if mesh is None else "cpu")
         products = fast_products(model.dtype, target)
-        if sharded:
-            shard(model, target, products)
+        if mesh is not None:
+            shard(model, mesh, products)
         return model, products
 
-    teacher_model, _ = in_turns(partial(load, teacher)) if sharded else load(teacher)
-    model, products = in_turns(partial(load, student)) if sharded else load(student)
+    teacher_model, _ = load(teacher) if mesh is None else in_turns(partial(load, teacher))
+    model, products = load(student) if mesh is None else in_turns(partial(load, student))
     teacher_model.requires_grad_(False)
     if model.dtype != torch.float64:
         model = model.float()

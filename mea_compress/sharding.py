@@ -19,6 +19,7 @@ from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process, process_count, process_number
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
@@ -72,12 +73,23 @@ def in_turns(make: Callable[[], _T]) -> _T:
     return made[0]
 
 
-def shard(model: PreTrainedModel, device: torch.device, products: torch.dtype | None = None) -> None:
+def all_processes(device: torch.device) -> DeviceMesh:
+    """Return all processes as what models are sharded over; all of them call it.
+
+    Args:
+        device: Of this process, where its part of a model goes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (process_count(),))
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh, products: torch.dtype | None = None) -> None:
     """Shard a model in place over all processes; it is called as before, and `run_base` runs it without its head.
 
     Args:
         model: Causal language model, the same in every process.
-        device: Of this process, where its part goes.
+        mesh: Of `all_processes`.
         products: What weights are gathered in, for use under autocast to that dtype; None for what they are stored
             in. Gradients are added up in float32. Autocast itself would keep what it has converted of every layer until
             gradients are made. Embeddings without a head that is tied to them stay as they are.
@@ -85,10 +97,8 @@ def shard(model: PreTrainedModel, device: torch.device, products: torch.dtype | 
     Raises:
         RequestError: Its decoder layers cannot be told, or share weights.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (process_count(),))
     policy = MixedPrecisionPolicy()
     if products not in (None, torch.float32):
         policy = MixedPrecisionPolicy(products, torch.float32, cast_forward_inputs=False)
@@ -209,6 +219,7 @@ def _state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]
 
 
 __all__ = [
+    "all_processes",
     "gathered",
     "in_turns",
     "is_sharded",

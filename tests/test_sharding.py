@@ -69,7 +69,7 @@ def healed(name: str, directory: Path, sharded: bool) -> tuple[dict, dict[str, t
     teacher.requires_grad_(False)
     if sharded:
         for one in (teacher, model):
-            sharding.shard(one, torch.device("cpu"), options.get("products"))
+            sharding.shard(one, sharding.all_processes(torch.device("cpu")), options.get("products"))
     products = options.get("products", torch.float32)
     curves, training = {"before": measure(model, teacher, IDS[20:], products).kl}, Stages(model)
     for stage in stages:
