@@ -142,6 +142,7 @@ def test_a_family_goes_through(name, outs):
     uncached = logits(half, ids, use_cache=False)
     assert (uncached - expected).abs().max() > 1e-3 * size
     assert made.result.plan.bytes_after == made.result.plan.bytes_before / 2
+    assert len(half(ids, output_hidden_states=True).hidden_states) == 3  # each layer's, and the embeddings
 
     # Cached equals uncached, and what is alive in the cache is what the plan says, to the byte.
     cache = DynamicCache(config=half.config)
