@@ -48,6 +48,7 @@ WINDOW, SHORT_WINDOW = 2048, 1024
 RATIOS = ("1/2", "2/3", "3/4", "1/3", "1/4")  # a model of three heads can keep two of them, not 0.67
 EQUAL = {"budget": "uniform", "heal": "0"}
 CLOSED = {"refine": 0, "heal": "0"}
+SAMPLED = "sampled"
 ORIGINAL, PEER = "original", "cacheshrink, separate, calibrated"
 
 
@@ -68,6 +69,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "latent + latent, closed form, equal widths": both("latent") | EQUAL | CLOSED,
     "joint (best-50)": both("joint") | {"effort": "best"},
     "joint, closed form": both("joint") | CLOSED,
+    "joint, closed form, equal widths": both("joint") | EQUAL | CLOSED,
     "joint, refined, equal widths": both("joint") | EQUAL,
     "pool, weights (GQA, heads averaged)": both("pool") | {"fit": "weights"},
     "pool, refined, equal widths (plain GQA)": both("pool") | EQUAL,
@@ -295,6 +297,17 @@ def named_files(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
+def calibration_texts(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path | None]:
+    """Read NAME=FILE, where a directory will do for a file, or `sampled`: text of the original's own."""
+    texts: dict[str, Path | None] = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if value != SAMPLED and not (equals and Path(file).exists()):
+            raise click.BadParameter(f"{value} is neither {SAMPLED} nor NAME=FILE with a file or directory that exists")
+        texts[name] = Path(file) if equals else None
+    return texts
+
+
 @click.group(help=__doc__)
 def main():
     transformers.logging.set_verbosity_error()
@@ -325,7 +338,9 @@ def source(out, file, check_python, check_text, json_file):
 @click.option("--source", required=True, type=click.Path(exists=True, path_type=Path), help="The original.")
 @click.option("--text-test", required=True, type=click.Path(exists=True, path_type=Path), help="Text for perplexity.")
 @click.option("--text", "texts", multiple=True, callback=named_files, help="NAME=FILE to measure KL on besides.")
-@click.option("--calibration", multiple=True, callback=named_files, help="NAME=FILE to fit on; sampled without.")
+@click.option(
+    "--calibration", multiple=True, callback=calibration_texts, help="NAME=FILE to fit on, or sampled; sampled without."
+)
 @click.option("--rows", "chosen", multiple=True, help="Only rows whose name contains this.")
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Shares: 0.5 or 2/3.")
 @click.option("--limit", type=int, help="Windows of 2,048 tokens for perplexity; all without it.")
@@ -353,10 +368,10 @@ def run_table(work, source, chosen, ratios, tasks, texts, calibration, keep, out
         for name, settings in ROWS.items():
             if chosen and not any(part in name for part in chosen):
                 continue
-            for fitted in ("weights",) if settings.get("fit") == "weights" else calibration or ("sampled",):
+            for fitted in ("weights",) if settings.get("fit") == "weights" else calibration or (SAMPLED,):
                 rows.append(make(name, ratio, fitted, settings))
         if options["peer_python"]:
-            rows += [make(PEER, ratio, name) for name in calibration]
+            rows += [make(PEER, ratio, name) for name, file in calibration.items() if file is not None]
     for row in rows:
         if row.has("refused"):
             continue

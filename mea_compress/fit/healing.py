@@ -27,15 +27,17 @@ from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.block_student import make_block_student
-from mea_compress.fit.layers import held_out_sequences, shared_tokens
+from mea_compress.fit.layers import held_out_sequences, shared_origins, shared_tokens
 from mea_compress.fit.refinement import trainable_parameters
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import load_model, resolve_device, seeded
+from mea_compress.measure.metrics import NOTHING, Comparison
 from mea_compress.planning.decisions import HEALING_EPOCHS
 from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
+from mea_compress.text.reading import text_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +86,9 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     make = make_block_student if plan.source.at_cache else make_student
     student, trained = make(plan, workspace, teacher, wide)
     settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
-    before = measure(student, teacher, held_out_ids, products)
+    texts = _by_text(plan, held_out_ids, shared_origins(plan, workspace))
+    told = {"before": {name: measure(student, teacher, ids, products) for name, ids in texts.items()}}
+    before = sum(told["before"].values(), NOTHING)
     with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:
@@ -99,8 +103,11 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
         for weights in trained.values():
             for weight in weights.values():
                 weight.copy_(weight.to(kept))
-    after = measure(student, teacher, held_out_ids, products)
+    told["after"] = {name: measure(student, teacher, ids, products) for name, ids in texts.items()}
+    after = sum(told["after"].values(), NOTHING)
     better = after.kl < before.kl
+    if not better:
+        told["after"] = told["before"]
     if better and is_first_process():
         for layer, weights in trained.items():
             _store(plan, workspace, layer, weights)
@@ -118,12 +125,27 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             "text": "of the recipe" if plan.recipe.text else "sampled from the original",
             "sequences": len(training),
             "held_out_tokens": before.tokens,
+            **({} if len(texts) == 1 else {"texts": [_row(name, told) for name in texts]}),
             "curve": [list(point) for point in distillation.curve],
             "losses": [loss if math.isfinite(loss) else None for loss in distillation.losses],
         },
     )
     del student, teacher, trained
     trim_heap()
+
+
+def _by_text(plan: Plan, ids: torch.Tensor, origins: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return the held-out sequences (M, T), the last of all that `origins` (N,) tells of, by the text they are of."""
+    if origins is None or plan.recipe.text is None:
+        return {"": ids}
+    names = text_names(plan.recipe.text)
+    own = [names[index] for index in origins[-len(ids) :].tolist()]
+    return {name: ids[[index for index, text in enumerate(own) if text == name]] for name in sorted(set(own))}
+
+
+def _row(name: str, told: Mapping[str, Mapping[str, Comparison]]) -> dict[str, Any]:
+    kl = {f"kl_{moment}": found[name].kl / found[name].tokens for moment, found in told.items()}
+    return {"text": name, **kl, "tokens": told["before"][name].tokens}
 
 
 def _training(plan: Plan, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -46,6 +47,7 @@ from mea_compress.text.sequences import token_sequences
 
 # Sequences, and tokens, that are held out to choose by.
 _HELD_OUT, _HELD_OUT_TOKENS = 64, 1 << 14
+_ORIGINS = "origins"
 
 
 @contextmanager
@@ -418,11 +420,16 @@ class CalibratedFit:
         return kind(self.plan.source, layer, stored, device=self.device, products=self.products)
 
 
-def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
+def calibration_tokens(plan: Plan, progress: bool, origins: list[int] | None = None) -> torch.Tensor:
     """Return the sequences of calibration and distillation, (N, T), int64, those of the calibration in front.
 
     They are of the recipe's text, of which distillation gets other sequences where there are enough, or sampled from
     the model itself, which makes no more than calibration asks for and some to hold out.
+
+    Args:
+        plan: What to do.
+        progress: Show a bar on stderr.
+        origins: Gets the index of the recipe's text that each sequence is of; nothing where text is sampled.
 
     Raises:
         RequestError: There is too little text, or the model cannot be loaded to sample from.
@@ -433,10 +440,22 @@ def calibration_tokens(plan: Plan, progress: bool) -> torch.Tensor:
         tokenizer = load_tokenizer(directory)
         documents = read_documents(recipe.text)
         limit = count + healing_sequences(plan)
-        tokens = token_sequences(documents, tokenizer, length, limit=limit, seed=recipe.seed, bos=recipe.bos)
+        texts: list[int] = []
+        tokens = token_sequences(
+            documents, tokenizer, length, limit=limit, seed=recipe.seed, bos=recipe.bos, origins=texts
+        )
         check_ids(tokens, plan.source.config.vocab_size, directory)
+        if len(documents.texts) == 1 and len(documents.texts[0].sources) == 1:
+            print(
+                f"warning: all text is {documents.texts[0].name}, and what it is unlike can lose much more than it "
+                "shows; several kinds of text, or none so that it is sampled from the model, keep more of the rest",
+                file=sys.stderr,
+            )
         if len(tokens) > count:  # what lies at the front of a text is no fair sample of it
-            tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))]
+            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))
+            tokens, texts = tokens[order], [texts[index] for index in order]
+        if origins is not None:
+            origins += texts
         return tokens
     extra = _extra_sequences(count, length) if decisions.healing_steps else 0
 
@@ -517,8 +536,12 @@ def stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Ten
     """Return what `calibration_tokens` does, kept in the workspace so that a resumed run has the same."""
     directory = workspace.work / "calibration"
     if not workspace.result_of("calibration", "tokens"):
-        tokens = calibration_tokens(plan, progress)
-        write_checkpoint(directory, [_entry("tokens", tokens.numpy())])
+        origins: list[int] = []
+        tokens = calibration_tokens(plan, progress, origins)
+        entries = [_entry("tokens", tokens.numpy())]
+        if origins:
+            entries.insert(0, _entry(_ORIGINS, np.array(origins)))
+        write_checkpoint(directory, entries)
         workspace.commit("calibration", "tokens", list(tokens.shape))
     return CheckpointReader(directory).read("tokens")
 
@@ -526,6 +549,16 @@ def stored_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Ten
 def shared_tokens(plan: Plan, workspace: Workspace, progress: bool) -> torch.Tensor:
     """Return what `stored_tokens` does in the first of several processes, and hand it to the others."""
     return from_first_process(stored_tokens(plan, workspace, progress) if is_first_process() else None)
+
+
+def shared_origins(plan: Plan, workspace: Workspace) -> torch.Tensor | None:
+    """Return which of the recipe's texts each of `shared_tokens` is of, (N,), int64; None where that is not known."""
+
+    def stored() -> torch.Tensor | None:
+        reader = CheckpointReader(workspace.work / "calibration")
+        return reader.read(_ORIGINS) if _ORIGINS in reader.tensors else None
+
+    return from_first_process(stored() if is_first_process() else None)
 
 
 def _storable(source: Checkpoint, name: str) -> str | None:

@@ -230,6 +230,8 @@ def choose_compositions(source: Checkpoint, recipe: Recipe) -> tuple[str, str, s
     if values is None:
         values = DEFAULT_METHODS["value"]
         reasons.append("latent values: the closest at these bytes, read through o_proj")
+    if chosen == (None, None) and not source.at_cache:
+        reasons.append("joint, as in the recipe best-50, is closer at the same bytes and rebuilds keys at every step")
     return keys, values, "; ".join(reasons)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -196,7 +197,24 @@ def fidelity_report(fidelity: Mapping[str, Any]) -> str:
     if len(layers) > len(worst):
         parts.append(f"The {len(worst)} layers with the largest errors; compression.json has all {len(layers)}")
     verified = {name: value for name, value in fidelity.items() if name != "layers"}
+    if "texts" in verified.get("healing", {}):
+        parts.append(_texts_report(verified["healing"]["texts"]))
     return "\n\n".join([*parts, *([key_value_table(verified)] if verified else [])])
+
+
+def _texts_report(texts: Sequence[Mapping[str, Any]]) -> str:
+    """Say what each text has lost, the furthest first, and how far it is from the closest."""
+    ordered = sorted(texts, key=lambda text: -text["kl_after"])
+    rows: list[list[object]] = [[text["text"], text["kl_before"], text["kl_after"], text["tokens"]] for text in ordered]
+    cells = [[_shown("", cell) for cell in row] for row in rows]
+    worst, best = ordered[0], ordered[-1]
+    times = worst["kl_after"] / best["kl_after"] if best["kl_after"] > 0 else math.inf
+    return "\n\n".join(
+        (
+            table(cells, ["held-out text", "KL before healing", "after", "tokens"]),
+            f"{worst['text']} loses {times:.1f} times what {best['text']} does",
+        )
+    )
 
 
 def _largest_error(report: Mapping[str, Any]) -> float:

@@ -247,7 +247,9 @@ def _with_end(parts: Iterable[Part]) -> Iterator[Part]:
     yield Part([], True, False)
 
 
-def _interleave(rows: Sequence[Iterator[list[int]]], sizes: Sequence[int | None]) -> Iterator[list[int]]:
+def _interleave(
+    rows: Sequence[Iterator[list[int]]], sizes: Sequence[int | None], origins: list[int] | None = None
+) -> Iterator[list[int]]:
     """Yield the sequences of several texts in proportion to their sizes, at least one of each.
 
     The next one is of the text of which the smallest share has been used, of two such of the first. A text whose size
@@ -264,6 +266,8 @@ def _interleave(rows: Sequence[Iterator[list[int]]], sizes: Sequence[int | None]
             left.remove(index)
             continue
         used[index] += 1
+        if origins is not None:
+            origins.append(index)
         yield row
 
 
@@ -300,6 +304,7 @@ def token_sequences(
     limit: int | None = None,
     seed: int = 0,
     bos: Bos = "auto",
+    origins: list[int] | None = None,
 ) -> torch.Tensor:
     """Cut documents into full sequences without padding, for calibration and training.
 
@@ -319,6 +324,7 @@ def token_sequences(
         limit: At most so many sequences.
         seed: Of the places that are read where not all are.
         bos: See `sequence_prefix`.
+        origins: Gets the index of the text that each sequence is of.
 
     Returns:
         Ids (N, sequence_length), int64, N at least 1; the prefix in front of each.
@@ -331,7 +337,7 @@ def token_sequences(
     def encode(pieces: Iterable[Piece]) -> Iterator[Part]:
         return _encode(pieces, tokenizer, sequence_length, limit)
 
-    rows = cut_sequences(documents, tokenizer, sequence_length, limit, seed, bos, encode)
+    rows = cut_sequences(documents, tokenizer, sequence_length, limit, seed, bos, encode, origins=origins)
     _warn_of_unknown(rows.numpy(), tokenizer)
     return rows
 
@@ -345,6 +351,7 @@ def cut_sequences(
     bos: Bos,
     encode: Callable[[Iterable[Piece]], Iterator[Part]],
     wanted: Callable[[list[int]], bool] = lambda row: True,
+    origins: list[int] | None = None,
 ) -> torch.Tensor:
     """Cut documents into sequences as `token_sequences` does.
 
@@ -357,6 +364,7 @@ def cut_sequences(
         bos: See `sequence_prefix`.
         encode: Makes ids of the pieces of documents.
         wanted: Whether a sequence is taken; the others do not count.
+        origins: Gets the index of the text that each sequence is of.
 
     Returns:
         Ids (N, sequence_length), int64, N at least 1 if all are wanted.
@@ -376,7 +384,7 @@ def cut_sequences(
                 yield row
 
     streams = [_spread_rows(text, rows_of, tokenizer, sequence_length, limit, seed) for text in documents.texts]
-    rows = _taken(_interleave(streams, [text.size for text in documents.texts]), limit)
+    rows = _taken(_interleave(streams, [text.size for text in documents.texts], origins), limit)
     if not filled:
         raise _too_short(documents, tally, sequence_length)
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, sequence_length), np.int64))

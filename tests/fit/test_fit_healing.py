@@ -208,6 +208,49 @@ def test_text_of_the_recipe_gives_other_sequences_than_calibrate(tmp_path):
     assert len(found) == len(everything) - 5 and torch.equal(found[-20:], everything[:20])
 
 
+@pytest.mark.slow
+def test_what_each_of_several_texts_lost_is_told(tmp_path, capsys):
+    source = letters(tmp_path)
+    words = "the quick brown fox jumps over the lazy dog and runs away with seven spoons of sugar in its pockets "
+    texts = {
+        "words.txt": words,
+        "letters.txt": "zyxw vuts rqpo nmlk jihg fedc ba ",
+        "more.txt": "a bc def ghij klmno pq ",
+    }
+    for name, line in texts.items():
+        (tmp_path / name).write_text("".join(line[i:] + line[:i] for i in range(len(line))) * 3)
+    names = tuple(str(tmp_path / name) for name in texts)
+    result = run(source, tmp_path / "out", text=names, heal=20)
+    told = result.fidelity["healing"]
+    by_text = {row["text"]: row for row in told["texts"]}
+    assert set(by_text) == set(names) and "warning: all text" not in capsys.readouterr().err
+    assert sum(row["tokens"] for row in told["texts"]) == told["held_out_tokens"]
+    for moment in ("kl_before", "kl_after"):
+        whole = sum(row[moment] * row["tokens"] for row in told["texts"]) / told["held_out_tokens"]
+        assert whole == pytest.approx(told[moment], rel=1e-9)
+    furthest, closest = (by_text[pick(names, key=lambda name: by_text[name]["kl_after"])] for pick in (max, min))
+    times = furthest["kl_after"] / closest["kl_after"]
+    assert f"{furthest['text']} loses {times:.1f} times what {closest['text']} does" in result.report()
+    # Each text's is what its own sequences give, measured by the emitted checkpoint.
+    plan = make_plan(source, result.plan.recipe)
+    with open_workspace(tmp_path / "again", {}, False) as workspace:
+        tokens, origins = layers.stored_tokens(plan, workspace, False), layers.shared_origins(plan, workspace)
+    held_out = layers.held_out_sequences(len(tokens), 32)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, tmp_path / "out")]
+    ids = tokens[-held_out:][origins[-held_out:] == names.index(furthest["text"])]
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in models)
+    assert furthest["kl_after"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_single_text_is_warned_of(tmp_path, capsys):
+    source = letters(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    recipe = Recipe(**{**QUICK, "text": (str(tmp_path / "text.txt"),), "heal": 0})
+    layers.calibration_tokens(make_plan(source, recipe), False)
+    assert f"warning: all text is {tmp_path / 'text.txt'}" in capsys.readouterr().err
+
+
 def test_one_sequence_holds_none_out(tmp_path):
     source = letters(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog")

@@ -240,6 +240,9 @@ def test_several_texts_take_turns_by_their_sizes(tmp_path):
         assert letters[:3] == "abc" and letters.count("b") == 24 and letters.count("a") == 8
         assert letters.count("c") == 1
     assert len(token_sequences(documents, character_tokenizer(), 8)) == 800 // 7 + 2400 // 7 + 40 // 7
+    origins: list[int] = []
+    rows = token_sequences(documents, character_tokenizer(), 8, limit=33, origins=origins)
+    assert origins == (rows[:, 1] - 3).tolist()
 
 
 MEASURE = """
