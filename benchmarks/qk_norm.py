@@ -4,7 +4,7 @@ Qwen3's attention is also that of dots.llm1, which is composed at its cache: the
 layers are all dense, with the same tensors, and both are asked for the same logits first. Keys alone and keys with
 values are compressed, in closed form. In the projections the inverse norm of every key head is cached beside them.
 
-    python benchmarks/small_models.py SMALL --kind qwen3 --steps 400
+    python benchmarks/small_models.py SMALL --kind qwen3 --steps 150
     python benchmarks/qk_norm.py SMALL/qwen3 --text SMALL/held-out.txt --calibration SMALL/train.txt
 """
 
@@ -49,7 +49,6 @@ def methods(heads: int) -> dict[str, dict[str, Any]]:
     return {
         "keys alone": {**both, "value": None, "kv_ratio": None, "key_components": heads // 2},
         "keys and values": both,
-        "keys and values, split by trials": {**both, "split": "auto"},
     }
 
 
@@ -82,7 +81,7 @@ def main(checkpoint, text, calibration, sequences, limit, out):
     if out:
         command = "python benchmarks/qk_norm.py SMALL/qwen3 --text SMALL/held-out.txt --calibration SMALL/train.txt"
         machines = {"machine": machine("cpu"), "versions": versions(), "threads": torch.get_num_threads()}
-        sizes = {"sequences": sequences, "measured_sequences": limit}
+        sizes = {"model": "small_models.py, qwen3", "sequences": sequences, "measured_sequences": limit}
         write_json(
             out, {"command": f"{command} --json benchmarks/results/{out.name}", **machines, **sizes, "rows": rows}
         )

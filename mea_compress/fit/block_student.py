@@ -120,6 +120,8 @@ def _keeping_outputs(observed: ObservedAttention) -> Any:
 
 def _reached(number: torch.Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
     """Return the names of the weights that a number is computed from."""
+    if not weights or not number.requires_grad:
+        return set()
     gradients = torch.autograd.grad(number, list(weights.values()), retain_graph=True, allow_unused=True)
     return {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
 
