@@ -480,6 +480,10 @@ class _Loss(nn.Module):
         self.student, self.settings, self.sliced, self.per_sequence = student, settings, sliced, per_sequence
         object.__setattr__(self, "teacher", teacher)
 
+    def train(self, mode: bool = True) -> _Loss:
+        """Leave dropout off, which the teacher has not: layers are told of training where they are run again alone."""
+        return super().train(mode and self.settings.gradient_checkpointing)
+
     def forward(self, input_ids: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss per token of ids (B, T), of which those that count may be given, (B, T)."""
         loss_of = _sliced_loss if self.sliced else _whole_loss
