@@ -88,7 +88,7 @@ def stock_family(name, directory, **changes):
 
 def compress_family(source, out, ratio, refine=0):
     """Compress at the cache, with the same random tokens for every fit: such a model samples no better than chance."""
-    options = {"kv_ratio": ratio, "refine": refine, "split": "even", "sequences": 6, "sequence_length": 48}
+    options = {"kv_ratio": ratio, "refine": refine, "heal": 0, "split": "even", "sequences": 6, "sequence_length": 48}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
         return mc.compress(source, out, progress=False, **options)
@@ -142,6 +142,7 @@ def test_a_family_goes_through(name, outs):
     uncached = logits(half, ids, use_cache=False)
     assert (uncached - expected).abs().max() > 1e-3 * size
     assert made.result.plan.bytes_after == made.result.plan.bytes_before / 2
+    assert len(half(ids, output_hidden_states=True).hidden_states) == 3  # each layer's, and the embeddings
 
     # Cached equals uncached, and what is alive in the cache is what the plan says, to the byte.
     cache = DynamicCache(config=half.config)
@@ -206,7 +207,7 @@ if kill == "kill":
         if directory.name == "layer-00001":
             os.kill(os.getpid(), signal.SIGKILL)
     layers.write_checkpoint = once
-compress(source, out, kv_ratio=0.5, refine=3, split="even", sequences=6, sequence_length=48, progress=False,
+compress(source, out, kv_ratio=0.5, refine=3, heal=0, split="even", sequences=6, sequence_length=48, progress=False,
          resume=resume == "resume")
 """
 

@@ -95,6 +95,15 @@ class Checkpoint:
         assert geometry is not None
         return f"{geometry.block}."
 
+    def attention_tensor(self, layer: int, name: str) -> str:
+        """Return what a tensor of a layer's attention is called here, given its name below it.
+
+        Some checkpoints leave out what stands before the layers in the names of the model's own tensors.
+        """
+        full = self.attention(layer) + name
+        _, _, bare = full.partition(".")
+        return bare if self.reader.has(bare) and not self.reader.has(full) else full
+
     @property
     def heads(self) -> int:
         """Return the key/value heads, of the first layer where they differ."""

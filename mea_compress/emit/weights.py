@@ -109,7 +109,7 @@ def check_written(plan: Plan, workspace: Workspace) -> None:
             continue
         fitted = CheckpointReader(layer_directory(workspace, layer.layer))
         for name in fitted.tensors:
-            found = written.read_array(plan.source.attention(layer.layer) + name)
+            found = written.read_array(plan.source.attention_tensor(layer.layer, name))
             if found.tobytes() != fitted.read_array(name).tobytes():
                 raise VerificationError(f"layer {layer.layer}: {name} was not written as it was fitted; check the disk")
 
@@ -295,14 +295,19 @@ def _in_full(plan: Plan, info: TensorInfo) -> Entry:
 
 
 def _entries_at_cache(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> list[Entry]:
-    """Return all tensors of a checkpoint whose attention stays as it is, each layer's new ones behind its others."""
-    entries: list[Entry] = list(plan.source.reader.tensors.values())
+    """Return all tensors of a checkpoint whose attention stays a block of its family, each layer's new ones behind it.
+
+    Weights of the block itself that were fitted again take the place of what they were.
+    """
+    source, entries = plan.source, dict[str, Entry](plan.source.reader.tensors)
+    order = list(entries)
     for layer, tensors in fitted.items():
-        prefix = plan.source.attention(layer)
-        own = [place for place, entry in enumerate(entries) if entry.name.startswith(prefix)]
-        place = own[-1] + 1 if own else len(entries)
-        entries[place:place] = [replace(entry, name=prefix + name) for name, entry in sorted(tensors.items())]
-    return entries
+        made = {source.attention_tensor(layer, name): tensors[name] for name in sorted(tensors)}
+        own = [place for place, name in enumerate(order) if name.startswith(source.attention(layer))]
+        place = own[-1] + 1 if own else len(order)
+        order[place:place] = [name for name in made if name not in entries]
+        entries |= {name: replace(entry, name=name) for name, entry in made.items()}
+    return [entries[name] for name in order]
 
 
 def _cast(info: Entry, dtype: str, kept: re.Pattern[str] | None = None) -> Entry:

@@ -26,6 +26,7 @@ from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
+from mea_compress.fit.block_student import make_block_student
 from mea_compress.fit.layers import held_out_sequences, shared_origins, shared_tokens
 from mea_compress.fit.refinement import trainable_parameters
 from mea_compress.layers.read import read_projection
@@ -82,7 +83,8 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     products = fast_products(stored, device)
     wide = torch.float64 if stored == torch.float64 else torch.float32
     teacher = load_model(plan.source.reader.directory, products if products != torch.float32 else wide, device)
-    student, trained = make_student(plan, workspace, teacher, wide)
+    make = make_block_student if plan.source.at_cache else make_student
+    student, trained = make(plan, workspace, teacher, wide)
     settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
     texts = _by_text(plan, held_out_ids, shared_origins(plan, workspace))
     told = {"before": {name: measure(student, teacher, ids, products) for name, ids in texts.items()}}
@@ -119,6 +121,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             "steps": distillation.steps,
             "tokens": distillation.all_steps * batch * length,
             "relative_rate": distillation.rate,
+            "trained": ", ".join(sorted({name for weights in trained.values() for name in weights})),
             "text": "of the recipe" if plan.recipe.text else "sampled from the original",
             "sequences": len(training),
             "held_out_tokens": before.tokens,

@@ -13,6 +13,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
+from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, dtype_name, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
@@ -32,6 +33,7 @@ from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.blocks import BlockHeadRunner, BlockRunner, embed_tokens
+from mea_compress.layers.output_map import OutputMap, find_output_map
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
@@ -160,6 +162,7 @@ class CalibratedFit:
         self.following: Activations | None = None
         # What o_proj reads in the finished layer, where it was computed.
         self.mixed: Activations | None = None
+        self._outputs: dict[int, OutputMap | str] = {}
         self.steps = plan.decisions.refinement_steps
         self.runner = self.runner_of(0)
         every = [*batches(held_out, self.batch), *batches(len(tokens), self.batch, held_out)]
@@ -188,6 +191,8 @@ class CalibratedFit:
         if self.plan.recipe.fit == "aligned":
             composed, error = self._agreed(self.regress(layer.layer, composed))
             report = {**report, "attention_relative_error": error}
+            if composed.block is not None:
+                report["output_projection"] = self._output_report(layer.layer, composed)
         settings = Settings(self.steps, self.batch, self.share.held_out)
         steps = self._agreed(self.work.steps_allowed(self.steps, settings.all_steps - settings.steps))
         if not steps:
@@ -314,20 +319,23 @@ class CalibratedFit:
         Returns:
             The layer, and the squared error that is left of its attention's output; see `OutputRegression.solve`.
         """
-        source = self.plan.source
-        if composed.block is not None:
-            return composed, self._remaining_error(layer, composed, sample)
         runner = self.runner_of(layer, self._stored(composed))
-        weight, bias = runner.attention.o_proj.weight, runner.attention.o_proj.bias
+        output = None if composed.block is None else self.output_map(layer)
+        if isinstance(output, str):
+            return composed, self._remaining_error(runner, layer, sample)
+        if output is None:
+            weight, bias = runner.attention.o_proj.weight, runner.attention.o_proj.bias
+        else:
+            weight, bias = output.weight(runner.attention), runner.attention.get_submodule(output.name).bias
         regression = OutputRegression(weight.shape[1], weight.shape[0])
-        if sample is None:
+        if sample is None and output is None:
             self.mixed = Activations((*self.original.shape[:2], weight.shape[1]), self.products)
         self.work.say(layer, "regression" if sample is None else "dividing the budget")
         first = max(self.share.held_out, 0 if sample is None else self.sampled_from)
         for part in self.parts() if sample is None else sample:
-            mixed = runner.attend(self.compressed[part]).mixed
-            if sample is None:
-                assert self.mixed is not None
+            hidden = self.compressed[part]
+            mixed = runner.attend(hidden).mixed if output is None else output.read(runner, hidden)
+            if sample is None and self.mixed is not None:
                 self.mixed[part] = mixed
             if part.start >= self.held_out:
                 stream = self.original[part].to(mixed.device)
@@ -337,19 +345,47 @@ class CalibratedFit:
             self.work.add(ATTENTION)
         if self.share.is_part:
             regression.add_processes()
-        output, error = regression.solve(as_array(weight).astype(np.float64))
-        heads = output.reshape(len(output), -1, source.head_dim).swapaxes(0, 1).copy()
+        old = as_array(weight).astype(np.float64)
+        fitted, error = regression.solve(old)
+        if output is not None:
+            if fitted is old:
+                return composed, error
+            stored = np.ascontiguousarray(fitted.T) if output.transposed else fitted
+            return replace(composed, refitted={f"{output.name}.weight": stored}), error
+        heads = fitted.reshape(len(fitted), -1, self.plan.source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
 
-    def _remaining_error(self, layer: int, composed: ComposedLayer, sample: Sequence[slice] | None) -> float:
+    def output_map(self, layer: int) -> OutputMap | str:
+        """Return the linear map that the present layer's block ends in, or why it is not fitted again.
+
+        Args:
+            layer: Its number; its keys and values are composed at the cache.
+        """
+        source = self.plan.source
+        if layer not in self._outputs:
+            found = find_output_map(self.runner, self.compressed[:1])
+            if isinstance(found, OutputMap):
+                found = _storable(source, f"{found.name}.weight") or found
+            self._outputs[layer] = found
+        return self._outputs[layer]
+
+    def _output_report(self, layer: int, composed: ComposedLayer) -> str:
+        """Say whether what a layer's block ends in was fitted again, or why not."""
+        output = self.output_map(layer)
+        if isinstance(output, str):
+            return output
+        if composed.refitted:
+            return f"{output.name} is fitted again"
+        return f"{output.name} stays as it is: no other does better on text that it was not fitted to"
+
+    def _remaining_error(self, runner: BlockRunner, layer: int, sample: Sequence[slice] | None) -> float:
         """Return the squared error behind a composed layer's attention, over that of sending nothing.
 
         Args:
+            runner: The layer, whose block stays as it is.
             layer: Its number.
-            composed: The layer, whose block stays as it is.
             sample: Batches to look at; all of the text without.
         """
-        runner = self.runner_of(layer, self._stored(composed))
         error = whole = 0.0
         self.work.say(layer, "looking" if sample is None else "dividing the budget")
         for part in self.parts() if sample is None else sample:
@@ -523,6 +559,17 @@ def shared_origins(plan: Plan, workspace: Workspace) -> torch.Tensor | None:
         return reader.read(_ORIGINS) if _ORIGINS in reader.tensors else None
 
     return from_first_process(stored() if is_first_process() else None)
+
+
+def _storable(source: Checkpoint, name: str) -> str | None:
+    """Return why a weight of the attention blocks, given its name below them, cannot be stored anew; None if it can."""
+    if source.quantised:
+        return f"{name} is stored in fp8 and stays as it is"
+    blocks = [layer for layer in range(source.config.num_hidden_layers) if source.geometry(layer) is not None]
+    if all(source.reader.has(source.attention_tensor(layer, name)) for layer in blocks):
+        return None
+    # Transformers renames it as it loads it, or layers share it.
+    return f"{name} is not stored for each layer under that name, and stays as it is"
 
 
 def check_finite(composed: ComposedLayer, layer: int) -> None:

@@ -168,7 +168,7 @@ class _Profiler:
         for side, count in wanted:
             composed, _ = compose(plan, with_side(layer, side, count), statistics)
             check_finite(composed, layer.layer)
-            if plan.recipe.fit == "aligned" and not plan.source.at_cache:  # where o_proj stays as it is
+            if plan.recipe.fit == "aligned":
                 composed, _ = fit.regress(layer.layer, composed, fit.sample)
             bias = plan.source.config.mea["bias"]
             runner = fit.runner_of(layer.layer, store_layer(composed, bias, plan.decisions.stored_dtype))

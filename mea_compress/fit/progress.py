@@ -8,16 +8,17 @@ into steps of refinement by the seconds that a unit has taken so far.
 import sys
 import time
 from collections.abc import Sequence
-from math import ceil, prod
+from math import ceil
 
 import torch
 from tqdm.auto import tqdm
 
 from mea_compress.checkpoint import torch_dtype
+from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
 from mea_compress.planning.budget import candidates
-from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
+from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch, largest_layer
 from mea_compress.planning.types import Plan
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
@@ -196,9 +197,7 @@ def healing_units(plan: Plan) -> float:
     if not steps:
         return 0.0
     source = plan.source
-    prefix = source.family.layer.format(layer=0)
-    layer = sum(prod(info.shape) for info in source.reader.tensors.values() if info.name.startswith(prefix))
-    logits = source.config.vocab_size * source.config.hidden_size / layer
+    logits = source.config.vocab_size * source.config.hidden_size / largest_layer(source)
     return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * logits)
 
 
@@ -216,7 +215,8 @@ def estimate_seconds(plan: Plan) -> float:
     if not decisions.needs_calibration and not decisions.healing_steps:
         return 0.0
     device = resolve_device(recipe.device)
-    runner = LayerRunner(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
+    kind = BlockRunner if plan.source.at_cache else LayerRunner
+    runner = kind(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
     length = decisions.sequence_length
     size = max(1, TOKENS_PER_STEP // length)
     hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """One layer's attention as heads, before and after its keys and values were factored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mea_compress.heads.composed import Array, FactoredHeads
@@ -57,6 +57,7 @@ class ComposedLayer:
         head_norm: (d,), or None where the head norm stays as it is.
         block: Where the layer's attention stays as it is and is composed at its cache: what its entry in the ``mea``
             section says of that. Component projections are encoders then, whose inputs are the heads.
+        refitted: Weights of that block that were fitted again, by their names below it, as they are stored.
     """
 
     key: FactoredHeads
@@ -65,3 +66,4 @@ class ComposedLayer:
     output: Array | None = None
     head_norm: Array | None = None
     block: Mapping[str, Any] | None = None
+    refitted: Mapping[str, Array] = field(default_factory=dict)

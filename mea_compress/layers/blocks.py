@@ -204,14 +204,14 @@ class BlockRunner:
         """
         captured = ObservedAttention()
         if not with_queries:
-            with self._capturing(captured, stop=True), _recorded(self.attention, captured), suppress(_Done):
+            with self._capturing(captured, stop=True), recorded(self.attention, captured), suppress(_Done):
                 self.forward(hidden)
             return captured
         config, block = self.attention.config, self.attention
         before = config._attn_implementation
         _register_observed()
         cached = ObservedAttention()
-        with self._capturing(captured, stop=True), _recorded(block, cached):
+        with self._capturing(captured, stop=True), recorded(block, cached):
             self._handed_to_layer(hidden.shape[0], hidden.shape[1], "eager")
             block.__dict__["observer"] = captured
             config._attn_implementation = _OBSERVED
@@ -455,7 +455,7 @@ class _Recorder:
 
 
 @contextmanager
-def _recorded(block: Any, captured: ObservedAttention) -> Iterator[None]:
+def recorded(block: Any, captured: ObservedAttention) -> Iterator[None]:
     """Hand a recorder to an attention block in place of its cache."""
     kind: Any = type(block)
 
@@ -510,4 +510,11 @@ def _eager_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, tor
     )
 
 
-__all__ = ["BlockHeadRunner", "BlockRunner", "ObservedAttention", "embed_tokens", "stock_configuration"]
+__all__ = [
+    "BlockHeadRunner",
+    "BlockRunner",
+    "ObservedAttention",
+    "embed_tokens",
+    "recorded",
+    "stock_configuration",
+]

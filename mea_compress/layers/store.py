@@ -76,6 +76,7 @@ def layer_tensors(layer: ComposedLayer, bias: dict[str, bool]) -> dict[str, Arra
         tensors["o_proj.weight"] = layer.output.swapaxes(0, 1).reshape(layer.output.shape[1], -1)
     if layer.head_norm is not None:
         tensors["head_norm.weight"] = layer.head_norm
+    tensors.update(layer.refitted)
     for side, factored in (("key", layer.key), ("value", layer.value)):
         if factored.weight is not None:
             tensors[f"{side}_composition.weight"] = factored.weight

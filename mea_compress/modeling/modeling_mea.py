@@ -129,6 +129,7 @@ class MeaEncodedMixin(MeaMixin):
             kind: Any = type(module)
             if issubclass(kind, PreTrainedModel) and not issubclass(kind, MeaEncodedMixin):
                 module.__class__ = family_model(kind)
+                _note_class(module)
         self.post_init()  # type: ignore[operator]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,6 +139,15 @@ class MeaEncodedMixin(MeaMixin):
             ValueError: Always.
         """
         return MeaForCausalLMMixin.init_continuous_batching(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _note_class(model: Any) -> None:
+    """Have transformers note what models of this one's class can record, as it does when it builds one.
+
+    It looks that up by class when hidden states are asked for; this model was built as its stock class.
+    """
+    kind: Any = type(model)
+    PreTrainedModel.__init__(kind.__new__(kind), model.config)
 
 
 @remember

@@ -173,13 +173,6 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
     """
     if not isinstance(recipe.heal, str) or not any(layer.compressed for layer in layers):
         return 0
-    if source.at_cache:
-        if recipe.heal not in ("auto", "0"):
-            raise RequestError(
-                f"--heal {recipe.heal} distils projections, and those of {source.family.model_type} stay as they are; "
-                "use `mea-compress heal` afterwards"
-            )
-        return 0
     if source.quantised:
         if recipe.heal not in ("auto", "0"):
             raise RequestError(f"--heal {recipe.heal} trains through weights that are stored in fp8 here; use --heal 0")
@@ -265,7 +258,7 @@ def _at_cache(source: Checkpoint, recipe: Recipe) -> str:
             f"a --budget from a file counts heads, and the layers of this {name} model differ in those that they "
             "cache; leave it out"
         )
-    sentence = f"composed at the cache: the attention of {name} and its weights stay as they are"
+    sentence = f"composed at the cache: the attention of {name} stays its own"
     left = [str(layer) for layer in range(config.num_hidden_layers) if source.geometry(layer) is None]
     if left:
         sentence += f"; no keys and values per head are cached in layers {', '.join(left)}, which are left alone"

@@ -163,7 +163,7 @@ def largest_layer(source: Checkpoint) -> int:
     sizes = dict.fromkeys(prefixes, 0)
     for info in source.reader.tensors.values():
         for prefix in prefixes:
-            if info.name.startswith(prefix):
+            if info.name.startswith((prefix, prefix.partition(".")[2])):  # some leave out what stands before layers
                 sizes[prefix] += prod(info.shape)
     return max(sizes.values())
 
