@@ -155,8 +155,12 @@ def export(
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
     cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
     if resume and already_published(out):
-        measured = json.loads((out / REPORT).read_text())["verification"]
-        return ExportResult(out, form, cost, measured, model_type, format, balance)
+        report = json.loads((out / REPORT).read_text())
+        if report.get("balanced", False) != balance:
+            raise RequestError(
+                f"{out} was exported with another `balance`; give another directory, or the same request"
+            )
+        return ExportResult(out, form, cost, report["verification"], model_type, format, balance)
     check_free(out, checkpoint)
     bases: Sequence[HeadBasis | None] = [None] * len(windows)
     request = f"{format} {weights}"

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mea_compress.architectures import open_checkpoint
+from mea_compress.checkpoint.workspace import partial_path
 from mea_compress.cli import cli
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
@@ -233,6 +234,16 @@ def test_a_text_is_looked_at_where_there_is_one(tmp_path):
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     sampled, read = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sampled", "read"))
     assert sampled != read
+
+
+def test_a_finished_export_is_not_taken_for_one_in_another_basis(tmp_path):
+    out = compressed(tmp_path, way="frequency")
+    export(out, tmp_path / "export", balance=True, progress=False)
+    partial_path(tmp_path / "export").mkdir()  # as an interruption behind the last renaming leaves it
+    assert export(out, tmp_path / "export", balance=True, resume=True, progress=False).balanced
+    partial_path(tmp_path / "export").mkdir()
+    with pytest.raises(RequestError, match="another `balance`"):
+        export(out, tmp_path / "export", resume=True, progress=False)
 
 
 def test_a_text_that_nothing_looks_at_is_refused(tmp_path):
