@@ -44,9 +44,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 4096  # of random tokens, whatever the shape
 STAGES: dict[str, tuple[Any, str]] = {
-    "statistics": (CalibratedFit, "_statistics"),
+    "original's pass, statistics": (CalibratedFit, "pass_original"),
     "closed form": (fit_layers, "compose"),
-    "trying splits": (Refiner, "try_out"),
+    "regression, splits tried": (CalibratedFit, "regress"),
     "refinement": (Refiner, "refine"),
     "loading layers": (LayerRunner, "__init__"),
 }
@@ -132,6 +132,8 @@ def main(shape, device, sequences, sequence_length, all_steps, out):
                     "sequences": sequences,
                     "sequence_length": sequence_length,
                     "refine": steps,
+                    "heal": 0,
+                    "budget": "uniform",
                     "device": device,
                 }
                 result["rows"].append(run(checkpoint, tokens, settings, target))

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,8 +20,8 @@ from common import machine, versions
 from torch import nn
 
 from mea_compress.checkpoint.files import write_json
-from mea_compress.distillation import _SlicedLoss
-from mea_compress.top_logits import TopLoss
+from mea_compress.head_loss import HeadLoss, whole_row
+from mea_compress.top_logits import top_row
 
 SHAPE = {"vocabulary": 49152, "channels": 576, "tokens": 1024}  # SmolLM2-135M's
 
@@ -36,11 +37,11 @@ def one(dtype: torch.dtype, count: int) -> dict[str, float]:
     weights = torch.full(ids.shape, 1 / SHAPE["tokens"])
     shared = (hidden, target, head, head, ids, None, weights, None, 1.0)
     small = tuple(each[:, :2] if isinstance(each, torch.Tensor) else each for each in shared)
-    run = (lambda given: TopLoss.apply(*given, count)) if count else (lambda given: _SlicedLoss.apply(*given))
-    run(small).backward()  # what libraries take when they are first called
+    loss_of = partial(top_row, count=count) if count else whole_row
+    HeadLoss.apply(*small, loss_of).backward()  # what libraries take when they are first called
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    loss = run(shared)
+    loss = HeadLoss.apply(*shared, loss_of)
     loss.backward()
     seconds = time.process_time() - began
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

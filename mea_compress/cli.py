@@ -482,15 +482,43 @@ def evaluate(
     show_default=True,
     help="Type of matrices in the file for llama.cpp.",
 )
+@click.option(
+    "--balance",
+    is_flag=True,
+    help="Cache keys and values in a basis in which few bits lose less (q8_0, q4_0); exact in full precision.",
+)
+@click.option(
+    "--text",
+    metavar="FILE",
+    multiple=True,
+    help="Text that --balance looks at; without it text is sampled from CKPT.",
+)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same request stopped.")
 @_json_option
 def export(
-    checkpoint: Path, out: Path, form: str, engine: str | None, weights: str, resume: bool, json_file: Path | None
+    checkpoint: Path,
+    out: Path,
+    form: str,
+    engine: str | None,
+    weights: str,
+    balance: bool,
+    text: tuple[str, ...],
+    resume: bool,
+    json_file: Path | None,
 ) -> None:
     """Write a compressed checkpoint as a plain one of its family, which engines serve without code of this package."""
     from mea_compress.exporting.stock import export as export_checkpoint
 
-    result = export_checkpoint(checkpoint, out, format=form, engine=engine, weights=weights, resume=resume)
+    result = export_checkpoint(
+        checkpoint,
+        out,
+        format=form,
+        engine=engine,
+        weights=weights,
+        balance=balance,
+        text=text or None,
+        resume=resume,
+    )
     _show(result, json_file)
 
 

@@ -30,11 +30,22 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
+from mea_compress.head_loss import HeadLoss, whole_row
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
 from mea_compress.processes import from_first_process, is_first_process, process_count
-from mea_compress.top_logits import TopLoss, top_divergence
+from mea_compress.sharding import (
+    gathered,
+    is_sharded,
+    load_parts,
+    part_of,
+    reshard,
+    run_base,
+    save_parts,
+    whole,
+)
+from mea_compress.top_logits import top_divergence, top_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +58,8 @@ _LEAST_GAIN = 0.5
 _LOOKS = 5  # at the held-out text, in the full run
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
+_PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
+_ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what families call their attention blocks
 _LEAST_FREE = 1 << 20  # bytes of a disk that is not full
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
 
@@ -59,16 +72,19 @@ class DistillationSettings:
         steps: Optimiser steps of the full run.
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
-        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`.
+        rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`. One
+            alone is taken as it is.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
         cross_entropy: Share of the text's own cross-entropy in the loss.
         gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
         top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
-        match_hidden: Weight of the error of every layer's output in the loss; see `_hidden_error`.
+        match_hidden: Weight of the error of every layer's output in the loss; see `_relative_error`.
+        match_attention: Weight of the error of what every attention block sends to the stream; measured alike.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
-            as those of the trials took; None for whenever. Without trials it is not heeded.
+            as those of the trials took; None for whenever. Without trials there are all steps, or with `rates` none
+            where it is over already.
     """
 
     steps: int
@@ -82,6 +98,7 @@ class DistillationSettings:
     gradient_checkpointing: bool = False
     top_logits: int | None = None
     match_hidden: float = 0.0
+    match_attention: float = 0.0
     deadline: float | None = None
 
     @property
@@ -92,7 +109,7 @@ class DistillationSettings:
     @property
     def all_steps(self) -> int:
         """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
-        trials = 0 if self.learning_rate is not None else min(_TRIALS, len(self.rates))
+        trials = 0 if self.learning_rate is not None or len(self.rates) == 1 else min(_TRIALS, len(self.rates))
         return self.steps + trials * self.trial_steps
 
 
@@ -130,8 +147,8 @@ def distil(
     Several processes that a launcher has started share the sequences of every step among them.
 
     Args:
-        model: The compressed model, float32.
-        teacher: Its original, in any dtype.
+        model: The compressed model, float32; sharded or not, see `mea_compress.sharding`.
+        teacher: Its original, in any dtype; sharded where the model is.
         training: Sequences to train on, ids (N, T).
         held_out: Sequences to choose by, ids (M, T).
         settings: Steps, step size, precision.
@@ -144,7 +161,7 @@ def distil(
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
-    if settings.products != torch.float32:
+    if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
         _convert_frozen(model, settings.products)
 
     def look() -> float:
@@ -221,7 +238,7 @@ class _Progress:
             return None
         kept = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         weights = load_file(directory / kept["best"])
-        progress = _Progress(directory, kept["curve"][0][1], {k: weights[k].to(like[k].device) for k in like})
+        progress = _Progress(directory, kept["curve"][0][1], {k: part_of(weights[k], like[k]) for k in like})
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
         progress.losses = kept["losses"]
@@ -236,18 +253,21 @@ class _Progress:
 
     def save(self) -> None:
         """Write it down, complete or not at all."""
-        if self.directory is None or not is_first_process():
+        if self.directory is None:
             return
-        with _keeping(self.directory):
-            self._write(self.directory)
+        weights = gathered(self.best_weights) if self._offered else {}
+        if is_first_process():
+            with _keeping(self.directory):
+                self._write(self.directory, weights)
+        self._offered = False
 
-    def _write(self, directory: Path) -> None:
+    def _write(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"best-{self.taken + self.curve[-1][0]}.safetensors"
         if not self._offered:
             name = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
         else:
-            save_file({key: weight.cpu().contiguous() for key, weight in self.best_weights.items()}, directory / name)
+            save_file(weights, directory / name)
         record = {
             "best": name,
             "best_value": self.best_value,
@@ -258,7 +278,6 @@ class _Progress:
             "taken": self.taken,
         }
         write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
-        self._offered = False
         for old in directory.glob("best-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -289,6 +308,8 @@ def _next_rate(rates: Sequence[float], progress: _Progress) -> float | None:
         One of `rates`, or None if enough was tried.
     """
     middle, start = len(rates) // 2, progress.curve[0][1]
+    if len(rates) == 1:
+        return None
     if str(rates[middle]) not in progress.found:
         return rates[middle]
     climbs = progress.found[str(rates[middle])] < start
@@ -355,6 +376,7 @@ def measure(
     for rows, mask in zip(ids.split(size), masks.split(size), strict=True):
         with _autocast(model, products):
             total += compare_models(model, teacher, rows, mask, padded=False)
+    reshard(model, teacher)
     return total
 
 
@@ -366,7 +388,10 @@ def _set(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Ten
 
 def _group(parameters: Mapping[str, nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Return optimiser groups in which every tensor moves relative to its root mean square."""
-    sizes = {name: float(weight.detach().square().mean().sqrt()) for name, weight in parameters.items()}
+    sizes = {
+        name: math.sqrt(float(whole(weight.detach().square().sum())) / weight.numel())
+        for name, weight in parameters.items()
+    }
     least = min((size for size in sizes.values() if size > 0), default=0.02)  # for what begins at zero
     return [{"params": [weight], "lr": rate * (sizes[name] or least)} for name, weight in parameters.items()]
 
@@ -475,15 +500,28 @@ class _Loss(nn.Module):
                 weights,
                 self.settings.top_logits,
                 self.settings.match_hidden,
+                self.settings.match_attention,
             )
 
 
+class _Prepared(nn.Module):
+    """A loss whose student is sharded, which neither Trainer nor accelerate wraps or moves: it is wrapped already."""
+
+    def __init__(self, loss: _Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.loss(**inputs)
+
+
 class _Distiller(Trainer):
-    """Trainer of a `_Loss`, whose checkpoints hold what is trained alone."""
+    """Trainer of a `_Loss`, whose checkpoints hold what is trained alone, in parts where the student is sharded."""
 
     def __init__(self, reporter: _Callback, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.reporter = reporter
+        self.student: Any = arguments["model"].student
         self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
 
     def compute_loss(
@@ -494,6 +532,11 @@ class _Distiller(Trainer):
         self.reporter.losses.append(float(self.accelerator.reduce(loss.detach(), "mean")))
         return (loss, {}) if return_outputs else loss
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if training and is_sharded(self.student):
+            return _Prepared(model)
+        return super()._wrap_model(model, training, dataloader)
+
     def _trained(self) -> dict[str, nn.Parameter]:
         model: Any = self.model
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -501,11 +544,36 @@ class _Distiller(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
+        if is_sharded(self.student):  # written with the optimiser, by all processes
+            return
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}
         save_file(weights, directory / _TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
+        if not is_sharded(self.student):
+            _set(self._trained(), load_file(Path(resume_from_checkpoint) / _TRAINED))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.student):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_parts(Path(output_dir) / _PARTS, self.student, self._own_optimiser())
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.student):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_parts(Path(checkpoint) / _PARTS, self.student, self._own_optimiser())
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+    def _own_optimiser(self) -> torch.optim.Optimizer:
+        """Return the optimiser that accelerate has wrapped."""
+        optimiser: Any = self.optimizer
+        return getattr(optimiser, "optimizer", optimiser)
 
 
 def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
@@ -539,6 +607,7 @@ def _whole_loss(
     weights: torch.Tensor | None = None,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
 ) -> torch.Tensor:
     """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
 
@@ -550,13 +619,15 @@ def _whole_loss(
         cross_entropy: Share of the text's own.
         weights: Of the prediction at every position, (B, T); None for all of them alike.
         top_logits: Tokens that are told apart; see `top_divergence`.
-        match_hidden: Weight of `_hidden_error`.
+        match_hidden: Weight of the error of every layer's output; see `_relative_error`.
+        match_attention: Weight of the error of every attention block's output.
     """
     more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
-    with torch.no_grad():
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
         expected = teacher(input_ids=ids, **more)
         log_p = (expected.logits.float() / temperature).log_softmax(-1)
-    found = model(input_ids=ids, **more)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        found = model(input_ids=ids, **more)
     logits = found.logits.float()
     log_q = (logits / temperature).log_softmax(-1)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
@@ -568,9 +639,9 @@ def _whole_loss(
     if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
-    if match_hidden:
-        loss = loss + match_hidden * _hidden_error(found.hidden_states, expected.hidden_states)
-    return loss
+    if match_hidden:  # behind the embeddings, which come first
+        loss = loss + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
+    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
 
 
 def _sliced_loss(
@@ -582,36 +653,61 @@ def _sliced_loss(
     weights: torch.Tensor | None = None,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
 ) -> torch.Tensor:
     """Return what `_whole_loss` returns, with the logits of one sequence at a time in memory."""
-    with torch.no_grad():
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
         target, expected = _hidden(teacher, ids, match_hidden > 0)
-    hidden, found = _hidden(model, ids, match_hidden > 0)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        hidden, found = _hidden(model, ids, match_hidden > 0)
     own, other = _head(model), _head(teacher)
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
-    if top_logits is None:
-        loss = _SlicedLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature)
-    else:
-        loss = TopLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, top_logits)
-    return loss + match_hidden * _hidden_error(found, expected) if match_hidden else loss
+    loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
+    loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
+    if match_hidden:
+        loss = loss + match_hidden * _relative_error(found[1:], expected[1:])
+    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
 
 
 def _hidden(
     model: PreTrainedModel, ids: torch.Tensor, every_layer: bool = False
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return what the language-model head reads, (B, T, D), and the outputs of every layer if they are asked for."""
-    output = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
+    output = run_base(model, input_ids=ids, use_cache=False, output_hidden_states=every_layer)
     return output.last_hidden_state, output.hidden_states or ()
 
 
-def _hidden_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
+@contextmanager
+def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs (B, T, D) of a model's attention blocks while it runs in the block, if they are wanted.
+
+    Raises:
+        RequestError: It has no attention blocks that can be told.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = [each for name, each in model.named_modules() if name.rpartition(".")[2] in _ATTENTION] if wanted else []
+    if wanted and not blocks:
+        raise RequestError(f"the attention of a {type(model).__name__} cannot be told: leave `match_attention` out")
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:  # a layer that is run again for its gradients adds nothing
+            handle.remove()
+
+
+def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return |found - expected|² / |expected|² of (B, T, D) states, averaged over tokens and layers.
 
-    What is first are the embeddings, before any layer. Each token is measured by its own size, of which the first of a
-    sequence has often a thousand times as much as the others.
+    Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
+    others.
     """
     errors = []
-    for own, other in zip(found[1:], expected[1:], strict=True):
+    for own, other in zip(found, expected, strict=True):
         own, other = own.float(), other.float()
         errors.append(((own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)).mean())
     return torch.stack(errors).mean()
@@ -621,62 +717,6 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return head
-
-
-class _SlicedLoss(torch.autograd.Function):
-    """The loss of two heads' logits; the gradient of the hidden states is made with them and kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        target: torch.Tensor,
-        head: nn.Linear,
-        expected: nn.Linear,
-        ids: torch.Tensor,
-        counts: torch.Tensor | None,
-        of_kl: torch.Tensor,
-        of_text: torch.Tensor | None,
-        temperature: float,
-    ) -> Any:
-        gradient = torch.zeros_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
-        for row in range(len(ids)):
-            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
-            own, other, weights = hidden[row, at], target[row, at], of_kl[row, at]  # (T, D) twice, (T,)
-            logits = nn.functional.linear(own.to(head.weight.dtype), head.weight, head.bias)
-            expected_logits = nn.functional.linear(other.to(expected.weight.dtype), expected.weight, expected.bias)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            of_logits: torch.Tensor | float = 0.0
-            if of_text is not None:
-                following, text_weights = next_ids[row, at, None], of_text[row, at]
-                q = logits.softmax(-1, dtype=wide)
-                total += (text_weights * (_log_sum(logits, q) - logits.gather(1, following)[:, 0].to(wide))).sum()
-                q.scatter_add_(1, following, torch.full_like(following, -1, dtype=wide))
-                of_logits = q.mul_(text_weights[:, None])
-            if temperature != 1:
-                logits, expected_logits = logits / temperature, expected_logits / temperature
-            q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
-            difference = expected_logits.to(wide, copy=True).sub_(logits)
-            # KL = sum of p (a - b) - log-sum of a + log-sum of b.
-            divergence = torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)
-            total += (weights * divergence).sum()
-            whole = q.sub_(p).mul_(weights[:, None] / temperature) + of_logits
-            gradient[row, at] = (whole.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], *[None] * 8
-
-
-def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return log Σ exp of logits (T, V) whose softmax is known: (T,)."""
-    largest = probabilities.amax(-1)
-    return logits.amax(-1).to(largest.dtype) - largest.log()
 
 
 @torch.no_grad()
@@ -690,6 +730,7 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
         return False
     expected = model(input_ids=ids, use_cache=False).logits.float()
     found = head(_hidden(model, ids)[0].to(head.weight.dtype)).float()
+    reshard(model)
     return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
 
 

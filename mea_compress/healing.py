@@ -60,6 +60,7 @@ from mea_compress.report.cards import healed_card
 from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
+from mea_compress.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.stages import Stages, parse_stages
 from mea_compress.text.answers import answer_sequences
 from mea_compress.text.documents import Documents
@@ -77,6 +78,7 @@ _MAX_SAMPLED = 1024
 _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
+_ROUGH_TOLERANCE = 0.1  # of bfloat16, whose logits differ by a hundredth or two
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ def heal(
     answers_only: bool = False,
     top_logits: int | None = None,
     match_hidden: float = 0.0,
+    match_attention: float = 0.0,
     resume: bool = False,
 ) -> HealingResult:
     """Distil a compressed checkpoint from its original, and keep the better of before and after.
@@ -302,7 +305,8 @@ def heal(
     weights, rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
 
     How far it has come is kept beside `out`, in a directory with ``.partial`` behind its name, until it is through.
-    Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step.
+    Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step; where the
+    launcher asks for FSDP2, both models are sharded over them, see `mea_compress.sharding`.
 
     Args:
         checkpoint: Directory of the compressed checkpoint, the student, or its hub id; then `out` says where to.
@@ -328,6 +332,7 @@ def heal(
         top_logits: Tokens of the teacher, the likeliest, that the loss tells apart; all others count as one, and only
             a slice of the vocabulary is in memory. None tells all apart.
         match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size.
+        match_attention: Weight of the error of the attention blocks' outputs in the loss, measured alike.
         resume: Go on where an interrupted run of the same request stopped.
 
     Returns:
@@ -358,8 +363,9 @@ def heal(
     stages = parse_stages(train)
     if steps < len(stages):
         raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
-    if not 0 <= match_hidden < math.inf:
-        raise RequestError(f"`match_hidden` {match_hidden} is no weight: give 0 or more")
+    for name, weight in (("match_hidden", match_hidden), ("match_attention", match_attention)):
+        if not 0 <= weight < math.inf:
+            raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
     vocabulary = CheckpointReader(student).config().get("vocab_size")
     if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
         raise RequestError(
@@ -369,52 +375,57 @@ def heal(
         raise RequestError("`answers_only` needs conversations, and there is no text: give some as `text`")
     _check_places(student, teacher, out)
     _check_models(student, teacher)
-    target = join_processes(resolve_device(device))
-    progress = progress and is_first_process()
-    documents = None if text is None else read_documents(text)
-    settings = DistillationSettings(
-        steps,
-        batch_size,
-        learning_rate,
-        seed=seed,
-        temperature=temperature,
-        cross_entropy=cross_entropy,
-        gradient_checkpointing=gradient_checkpointing,
-        top_logits=top_logits,
-        match_hidden=match_hidden,
-    )
-    request = asdict(settings) | {
-        "products": None,
-        "train": stages,
-        "sequence_length": sequence_length,
-        "bos": bos,
-        "answers_only": answers_only,
-    }
-    states = {
-        "the checkpoint": fingerprint(CheckpointReader(student), CheckpointReader(student).config()),
-        "the teacher": fingerprint(CheckpointReader(teacher), CheckpointReader(teacher).config()),
-        "the request": json.loads(json.dumps(request)),
-        "the text": None if text is None else text_state(text),
-        "a library version": versions(),
-    }
-    with _state(out, states, resume) as state:
-        result, changed = _healed(
-            student,
-            teacher,
-            out,
-            documents,
-            answers_only,
-            settings,
-            sequence_length,
-            bos,
-            target,
-            stages,
-            progress,
-            state,
-            began,
+    with sharding_asked_for() as sharded:
+        _check_sharded(sharded, text, stages)
+        target = join_processes(resolve_device(device))
+        progress = progress and is_first_process()
+        documents = None if text is None else read_documents(text)
+        settings = DistillationSettings(
+            steps,
+            batch_size,
+            learning_rate,
+            seed=seed,
+            temperature=temperature,
+            cross_entropy=cross_entropy,
+            gradient_checkpointing=gradient_checkpointing,
+            top_logits=top_logits,
+            match_hidden=match_hidden,
+            match_attention=match_attention,
         )
-        if is_first_process():
-            _publish(student, out, changed, result)
+        request = asdict(settings) | {
+            "products": None,
+            "train": stages,
+            "sequence_length": sequence_length,
+            "bos": bos,
+            "answers_only": answers_only,
+            "sharded": sharded,
+        }
+        states = {
+            "the checkpoint": fingerprint(CheckpointReader(student), CheckpointReader(student).config()),
+            "the teacher": fingerprint(CheckpointReader(teacher), CheckpointReader(teacher).config()),
+            "the request": json.loads(json.dumps(request)),
+            "the text": None if text is None else text_state(text),
+            "a library version": versions(),
+        }
+        with _state(out, states, resume) as state:
+            result, changed = _healed(
+                student,
+                teacher,
+                out,
+                documents,
+                answers_only,
+                settings,
+                sequence_length,
+                bos,
+                target,
+                sharded,
+                stages,
+                progress,
+                state,
+                began,
+            )
+            if is_first_process():
+                _publish(student, out, changed, result)
     return result
 
 
@@ -430,6 +441,18 @@ def _state(out: Path, states: dict[str, Any], resume: bool) -> Iterator[Workspac
     with open_workspace(out, states, resume) as workspace:
         yield workspace
         workspace.discard()
+
+
+def _check_sharded(sharded: bool, text: TextChoice | None, stages: tuple[str, ...]) -> None:
+    """Check that what is asked for can be done with models of which no process has all.
+
+    Raises:
+        RequestError: It cannot.
+    """
+    if sharded and text is None:
+        raise RequestError("a sharded original samples no text: give `text`")
+    if sharded and "lora" in stages:
+        raise RequestError("adapters are not sharded: leave lora out of `train`, or --use_fsdp out of the launcher")
 
 
 def _check_models(student: Path, teacher: Path) -> None:
@@ -472,6 +495,7 @@ def _healed(
     sequence_length: int | None,
     bos: Bos,
     target: torch.device,
+    sharded: bool,
     stages: tuple[str, ...],
     progress: bool,
     state: Workspace | None,
@@ -479,9 +503,19 @@ def _healed(
 ) -> tuple[HealingResult, dict[str, torch.Tensor]]:
     """Distil the student; return what was done, and its new weights by name, none where it did not help."""
     steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
-    teacher_model = load_model(teacher, None, target)
-    model = load_model(student, None, target)
-    products = fast_products(model.dtype, target)
+
+    mesh = all_processes(target) if sharded else None
+
+    def load(checkpoint: Path) -> tuple[PreTrainedModel, torch.dtype]:
+        model = load_model(checkpoint, None, target if mesh is None else "cpu")
+        products = fast_products(model.dtype, target)
+        if mesh is not None:
+            shard(model, mesh, products)
+        return model, products
+
+    teacher_model, _ = load(teacher) if mesh is None else in_turns(partial(load, teacher))
+    model, products = load(student) if mesh is None else in_turns(partial(load, student))
+    teacher_model.requires_grad_(False)
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))
@@ -549,7 +583,12 @@ def _healed(
     if model.dtype != torch.float64:
         model = model.float()
     prompt = held_out[:2, : min(_PROMPT_TOKENS, length - 1)].to(model.device)
-    check_decoding(model, prompt, min(_DECODED_TOKENS, length - prompt.shape[1]), DECODING_TOLERANCE)
+    decoded = min(_DECODED_TOKENS, length - prompt.shape[1])
+    if sharded and products != torch.float32:  # weights are gathered as products take them
+        with torch.autocast(target.type, products):
+            check_decoding(model, prompt, decoded, _ROUGH_TOLERANCE)
+    else:
+        check_decoding(model, prompt, decoded, DECODING_TOLERANCE)
 
     result = HealingResult(
         out=out,
@@ -583,8 +622,8 @@ def _healed(
     weights = model.state_dict()
     # Where all weights learn a tied weight may be stored under both of its names.
     names = stored if "all" in stages else sorted(training_of.trained)
-    changed = {name: weights[name] for name in names if name in weights}
-    return result, changed if better else {}
+    changed = {name: weights[name] for name in names if name in weights} if better else {}
+    return result, gathered(changed) if sharded else changed
 
 
 def _stored_sequences(state: Workspace | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

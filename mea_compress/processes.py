@@ -41,11 +41,11 @@ def join_processes(device: torch.device) -> torch.device:
         device: As asked for; of several GPUs each process gets the one that the launcher gives it.
 
     Raises:
-        RequestError: The launcher is to shard models.
+        RequestError: The launcher is to shard models, and nobody has taken that over; see `sharding_asked_for`.
     """
     for variable, what in _SHARDED.items():
         if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise RequestError(f"{what} would shard the models, of which every process needs all: leave it out")
+            raise RequestError(f"{what} would shard the models, of which every process needs all here: leave it out")
     if process_count() == 1:
         return device
     import torch

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mea_compress.head_loss import Row
+
 SLICE = 1 << 13
 """Tokens of the vocabulary whose logits are in memory."""
 
@@ -47,74 +49,36 @@ class _Student:
     mean: torch.Tensor
 
 
-class TopLoss(torch.autograd.Function):
-    """The loss of two heads' logits by the teacher's largest; the gradient of the hidden states is made with it."""
+def top_row(row: Row, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss by the teacher's largest logits, and its gradient of the student's hidden states, (N, D).
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        target: torch.Tensor,
-        head: nn.Linear,
-        expected: nn.Linear,
-        ids: torch.Tensor,
-        counts: torch.Tensor | None,
-        of_kl: torch.Tensor,
-        of_text: torch.Tensor | None,
-        temperature: float,
-        count: int,
-    ) -> Any:
-        """Return the loss of hidden states (B, T, D) of the student and of the teacher.
-
-        Args:
-            ctx: Of autograd.
-            hidden: The student's, (B, T, D).
-            target: The teacher's, (B, T, D').
-            head: The student's.
-            expected: The teacher's.
-            ids: (B, T), int64.
-            counts: Zero where nothing of a position counts, (B, T); None where all do.
-            of_kl: What the KL of every position counts, (B, T).
-            of_text: What its cross-entropy counts, (B, T); None where it does not.
-            temperature: Divides the logits of both for the KL.
-            count: Tokens that are told apart.
-        """
-        gradient = torch.zeros_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        next_ids = ids.roll(-1, 1)  # the last prediction has none, and no weight
-        for row in range(len(ids)):
-            at: Any = slice(None) if counts is None else counts[row].nonzero()[:, 0]
-            own, weights = hidden[row, at], of_kl[row, at, None]  # (N, D), (N, 1)
-            top_ids, log_p, rest = _largest(target[row, at], expected, temperature, count)
-            student = _student(own, head, temperature, top_ids)
-            p, log_q = log_p.exp(), student.logits - student.log_sum[:, None]
-            log_rest = student.log_rest - student.log_sum
-            divergence = (p * (log_p - log_q)).sum(-1) + torch.xlogy(rest, rest) - rest * log_rest
-            total += (weights[:, 0] * divergence).sum()
-            whole = _rows(head, top_ids, weights * (log_q.exp() - p))
-            whole += weights * (log_rest.exp() - rest)[:, None] * student.mean
-            whole /= temperature
-            if of_text is not None:
-                if temperature != 1:
-                    student = _student(own, head, 1.0, top_ids)
-                    log_q = student.logits - student.log_sum[:, None]
-                following, text_weights = next_ids[row, at, None], of_text[row, at, None]
-                of_next = (own.to(head.weight.dtype) * head.weight[following[:, 0]]).sum(-1).to(whole.dtype)
-                if head.bias is not None:
-                    of_next += head.bias[following[:, 0]]
-                total += (text_weights[:, 0] * (student.log_sum - of_next)).sum()
-                whole += _rows(head, top_ids, text_weights * log_q.exp())
-                whole += text_weights * (student.log_rest - student.log_sum).exp()[:, None] * student.mean
-                whole -= _rows(head, following, text_weights)
-            gradient[row, at] = whole.to(gradient.dtype)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Any) -> Any:
-        """Return the gradient of the hidden states, and none of anything else."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], *[None] * 9
+    Args:
+        row: Positions of a sequence.
+        count: Tokens that are told apart.
+    """
+    head, temperature, weights = row.head, row.temperature, row.of_kl[:, None]
+    top_ids, log_p, rest = _largest(row.target, row.expected, temperature, count)
+    student = _student(row.own, head, temperature, top_ids)
+    p, log_q = log_p.exp(), student.logits - student.log_sum[:, None]
+    log_rest = student.log_rest - student.log_sum
+    divergence = (p * (log_p - log_q)).sum(-1) + torch.xlogy(rest, rest) - rest * log_rest
+    loss = (row.of_kl * divergence).sum()
+    whole = _rows(head, top_ids, weights * (log_q.exp() - p))
+    whole += weights * (log_rest.exp() - rest)[:, None] * student.mean
+    whole /= temperature
+    if row.of_text is not None:
+        if temperature != 1:
+            student = _student(row.own, head, 1.0, top_ids)
+            log_q = student.logits - student.log_sum[:, None]
+        text_weights = row.of_text[:, None]
+        of_next = (row.own.to(head.weight.dtype) * head.weight[row.following]).sum(-1).to(whole.dtype)
+        if head.bias is not None:
+            of_next += head.bias[row.following]
+        loss = loss + (row.of_text * (student.log_sum - of_next)).sum()
+        whole += _rows(head, top_ids, text_weights * log_q.exp())
+        whole += text_weights * (student.log_rest - student.log_sum).exp()[:, None] * student.mean
+        whole -= _rows(head, row.following[:, None], text_weights)
+    return loss, whole
 
 
 def _slices(own: torch.Tensor, head: nn.Linear, temperature: float) -> Any:
@@ -180,4 +144,4 @@ def _rows(head: nn.Linear, ids: torch.Tensor, weights: torch.Tensor) -> torch.Te
     return summed.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-__all__ = ["SLICE", "TopLoss", "top_divergence"]
+__all__ = ["SLICE", "top_divergence", "top_row"]

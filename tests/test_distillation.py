@@ -19,7 +19,7 @@ from mea_compress.distillation import (
     distil,
     measure,
 )
-from mea_compress.errors import DiskFullError
+from mea_compress.errors import DiskFullError, RequestError
 
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -109,7 +109,61 @@ def test_the_outputs_of_layers_are_matched_each_token_by_its_own_size(pair):
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"top_logits": 16}, {"match_hidden": 0.5}])
+def attention_outputs(model, ids):
+    """What each attention block adds to the stream: its layer's outputs, its MLP taken away, less its inputs."""
+    stream, found = model.model.embed_tokens(ids), []
+    states = model(ids, output_hidden_states=True).hidden_states
+    for index, layer in enumerate(model.model.layers):
+        positions = torch.arange(ids.shape[1])[None]
+        rotary = model.model.rotary_emb(stream, positions)
+        mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+        normed = layer.input_layernorm(states[index])
+        found.append(layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0])
+        behind = states[index] + found[-1]
+        following = behind + layer.mlp(layer.post_attention_layernorm(behind))
+        if index + 1 < len(model.model.layers):  # the last state is behind the final norm
+            torch.testing.assert_close(following, states[index + 1], rtol=1e-4, atol=1e-5)
+    return found
+
+
+def hooks(*models):
+    return sum(len(layer.self_attn._forward_hooks) for model in models for layer in model.model.layers)
+
+
+def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
+    student, teacher = pair
+    with torch.no_grad():
+        found, expected = (attention_outputs(model, IDS[:4]) for model in pair)
+    errors = [((a - b).norm(dim=-1) / b.norm(dim=-1)).square() for a, b in zip(found, expected, strict=True)]
+    error = float(torch.stack(errors).double().mean())
+    assert error > 0
+    results, before = [], hooks(*pair)
+    for loss_of in (_whole_loss, _sliced_loss):
+        without = loss_of(student, teacher, IDS[:4]).item()
+        loss = loss_of(student, teacher, IDS[:4], match_attention=3.0)
+        loss.backward()
+        assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
+        results.append(gradients(student))
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    for micro in (4, 1):  # of four sequences: at once, and one after the other
+        for ids in IDS[:4].split(micro):
+            (_sliced_loss(student, teacher, ids, match_attention=3.0) * micro / 4).backward()
+        results.append(gradients(student))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, gradient in results[0].items():
+            torch.testing.assert_close(gradient, other[name], rtol=1e-3, atol=1e-6)
+    assert hooks(*pair) == before
+
+
+def test_attention_that_cannot_be_told_is_a_sentence(pair, monkeypatch):
+    monkeypatch.setattr(distillation, "_ATTENTION", ("mixer",))
+    with pytest.raises(RequestError, match="of a LlamaForCausalLM cannot be told: leave `match_attention`"):
+        _sliced_loss(*pair, IDS[:2], match_attention=1.0)
+
+
+@pytest.mark.parametrize("options", [{"top_logits": 16}, {"match_hidden": 0.5}, {"match_attention": 0.5}])
 def test_other_losses_heal_too(pair, options):
     student, teacher = pair
     before = measure(student, teacher, IDS[16:]).kl
@@ -238,6 +292,17 @@ def test_gradient_checkpointing_changes_nothing(pair):
     ]
     assert found[0].curve[-1][1] == pytest.approx(found[1].curve[-1][1], rel=1e-4) != found[0].curve[0][1]
     assert not other.is_gradient_checkpointing
+
+
+def test_a_single_step_size_needs_no_trial(pair):
+    student, teacher = pair
+    losses = []
+    before = measure(student, teacher, IDS[16:]).kl
+    settings = DistillationSettings(6, 8, rates=(0.03,))
+    result = distil(student, teacher, IDS[:16], IDS[16:], settings, losses.append)
+    assert len(losses) == result.steps == result.all_steps == settings.all_steps == 6
+    assert result.rate == 0.03 and result.losses == tuple(losses) and [step for step, _ in result.curve][-1] == 6
+    assert measure(student, teacher, IDS[16:]).kl < before
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,15 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
     assert kl[1] < kl[0]
 
 
+def test_logits_are_made_of_a_sequence_at_a_time(tmp_path, teacher, monkeypatch):
+    student, seen = make_student(tmp_path / "student"), []
+    sliced = distillation._sliced_loss
+    monkeypatch.setattr(distillation, "_sliced_loss", lambda *a, **o: (seen.append(a), sliced(*a, **o))[1])
+    monkeypatch.setattr(distillation, "_whole_loss", lambda *a, **o: pytest.fail("of all of them at once"))
+    heal(student, teacher=teacher, match_attention=0.5, top_logits=8, **SETTINGS | {"steps": 2})
+    assert len(seen) == 2 and all(arguments[-3:] == (8, 0.0, 0.5) for arguments in seen)
+
+
 def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     untouched = files(student)

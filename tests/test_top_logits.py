@@ -1,11 +1,14 @@
 """The loss by the teacher's largest logits: against plain autograd, and against the loss over the whole vocabulary."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from mea_compress import top_logits
-from mea_compress.top_logits import TopLoss, top_divergence
+from mea_compress.head_loss import HeadLoss
+from mea_compress.top_logits import top_divergence, top_row
 
 B, T, D, V = 3, 6, 8, 50
 
@@ -53,7 +56,7 @@ def test_slices_of_the_vocabulary_give_what_whole_logits_give(
     expected = plain(*models, of_kl, of_text, temperature, count)
     (gradient,) = torch.autograd.grad(expected, models[0])
     text = of_text if share else None
-    loss = TopLoss.apply(*models, of_kl + of_text, of_kl, text, temperature, count)
+    loss = HeadLoss.apply(*models, of_kl + of_text, of_kl, text, temperature, partial(top_row, count=count))
     (found,) = torch.autograd.grad(2 * loss, models[0])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     torch.testing.assert_close(found, 2 * gradient, rtol=1e-3, atol=2e-5)
@@ -63,7 +66,9 @@ def test_a_part_is_never_more_and_of_peaked_logits_within_a_hundredth(models):
     ones = torch.ones(B, T) / (B * T)
     zeros = torch.zeros(B, T)
     whole = plain(*models, ones, zeros, 1.0, None).item()
-    found = [TopLoss.apply(*models, None, ones, None, 1.0, count).item() for count in (1, 4, 16, 32)]
+    found = [
+        HeadLoss.apply(*models, None, ones, None, 1.0, partial(top_row, count=count)).item() for count in (1, 4, 16, 32)
+    ]
     assert found == sorted(found) and found[-1] <= whole * (1 + 1e-5)
     if models[2].weight.std() > 1:
         assert found[2] == pytest.approx(whole, rel=0.01) and whole > 0.05

@@ -7,7 +7,8 @@ they are. See `mea_compress.exporting.form` for what can be exported.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,29 +21,102 @@ from mea_compress.layers.read import read_composed, read_projection
 from mea_compress.modeling.section_mea import rotary_pairs, side_form
 
 
-def folded(source: Checkpoint, form: StockForm, layer: int) -> dict[str, Array]:
+@dataclass(frozen=True)
+class HeadBasis:
+    """A change of basis inside the exported heads of a layer, which its queries and o_proj take back.
+
+    Attributes:
+        key: A, (heads, width, width), float64, invertible and such that it commutes with RoPE; queries become A⁻ᵀ q.
+        value: B, likewise, any invertible matrices; columns of o_proj become W B⁻¹.
+    """
+
+    key: Array
+    value: Array
+
+    def queries(self, rows: Array) -> Array:
+        """Return the rows of q_proj (Hq · width, D + 1) for keys in this basis."""
+        heads = split_heads(rows, self.key.shape[-1])
+        inverse = np.linalg.inv(self.key).mT
+        return join_heads(inverse.repeat(len(heads) // len(self.key), axis=0) @ heads)
+
+    def keys(self, rows: Array) -> Array:
+        """Return the rows of k_proj (heads · width, D + 1) in this basis."""
+        return join_heads(self.key @ split_heads(rows, self.key.shape[-1]))
+
+    def values(self, rows: Array) -> Array:
+        """Return the rows of v_proj (heads · width, D + 1) in this basis."""
+        return join_heads(self.value @ split_heads(rows, self.value.shape[-1]))
+
+    def output(self, weight: Array) -> Array:
+        """Return o_proj (D, Hq · width) for values in this basis."""
+        width = self.value.shape[-1]
+        heads = weight.reshape(len(weight), -1, width).swapaxes(0, 1)  # (Hq, D, width)
+        inverse = np.linalg.inv(self.value)
+        mapped = heads @ inverse.repeat(len(heads) // len(inverse), axis=0)
+        return mapped.swapaxes(0, 1).reshape(weight.shape)
+
+
+def folded(source: Checkpoint, form: StockForm, layer: int, basis: HeadBasis | None = None) -> dict[str, Array]:
     """Return what folding makes of a layer's projections, by name, float64; those that stay as they are, are not in it.
 
     Args:
         source: The compressed checkpoint.
         form: Of the export.
         layer: Its index.
+        basis: Of the exported heads; None leaves it as it is.
     """
-    spec = source.config.mea["layers"][layer]
     prefix = source.family.attention(layer)
     tensors: dict[str, Array] = {}
-
-    def add(name: str, rows: Array) -> None:
+    for name, produce in changed_projections(source, form, layer, basis).items():
+        rows = produce()
+        if name == "o_proj":
+            tensors["o_proj.weight"] = rows
+            continue
         tensors[f"{name}.weight"] = rows[:, :-1]
         if source.reader.has(f"{prefix}{name}.bias"):
             tensors[f"{name}.bias"] = rows[:, -1]
-
-    if folds_keys(spec, form):
-        add("q_proj", absorbed_queries(source, form, layer))
-        add("k_proj", ordered_keys(source, form, layer))
-    if folds_values(spec, form, source.head_dim):
-        tensors["o_proj.weight"] = absorbed_output(source, form, layer)
     return tensors
+
+
+def changed_projections(
+    source: Checkpoint, form: StockForm, layer: int, basis: HeadBasis | None = None
+) -> dict[str, Callable[[], Array]]:
+    """Return what makes the projections of a layer that are others in the export, by name.
+
+    Those of q_proj, k_proj and v_proj are made with the bias as last column, (rows, D + 1), o_proj without, float64.
+
+    Args:
+        source: The compressed checkpoint.
+        form: Of the export.
+        layer: Its index.
+        basis: Of the exported heads; None leaves it as it is.
+    """
+    spec = source.config.mea["layers"][layer]
+    changed: dict[str, Callable[[], Array]] = {}
+    if folds_keys(spec, form):
+        changed["q_proj"] = lambda: absorbed_queries(source, form, layer)
+        changed["k_proj"] = lambda: ordered_keys(source, form, layer)
+    if folds_values(spec, form, source.head_dim):
+        changed["o_proj"] = lambda: absorbed_output(source, form, layer)
+    if basis is None:
+        return changed
+    before = {**unchanged_projections(source, layer), **changed}
+    return {
+        "q_proj": lambda: basis.queries(before["q_proj"]()),
+        "k_proj": lambda: basis.keys(before["k_proj"]()),
+        "v_proj": lambda: basis.values(before["v_proj"]()),
+        "o_proj": lambda: basis.output(before["o_proj"]()),
+    }
+
+
+def unchanged_projections(source: Checkpoint, layer: int) -> dict[str, Callable[[], Array]]:
+    """Return what reads the projections as the compressed checkpoint has them; as `changed_projections`."""
+    return {
+        "q_proj": lambda: read_projection(source, layer, "query"),
+        "k_proj": lambda: read_projection(source, layer, "key"),
+        "v_proj": lambda: read_projection(source, layer, "value"),
+        "o_proj": lambda: _output(source, layer),
+    }
 
 
 def folds_keys(spec: Mapping[str, Any], form: StockForm) -> bool:
@@ -77,9 +151,13 @@ def ordered_keys(source: Checkpoint, form: StockForm, layer: int) -> Array:
 def absorbed_output(source: Checkpoint, form: StockForm, layer: int) -> Array:
     """Return o_proj with the value composition in it: (D, Hq · head_dim of the form), float64."""
     blocks = _blocks(read_composed(source, layer, "value"), form)
-    weight = source.reader.read_array(f"{source.family.attention(layer)}o_proj.weight").astype(np.float64)
+    weight = _output(source, layer)
     weight = weight.reshape(len(weight), len(blocks), -1, source.head_dim)  # (D, H, group, d)
     return (weight @ blocks).reshape(len(weight), -1)
+
+
+def _output(source: Checkpoint, layer: int) -> Array:
+    return source.reader.read_array(f"{source.family.attention(layer)}o_proj.weight").astype(np.float64)
 
 
 def _blocks(composed: FactoredHeads, form: StockForm, order: list[int] | None = None) -> Array:

@@ -3,8 +3,9 @@
 See `mea_compress.exporting.form` for what can be exported, and `mea_compress.exporting.fold` for the folded weights.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mea_compress.emit.tokenizer import keep_tokenizer
 from mea_compress.emit.weights import write_shards
 from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import check_engine, engine_warning
-from mea_compress.exporting.fold import absorbed_output, absorbed_queries, folds_keys, folds_values, ordered_keys
+from mea_compress.exporting.fold import HeadBasis, changed_projections
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
 from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
 from mea_compress.exporting.verification import verify_export
@@ -39,6 +40,7 @@ from mea_compress.planning.sizes import layer_window
 from mea_compress.report.cards import export_card
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table, stock_outlook
+from mea_compress.text.reading import TextChoice
 
 REPORT = "export.json"
 
@@ -54,6 +56,7 @@ class ExportResult(Shown):
         verification: Differences and cache bytes, see `verify_export`.
         model_type: Of the exported checkpoint.
         format: ``stock``, ``llama`` or ``gguf``.
+        balanced: Whether cached keys and values are in the basis of `mea_compress.exporting.balance`.
     """
 
     out: Path
@@ -62,6 +65,7 @@ class ExportResult(Shown):
     verification: dict[str, float]
     model_type: str
     format: str
+    balanced: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export --json` and export.json."""
@@ -71,6 +75,7 @@ class ExportResult(Shown):
             "key_value_heads": list(self.form.layer_groups) or self.form.groups,
             "head_dim": self.form.head_dim,
             **self.cost.to_json(),
+            "balanced": self.balanced,
             "warning": engine_warning(self.form, self.format),
             "verification": self.verification,
         }
@@ -89,6 +94,8 @@ def export(
     format: str = "stock",
     engine: str | None = None,
     weights: str = "stored",
+    balance: bool = False,
+    text: TextChoice | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> ExportResult:
@@ -104,6 +111,9 @@ def export(
             the file ``model.gguf`` for llama.cpp.
         engine: What is to serve it, one of `ENGINES`; checked for what it would get wrong.
         weights: Type of matrices in GGUF, one of `WEIGHTS`.
+        balance: Put cached keys and values into a basis in which a quantised cache loses less; what is computed in
+            full precision stays the same. See `mea_compress.exporting.balance`.
+        text: What balancing looks at, as `read_documents` takes it; None samples text from the checkpoint.
         resume: Take up an interrupted run.
         progress: Show progress bars on stderr.
 
@@ -138,24 +148,34 @@ def export(
         require_gguf()
     elif weights != "stored":
         raise RequestError("`weights` are chosen for GGUF alone; leave them out or export with --format gguf")
+    if text is not None and not balance:
+        raise RequestError("`text` is what balancing looks at; leave it out or ask for `balance` too")
     if weights not in WEIGHTS:
         raise RequestError(f"there are no `weights` {weights!r}; choose one of {', '.join(WEIGHTS)}")
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
     cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
     if resume and already_published(out):
-        return ExportResult(out, form, cost, json.loads((out / REPORT).read_text())["verification"], model_type, format)
+        measured = json.loads((out / REPORT).read_text())["verification"]
+        return ExportResult(out, form, cost, measured, model_type, format, balance)
     check_free(out, checkpoint)
-    entries = _entries(source, form, format)
+    bases: Sequence[HeadBasis | None] = [None] * len(windows)
+    request = f"{format} {weights}"
+    if balance:
+        from mea_compress.exporting.balance import balanced_bases, balancing_tokens
+
+        tokens = balancing_tokens(source, text, progress)
+        bases = balanced_bases(source, form, tokens, progress)
+        request += f" balanced on {hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}"
+    entries = _entries(source, form, format, bases)
     files = 2 if format == "gguf" else 1  # the checkpoint that the file is made from lies beside it for a moment
     check_space(out, files * sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
-    with open_workspace(out, _fingerprint(source, f"{format} {weights}"), resume) as workspace:
+    with open_workspace(out, _fingerprint(source, request), resume) as workspace:
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_config(workspace.path, _config(source, form, format))
         copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
         keep_tokenizer(checkpoint, workspace.path)
-        result = ExportResult(
-            out, form, cost, verify_export(source, form, workspace.path, progress), model_type, format
-        )
+        measured = verify_export(source, form, workspace.path, progress, bases)
+        result = ExportResult(out, form, cost, measured, model_type, format, balance)
         if format == "gguf":
             _replace_by_gguf(workspace.path, _source_name(source), weights, form)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
@@ -198,11 +218,11 @@ def _config(source: Checkpoint, form: StockForm, target: str) -> dict[str, Any]:
     return config
 
 
-def _entries(source: Checkpoint, form: StockForm, target: str) -> list[Entry]:
+def _entries(source: Checkpoint, form: StockForm, target: str, bases: Sequence[HeadBasis | None]) -> list[Entry]:
     """Return all tensors of the export in the order of the source."""
     replaced: dict[str, Entry | None] = {}
     for layer in range(source.config.num_hidden_layers):
-        tensors = _layer_entries(source, form, layer)
+        tensors = _layer_entries(source, form, layer, bases[layer])
         fuses = source.family.fused and target == "stock"
         replaced |= _fused_projections(source, layer, tensors) if fuses else tensors
     entries: list[Entry] = []
@@ -219,9 +239,9 @@ def _entries(source: Checkpoint, form: StockForm, target: str) -> list[Entry]:
     return entries
 
 
-def _layer_entries(source: Checkpoint, form: StockForm, layer: int) -> dict[str, Entry | None]:
+def _layer_entries(source: Checkpoint, form: StockForm, layer: int, basis: HeadBasis | None) -> dict[str, Entry | None]:
     """Return what takes the place of a layer's tensors, by name; None where nothing does."""
-    spec, prefix = source.config.mea["layers"][layer], source.family.attention(layer)
+    prefix = source.family.attention(layer)
     hidden_size, width = source.config.hidden_size, source.config.num_attention_heads * form.head_dim
     tensors: dict[str, Entry | None] = {
         prefix + f"{side}_composition.weight": None
@@ -239,11 +259,12 @@ def _layer_entries(source: Checkpoint, form: StockForm, layer: int) -> dict[str,
         if source.reader.has(f"{prefix}{name}.bias"):
             replace_tensor(f"{name}.bias", (rows,), lambda: produce()[:, -1])
 
-    if folds_keys(spec, form):
-        replace_projection("q_proj", width, lambda: absorbed_queries(source, form, layer))
-        replace_projection("k_proj", form.groups * form.head_dim, lambda: ordered_keys(source, form, layer))
-    if folds_values(spec, form, source.head_dim):
-        replace_tensor("o_proj.weight", (hidden_size, width), lambda: absorbed_output(source, form, layer))
+    rows = {"q_proj": width, "k_proj": form.heads(layer) * form.head_dim, "v_proj": form.heads(layer) * form.head_dim}
+    for name, produce in changed_projections(source, form, layer, basis).items():
+        if name == "o_proj":
+            replace_tensor("o_proj.weight", (hidden_size, width), produce)
+        else:
+            replace_projection(name, rows[name], produce)
     return tensors
 
 

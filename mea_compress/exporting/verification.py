@@ -2,7 +2,7 @@
 
 import gc
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mea_compress.decoding import cache_argument, check_decoding, run_cached
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.emit.verification import relative_difference
 from mea_compress.errors import VerificationError
-from mea_compress.exporting.fold import folded
+from mea_compress.exporting.fold import HeadBasis, folded
 from mea_compress.exporting.form import StockForm
 from mea_compress.heads.composed import Array
 from mea_compress.measure.cache import cache_bytes
@@ -34,7 +34,13 @@ _TOKENS = 24
 _LARGEST_POSITION = 512
 
 
-def verify_export(source: Checkpoint, form: StockForm, directory: Path, progress: bool = True) -> dict[str, float]:
+def verify_export(
+    source: Checkpoint,
+    form: StockForm,
+    directory: Path,
+    progress: bool = True,
+    bases: Sequence[HeadBasis | None] = (),
+) -> dict[str, float]:
     """Reload an export with the stock classes and compare it with the checkpoint that it was made from.
 
     Every layer's attention is run on the same input in both, in float32; a model that is small enough is also loaded
@@ -48,6 +54,7 @@ def verify_export(source: Checkpoint, form: StockForm, directory: Path, progress
         form: Of the export.
         directory: Its export.
         progress: Show a progress bar on stderr.
+        bases: Of every layer's exported heads, where they were changed.
 
     Returns:
         ``attention_difference`` (relative, of weights as they are stored), ``attention_difference_float32`` (of weights
@@ -68,7 +75,8 @@ def verify_export(source: Checkpoint, form: StockForm, directory: Path, progress
         measured += layer_bytes
         largest = max(largest, difference)
         if DTYPE_BITS[source.dtype] < 32:
-            difference, _ = _check_layer(source, config, reader, layer, folded(source, form, layer))
+            unstored = folded(source, form, layer, bases[layer] if bases else None)
+            difference, _ = _check_layer(source, config, reader, layer, unstored)
             unrounded = max(unrounded, difference)
     result: dict[str, float] = {"attention_difference": largest, "kv_bytes_per_token": measured}
     if DTYPE_BITS[source.dtype] < 32:

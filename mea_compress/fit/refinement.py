@@ -23,6 +23,7 @@ from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.encoded_mea import EncodedAttention
 from mea_compress.processes import add_up
+from mea_compress.sharding import part_of, whole
 
 _WARM_UP = 5
 
@@ -357,13 +358,18 @@ def mask_cross_group_gradients(model: torch.nn.Module) -> None:
         groups = attention.config.mea["layers"][attention.layer_idx].get("groups", 1)
         for composition in (attention.key_composition, attention.value_composition):
             if groups > 1 and composition is not None and composition.weight.requires_grad:
-                within = _within_groups(composition, groups)
-                composition.weight.register_hook(lambda gradient, within=within: gradient * within)
+                within = part_of(_within_groups(composition, groups), composition.weight)
+                if hasattr(composition.weight, "full_tensor"):  # sharded: gradients come to it behind autograd
+                    composition.weight.register_post_accumulate_grad_hook(
+                        lambda weight, within=within: weight.grad.mul_(within)
+                    )
+                else:
+                    composition.weight.register_hook(lambda gradient, within=within: gradient * within)
 
 
-def _within_groups(composition: Any, groups: int) -> Array:
+def _within_groups(composition: Any, groups: int) -> torch.Tensor:
     """Where a composition's weight connects a component with the heads of its group, in the weight's shape."""
-    used = composition.weight.detach() != 0
+    used = whole(composition.weight.detach()) != 0
     if used.dim() == 2 and len(used) == composition.sizes.heads * composition.sizes.head_dim:  # (H * d, m)
         blocks = used.unflatten(0, (groups, -1)).any(1)
         return blocks.repeat_interleave(len(used) // groups, dim=0)

@@ -78,7 +78,7 @@ def output_metric(heads: AttentionHeads) -> Array:
 
 
 def sqrt_and_inverse_sqrt(matrix: Array, floor: float = 1e-10) -> tuple[Array, Array]:
-    """Return M^½ and M^-½ of symmetric positive matrices (..., n, n), eigenvalues clamped to `floor` of the largest.
+    """Return M^½ and M^-½ of Hermitian positive matrices (..., n, n), eigenvalues clamped to `floor` of the largest.
 
     Where nothing is above 0, both are the identity.
     """
@@ -86,7 +86,8 @@ def sqrt_and_inverse_sqrt(matrix: Array, floor: float = 1e-10) -> tuple[Array, A
     largest = values[..., -1:]
     least = np.where(largest > 0, floor * largest, 1.0)
     square = np.sqrt(np.maximum(values, least))
-    return (vectors * square[..., None, :]) @ vectors.mT, (vectors / square[..., None, :]) @ vectors.mT
+    transposed = vectors.mT.conj()
+    return (vectors * square[..., None, :]) @ transposed, (vectors / square[..., None, :]) @ transposed
 
 
 def align_phases(cross: Array, components: int) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 _FLOAT32 = 4
 
 
@@ -10,9 +12,10 @@ def heal_weight_bytes(
 ) -> int:
     """Return the memory of weights, gradients and optimiser.
 
-    Every process has all of both models. The original stays as it is stored. What is trained is float32 with its
-    gradient, Adam's two moments, where it began and the best so far, and once more as products take it; the other
-    linear maps are as products take them, and embeddings float32. While the student is loaded, all of it is float32.
+    Every process has all of both models; see `sharded_heal_weight_bytes` for those that share them out. The original
+    stays as it is stored. What is trained is float32 with its gradient, Adam's two moments, where it began and the best
+    so far, and once more as products take it; the other linear maps are as products take them, and embeddings float32.
+    While the student is loaded, all of it is float32.
 
     Args:
         original: Weights of the original.
@@ -27,6 +30,39 @@ def heal_weight_bytes(
     copies = 6 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0) + (_FLOAT32 if processes > 1 else 0)
     frozen = itemsize * (compressed - trained - embeddings) + _FLOAT32 * embeddings
     return max(loading, teacher + frozen + copies * trained)
+
+
+def sharded_heal_weight_bytes(
+    original: int,
+    compressed: int,
+    trained: int,
+    embeddings: int,
+    head: int,
+    layers: int,
+    itemsize: int,
+    processes: int,
+) -> int:
+    """Return the memory of weights, gradients and optimiser in each of several processes that shard both models.
+
+    Of the original a process has its part as it is stored, of the student in float32, and of what is trained also that
+    of its gradient, Adam's two moments, where it began and the best so far. Whole are what is outside the layers, of
+    both models, two layers, the next being fetched, and the gradients of one.
+
+    Args:
+        original: Weights of the original.
+        compressed: Weights of the student.
+        trained: Those of them that learn, in its layers.
+        embeddings: Those that no linear map has, of tokens, unless the head is tied to them.
+        head: Those of the language-model head.
+        layers: Of either model.
+        itemsize: Bytes of a number as it is stored, 2 where products are bfloat16.
+        processes: Two or more.
+    """
+    parts = itemsize * original + _FLOAT32 * (compressed + 5 * trained)
+    around = itemsize * (2 * head + embeddings) + _FLOAT32 * embeddings
+    layer = (max(original, compressed) - embeddings - head) / layers
+    gradients = (itemsize + _FLOAT32) * trained / layers
+    return ceil(parts / processes + around + 2 * itemsize * layer + gradients)
 
 
 def heal_step_bytes(
@@ -57,4 +93,4 @@ def heal_step_bytes(
     return kept + 5 * _FLOAT32 * length * vocabulary
 
 
-__all__ = ["heal_step_bytes", "heal_weight_bytes"]
+__all__ = ["heal_step_bytes", "heal_weight_bytes", "sharded_heal_weight_bytes"]

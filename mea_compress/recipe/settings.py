@@ -152,6 +152,12 @@ class HealRecipe(_Settings):
         description="Weight of the error of the layers' outputs in the loss; 0 without it.",
         json_schema_extra=_group("Training", "X"),
     )
+    match_attention: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the error of the attention blocks' outputs in the loss; 0 without it.",
+        json_schema_extra=_group("Training", "X"),
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="Less memory: every layer is run a second time for its gradients.",

@@ -8,7 +8,7 @@ from tiny import stock_checkpoint
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.errors import VerificationError
-from mea_compress.exporting import stock, verification
+from mea_compress.exporting import fold, verification
 from mea_compress.exporting.form import stock_form
 from mea_compress.exporting.stock import export
 from mea_compress.exporting.verification import verify_export
@@ -24,8 +24,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_projection_that_was_folded_wrongly_is_noticed(wrong, projection, whole, tmp_path, monkeypatch):
     out = compressed(tmp_path)
-    fold = getattr(stock, projection)
-    monkeypatch.setattr(stock, projection, lambda *arguments: WRONG[wrong](fold(*arguments)))
+    right = getattr(fold, projection)
+    monkeypatch.setattr(fold, projection, lambda *arguments: WRONG[wrong](right(*arguments)))
     monkeypatch.setattr(verification, "WHOLE_MODEL_BYTES", 1 << 30 if whole else 0)
     with pytest.raises(VerificationError, match="differs"):
         export(out, tmp_path / "export", progress=False)

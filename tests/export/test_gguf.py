@@ -128,15 +128,17 @@ def test_llama_cpp_computes_what_the_compressed_checkpoint_does_from_half_the_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["llama", "llama-rope-bias-wide-tied", "qwen2"])
-def test_layers_with_different_numbers_of_pooled_heads_go_into_a_file_alone(case, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "balance"), [("llama", False), ("llama-rope-bias-wide-tied", False), ("qwen2", False), ("qwen2", True)]
+)
+def test_layers_with_different_numbers_of_pooled_heads_go_into_a_file_alone(case, balance, tmp_path):
     package = llama_cpp()
     stock_checkpoint(tmp_path / "source", case, vocab_size=700)
     by_words(tmp_path / "source")
     out = compressed(tmp_path, case, "pool", layers="1-1")
     with pytest.raises(RequestError, match="export it with --format gguf"):
         export(out, tmp_path / "refused", progress=False)
-    result = export(out, tmp_path / "export", format="gguf", progress=False)
+    result = export(out, tmp_path / "export", format="gguf", balance=balance, progress=False)
     counts = [layer["key_components"] for layer in json.loads((out / "config.json").read_text())["mea"]["layers"]]
     assert result.to_json()["key_value_heads"] == counts and counts[1] < counts[0]
     record = json.loads((out / "compression.json").read_text())["plan"]["kv_bytes_per_token"]

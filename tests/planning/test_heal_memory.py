@@ -9,7 +9,7 @@ from letters import character_tokenizer, tiny_llama
 
 from mea_compress.compression import compress
 from mea_compress.healing import heal
-from mea_compress.planning.heal_memory import heal_step_bytes, heal_weight_bytes
+from mea_compress.planning.heal_memory import heal_step_bytes, heal_weight_bytes, sharded_heal_weight_bytes
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "healing.md"
 # Vocabulary, channels, layers, query heads, key/value heads, channels of a head and of the MLP, whether tied.
@@ -30,6 +30,8 @@ def row(name):
     half = layers * (hidden * heads * dim + heads * dim * heads * dim)  # latent components, and their maps to heads
     trained = half + layers * 2 * hidden * queries * dim
     weights = [heal_weight_bytes(original, outer + half, trained, embeddings, 2, count) for count in (1, 8)]
+    parts = (original, outer + half, trained, embeddings, vocabulary * hidden, layers, 2)
+    weights += [sharded_heal_weight_bytes(*parts, count) for count in (8, 64)]
     shape = (layers, hidden, inner, vocabulary)
     steps = [heal_step_bytes(*shape, *how, 2, *more) for how, more in (((16, 1024), ()), ((8, 1024), ()))]
     steps.append(heal_step_bytes(*shape, 8, 1024, 2, True))
