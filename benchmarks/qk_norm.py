@@ -4,7 +4,7 @@ Qwen3's attention is also that of dots.llm1, which is composed at its cache: the
 layers are all dense, with the same tensors, and both are asked for the same logits first. Keys alone and keys with
 values are compressed, in closed form. In the projections the inverse norm of every key head is cached beside them.
 
-    python benchmarks/small_models.py SMALL --kind qwen3 --steps 150
+    python benchmarks/small_models.py SMALL --kind qwen3 --steps 300
     python benchmarks/qk_norm.py SMALL/qwen3 --text SMALL/held-out.txt --calibration SMALL/train.txt
 """
 
