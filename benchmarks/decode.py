@@ -505,7 +505,7 @@ def main():
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
         # Whether the absorbed times of a CPU are the kernel's.
-        **({"kernel_on_cpu": decode_cpu_mea.library() is not None} if arguments.device == "cpu" else {}),
+        "kernel_on_cpu": arguments.device == "cpu" and decode_cpu_mea.library() is not None,
         "attention": [],
         "stack": [],
     }

@@ -69,8 +69,8 @@ def test_fitted_again_it_brings_unseen_text_closer(name, tmp_path):
     source = stock_family(name, tmp_path / "source")
     compress(source, tmp_path / "left", refits=False)
     result = compress(source, tmp_path / "fitted", refits=True)
-    # Random gates and sinks leave little to gain: gpt-oss has 0.6 % less, the others more than 1 %.
-    assert stream_error(source, tmp_path / "fitted") < 0.997 * stream_error(source, tmp_path / "left")
+    share = 0.997 if name == "gpt_oss" else 0.99  # its sinks take what attention sends, which leaves less to gain
+    assert stream_error(source, tmp_path / "fitted") < share * stream_error(source, tmp_path / "left")
     own, told = FOUND[name].name, result.fidelity["layers"]
     left, fitted = (load_file(tmp_path / out / "model.safetensors") for out in ("left", "fitted"))
     assert left.keys() == fitted.keys()
