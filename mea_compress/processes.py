@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,9 @@ def join_processes(device: torch.device) -> torch.device:
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
+    state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
+    # Its threads would abort an interpreter that ends while they are still connected.
+    atexit.register(state.destroy_process_group)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

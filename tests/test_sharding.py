@@ -103,6 +103,7 @@ def work(directory: Path, names: list[str]) -> None:
         if os.environ["RANK"] == "0":
             save_file({key: value.clone() for key, value in found.items()}, directory / f"{name}.safetensors")
             (directory / f"{name}.json").write_text(json.dumps(curves))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
