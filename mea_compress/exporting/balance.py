@@ -18,6 +18,8 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from scipy.fft import dct
+from scipy.linalg import dft, hadamard
 from tqdm.auto import tqdm
 
 from mea_compress.architectures import Checkpoint
@@ -170,22 +172,15 @@ def _hadamard(size: int) -> Array:
     Signs of its rows are random: engines that rotate too (llama.cpp, by the same matrix) would undo it otherwise.
     """
     power = size & -size
-    matrix = np.ones((1, 1))
-    while len(matrix) < power:
-        matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]])) / np.sqrt(2)
-    rest = size // power
-    angles = np.pi / rest * np.outer(np.arange(rest), np.arange(rest) + 0.5)
-    cosines = np.cos(angles) * np.sqrt(2 / rest)  # of the discrete cosine transform, which any size has
-    cosines[0] /= np.sqrt(2)
+    cosines = dct(np.eye(size // power), axis=0, norm="ortho")  # which any size has
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size)
-    return signs[:, None] * np.kron(cosines, matrix)
+    return signs[:, None] * np.kron(cosines, hadamard(power) / np.sqrt(power))
 
 
 def _fourier(size: int) -> Array:
     """Return a unitary matrix all of whose entries are equally large, with random phases of its rows: (size, size)."""
-    places = np.arange(size)
     phases = np.exp(2j * np.pi * np.random.default_rng(0).random(size))
-    return phases[:, None] * np.exp(-2j * np.pi / size * np.outer(places, places)) / np.sqrt(size)
+    return phases[:, None] * dft(size, scale="sqrtn")
 
 
 __all__ = ["balanced_bases", "balancing", "balancing_tokens", "exported_pairs", "layer_basis"]
