@@ -305,12 +305,17 @@ def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     config = dict(source.raw_config)
     config["model_type"] = family.emitted_type
     config["architectures"] = [family.classes[-1]]
-    config["auto_map"] = auto_map(family.classes)
+    config["auto_map"] = auto_map(family)
     if not source.at_cache:
         config["num_key_value_heads"] = source.config.num_key_value_heads
     # What the weights are stored in is what they are loaded and cached in.
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_NAMES[plan.decisions.stored_dtype]
+    if plan.recipe.dtype is not None:  # parts of a model for more than text say what they are stored in themselves
+        for name, part in config.items():
+            if name.endswith("_config") and isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys():
+                kept = {key: value for key, value in part.items() if key != "torch_dtype"}
+                config[name] = kept | {"dtype": config["dtype"]}
     if source.quantised and not source.at_cache:
         blocks = [source.attention(layer).removesuffix(".") for layer in range(len(layers))]
         config["quantization_config"] = keep_in_full(config, source.reader, blocks)
@@ -339,7 +344,8 @@ def _write_documents(plan: Plan, config: dict[str, Any], fidelity: dict[str, Any
     card = source.reader.directory / "README.md"
     original = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     measured = {name: fidelity[name] for name in ("healing",) if name in fidelity}
-    text = model_card(name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
+    told = (name, plan.to_json(), measured | fidelity["verification"], recipe_yaml, versions(), original)
+    text = model_card(*told, auto_class=(*reversed(source.family.multimodal_classes), "AutoModelForCausalLM")[0])
     (target / "README.md").write_text(text, encoding="utf-8")
     if "healing" in fidelity and has_matplotlib():
         with refusals(target / "healing.png"):

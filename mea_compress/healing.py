@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from mea_compress.architectures import open_checkpoint
 from mea_compress.architectures.families import MEA_PREFIX
 from mea_compress.checkpoint import (
     CheckpointReader,
@@ -163,12 +164,40 @@ class HealingResult(Shown):
         return key_value_table(shown)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is healed, by what, and how: the arguments of `heal`, looked at."""
+
+    student: Path
+    teacher: Path
+    out: Path
+    documents: Documents | None
+    answers_only: bool
+    settings: DistillationSettings
+    sequence_length: int | None
+    bos: Bos
+    stages: tuple[str, ...]
+    target: torch.device
+    sharded: bool
+    progress: bool
+
+
+def _model_names(student: Path) -> Callable[[str], str]:
+    """Return what tells the name in the model of a stored tensor.
+
+    Those of models for more than text are stored under other names.
+    """
+    if _language_settings(student) is not None:
+        return open_checkpoint(student).model_name
+    return lambda name: name
+
+
 def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
-    """Return the dtype of every stored tensor that torch can compute with, by name."""
-    stored = {}
+    """Return the dtype of every stored tensor that torch can compute with, by its name in the model."""
+    stored, model_name = {}, _model_names(student)
     for info in CheckpointReader(student).tensors.values():
         with suppress(KeyError):
-            stored[info.name] = torch_dtype(info.dtype)
+            stored[model_name(info.name)] = torch_dtype(info.dtype)
     return stored
 
 
@@ -178,14 +207,15 @@ def _write_weights(student: CheckpointReader, directory: Path, changed: dict[str
     Args:
         student: The checkpoint; its index says the same of the new files and is not written again.
         directory: Where to.
-        changed: New values by name, on any device, rounded to the dtype in which they are stored.
+        changed: New values by their names in the model, on any device, rounded to the dtype in which they are stored.
 
     Raises:
         RequestError: The disk is full or refuses, or a source cannot be read.
     """
+    model_name = _model_names(student.directory)
 
     def entry(info: TensorInfo) -> Entry:
-        tensor = changed.get(info.name)
+        tensor = changed.get(model_name(info.name))
         if tensor is None:
             return info
         return NewTensor(info.name, info.dtype, info.shape, lambda: as_array(tensor.to("cpu", torch_dtype(info.dtype))))
@@ -210,16 +240,7 @@ def _check_places(student: Path, teacher: Path, out: Path) -> None:
 
 
 def _sequences(
-    documents: Documents | None,
-    answers_only: bool,
-    source: Path,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    trained: int,
-    seed: int,
-    bos: Bos,
-    progress: bool,
+    asked: _Request, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, torch.Tensor]:
     """Return sequences to train on and sequences held out, ids (N, length) of each, N at least one.
 
@@ -227,21 +248,16 @@ def _sequences(
     ``held_out_answers``, bool of the same shapes; see `answer_sequences`.
 
     Args:
-        documents: Where they come from; None samples them from the teacher.
-        answers_only: Whether the documents are conversations of which the answers count.
-        source: The original.
-        teacher: The same, loaded.
+        asked: Where they come from, documents or the teacher, and for how many steps; sampled are so many at most.
+        teacher: The original, loaded.
         tokenizer: Makes ids of the text.
         length: Tokens of a sequence.
-        trained: Sequences in all steps together; as many are taken, sampled within bounds.
-        seed: Of sampling, and of the places that are read in large files.
-        bos: See `sequence_prefix`.
-        progress: Show a bar on stderr.
     """
-    answers = None
+    documents, seed, bos, answers = asked.documents, asked.settings.seed, asked.bos, None
+    trained = asked.settings.steps * asked.settings.batch_size
     if documents is not None:
         limit = trained + _MAX_HELD_OUT
-        if answers_only:
+        if asked.answers_only:
             ids, answers = answer_sequences(documents, tokenizer, length, limit=limit, seed=seed, bos=bos)
         else:
             ids = token_sequences(documents, tokenizer, length, limit=limit, seed=seed, bos=bos)
@@ -253,7 +269,7 @@ def _sequences(
     else:
         count = min(trained, _MAX_SAMPLED)
         count += max(2, min(_MAX_HELD_OUT, count // 8))
-        reader = CheckpointReader(source)
+        reader = CheckpointReader(asked.teacher)
         what = {
             "model": fingerprint(reader, reader.config()),
             "tokenizer": tokenizer_digest(tokenizer),  # the student's own
@@ -264,7 +280,7 @@ def _sequences(
             "versions": versions(),
         }
         ids = kept_samples(
-            what, lambda: sample_sequences(teacher, tokenizer, count, length, seed, bos=bos, progress=progress)
+            what, lambda: sample_sequences(teacher, tokenizer, count, length, seed, bos=bos, progress=asked.progress)
         )
     held_out = max(1, min(_MAX_HELD_OUT, len(ids) // 9))
     made = {"training": ids[:-held_out], "held_out": ids[-held_out:]}
@@ -366,7 +382,8 @@ def heal(
     for name, weight in (("match_hidden", match_hidden), ("match_attention", match_attention)):
         if not 0 <= weight < math.inf:
             raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
-    vocabulary = CheckpointReader(student).config().get("vocab_size")
+    config = CheckpointReader(student).config()
+    vocabulary = (_language_settings(student) or config).get("vocab_size")
     if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
         raise RequestError(
             f"`top_logits` {top_logits} are no part of a vocabulary of {vocabulary}: give fewer, such as 256, or none"
@@ -408,7 +425,7 @@ def heal(
             "a library version": versions(),
         }
         with _state(out, states, resume) as state:
-            result, changed = _healed(
+            asked = _Request(
                 student,
                 teacher,
                 out,
@@ -417,13 +434,12 @@ def heal(
                 settings,
                 sequence_length,
                 bos,
+                stages,
                 target,
                 sharded,
-                stages,
                 progress,
-                state,
-                began,
             )
+            result, changed = _healed(asked, state, began)
             if is_first_process():
                 _publish(student, out, changed, result)
     return result
@@ -455,6 +471,12 @@ def _check_sharded(sharded: bool, text: TextChoice | None, stages: tuple[str, ..
         raise RequestError("adapters are not sharded: leave lora out of `train`, or --use_fsdp out of the launcher")
 
 
+def _language_settings(checkpoint: Path) -> dict[str, Any] | None:
+    """Return what the config.json of a checkpoint says of its language model, None where that is not a part of it."""
+    part = CheckpointReader(checkpoint).config().get("text_config")
+    return part if isinstance(part, dict) else None
+
+
 def _check_models(student: Path, teacher: Path) -> None:
     """Check, from their configurations, that a teacher may be what a student was made from.
 
@@ -472,8 +494,9 @@ def _check_models(student: Path, teacher: Path) -> None:
         "hidden_size": "channels",
         "vocab_size": "tokens in its vocabulary",
     }
+    language = [_language_settings(path) or config for path, config in zip((student, teacher), configs, strict=True)]
     for key, what in told.items():
-        own, other = (config.get(key) for config in configs)
+        own, other = (settings.get(key) for settings in language)
         if own != other:
             raise RequestError(
                 f"{teacher} has {other} {what} and {student} {own}: give the original it was made from as `teacher`"
@@ -485,26 +508,17 @@ def _check_models(student: Path, teacher: Path) -> None:
         )
 
 
-def _healed(
-    student: Path,
-    teacher: Path,
-    out: Path,
-    documents: Documents | None,
-    answers_only: bool,
-    settings: DistillationSettings,
-    sequence_length: int | None,
-    bos: Bos,
-    target: torch.device,
-    sharded: bool,
-    stages: tuple[str, ...],
-    progress: bool,
-    state: Workspace | None,
-    began: float,
-) -> tuple[HealingResult, dict[str, torch.Tensor]]:
+def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[HealingResult, dict[str, torch.Tensor]]:
     """Distil the student; return what was done, and its new weights by name, none where it did not help."""
+    student, teacher, target, settings, stages = (
+        asked.student,
+        asked.teacher,
+        asked.target,
+        asked.settings,
+        asked.stages,
+    )
     steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
-
-    mesh = all_processes(target) if sharded else None
+    mesh = all_processes(target) if asked.sharded else None
 
     def load(checkpoint: Path) -> tuple[PreTrainedModel, torch.dtype]:
         model = load_model(checkpoint, None, target if mesh is None else "cpu")
@@ -519,7 +533,7 @@ def _healed(
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))
-    length = choose_sequence_length(teacher_model, sequence_length)
+    length = choose_sequence_length(teacher_model, asked.sequence_length)
     training_of = Stages(model, seed)
     for stage in reversed(stages):  # all are looked at before anything is done, and the first one is begun with
         training_of.begin(stage)
@@ -529,16 +543,10 @@ def _healed(
             f"{student} stores {missing[0]} under another name, so it cannot be trained: use attention for `train`"
         )
     tokenizer = load_tokenizer(student)
-    prefix = sequence_prefix(tokenizer, bos)
+    prefix = sequence_prefix(tokenizer, asked.bos)
     sequences: dict[str, torch.Tensor] = {}
     if is_first_process():
-        trained = steps * batch_size
-        sequences = _stored_sequences(
-            state,
-            lambda: _sequences(
-                documents, answers_only, teacher, teacher_model, tokenizer, length, trained, seed, bos, progress
-            ),
-        )
+        sequences = _stored_sequences(state, lambda: _sequences(asked, teacher_model, tokenizer, length))
         for name in ("training", "held_out"):
             check_ids(sequences[name], vocabulary_size(model), student)
     sequences = from_first_process(sequences)
@@ -556,7 +564,7 @@ def _healed(
     done: list[HealingStage] = []
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
-    with tqdm(total=total, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
+    with tqdm(total=total, desc="healing", unit="step", disable=not asked.progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
@@ -584,20 +592,20 @@ def _healed(
         model = model.float()
     prompt = held_out[:2, : min(_PROMPT_TOKENS, length - 1)].to(model.device)
     decoded = min(_DECODED_TOKENS, length - prompt.shape[1])
-    if sharded and products != torch.float32:  # weights are gathered as products take them
+    if asked.sharded and products != torch.float32:  # weights are gathered as products take them
         with torch.autocast(target.type, products):
             check_decoding(model, prompt, decoded, _ROUGH_TOLERANCE)
     else:
         check_decoding(model, prompt, decoded, DECODING_TOLERANCE)
 
     result = HealingResult(
-        out=out,
+        out=asked.out,
         steps=steps,
         tokens=sum(one.all_steps for one in done) * batch_size * length,
         learning_rate=settings.learning_rate,
         relative_rate=done[-1].relative_rate,
         train=",".join(stages),
-        text="sampled from the teacher" if documents is None else documents.title,
+        text="sampled from the teacher" if asked.documents is None else asked.documents.title,
         seed=seed,
         trained_parameters=training_of.largest,
         held_out_tokens=before.tokens,
@@ -609,7 +617,7 @@ def _healed(
         kept="healed" if better else "unhealed",
         seconds=round(time.monotonic() - began, 1),
         prefix_ids=prefix,
-        answers_only=answers_only,
+        answers_only=asked.answers_only,
         stages=tuple(done),
         losses=tuple(losses),
     )
@@ -623,7 +631,7 @@ def _healed(
     # Where all weights learn a tied weight may be stored under both of its names.
     names = stored if "all" in stages else sorted(training_of.trained)
     changed = {name: weights[name] for name in names if name in weights} if better else {}
-    return result, gathered(changed) if sharded else changed
+    return result, gathered(changed) if asked.sharded else changed
 
 
 def _stored_sequences(state: Workspace | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from mea_compress.checkpoint.hub import local_directory
 from mea_compress.errors import RequestError
-from mea_compress.modeling import register
+from mea_compress.modeling import multimodal_classes, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,6 +85,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the causal language model of a checkpoint directory, in evaluation mode, from safetensors only.
 
+    One that has images or sound as well is loaded with all that it has.
+
     Args:
         path: Directory of the checkpoint, or its hub id.
         dtype: Dtype of the weights; None keeps the checkpoint's.
@@ -95,8 +97,6 @@ def load_model(
         RequestError: No such directory, no safetensors in it, transformers cannot make a model of it, or a tensor of
             the model is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     path = _checkpoint_directory(path)
     register()
     if not any(path.glob("*.safetensors")):
@@ -105,7 +105,7 @@ def load_model(
         )
     target, weights_dtype = resolve_device(device), resolve_dtype(dtype) or "auto"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(path, trust_remote_code).from_pretrained(
             path,
             dtype=weights_dtype,
             local_files_only=True,
@@ -125,6 +125,14 @@ def load_model(
             "these weights"
         )
     return model.to(target).eval()
+
+
+def _auto_class(path: Path, trust_remote_code: bool) -> Any:
+    """Return the one of transformers' auto classes that loads all of a checkpoint with a language model in it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    return (*multimodal_classes(type(config)), AutoModelForCausalLM)[0]
 
 
 def load(
@@ -173,6 +181,19 @@ def _first_line(error: Exception) -> str:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Return the number of tokens that a model predicts."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def placeholder_tokens(config: Any) -> tuple[int, ...]:
+    """Return the ids of tokens that stand where images or sound are, none of which is text, in ascending order.
+
+    Args:
+        config: Configuration of a model.
+    """
+    if config.get_text_config() is config:
+        return ()
+    of_text = {f"{name}_token_id" for name in ("bos", "eos", "pad", "sep", "decoder_start")}
+    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    return tuple(sorted({value for name, value in named.items() if name not in of_text and isinstance(value, int)}))
 
 
 def check_ids(ids: torch.Tensor, vocabulary: int, checkpoint: Path | str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from mea_compress.architectures.geometry import decoder_layers
 from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process, process_count, process_number
 
@@ -114,17 +115,14 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, products: torch.dtype | None
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            owners: dict[int, set[str]] = {}
-            for each, weight in model.named_parameters(remove_duplicate=False):
-                layer = each.removeprefix(f"{name}.").partition(".")[0] if each.startswith(f"{name}.") else ""
-                owners.setdefault(id(weight), set()).add(layer)
-            if any(len(layers) > 1 for layers in owners.values()):
-                break
-            return module
-    raise RequestError(f"the layers of a {type(model).__name__} cannot be sharded one by one: leave --use_fsdp out")
+    name, found = decoder_layers(model)
+    owners: dict[int, set[str]] = {}
+    for each, weight in model.named_parameters(remove_duplicate=False):
+        layer = each.removeprefix(f"{name}.").partition(".")[0] if each.startswith(f"{name}.") else ""
+        owners.setdefault(id(weight), set()).add(layer)
+    if any(len(layers) > 1 for layers in owners.values()):
+        raise RequestError(f"the layers of a {type(model).__name__} cannot be sharded one by one: leave --use_fsdp out")
+    return found
 
 
 def is_sharded(model: nn.Module) -> bool:

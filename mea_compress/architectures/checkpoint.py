@@ -42,6 +42,9 @@ class Checkpoint:
             ``config.mea`` says what each layer caches (compositions ``none`` where the checkpoint is not an MEA model).
         native: Whether the checkpoint is an MEA model already.
         raw_config: config.json as it stands.
+        whole_config: Configuration object of all that is in the checkpoint where its language model is a part of it,
+            whose configuration `config` is then.
+        stored_under: Path of the list of decoder layers in the model, and in the names of the stored tensors.
     """
 
     reader: CheckpointReader
@@ -49,6 +52,8 @@ class Checkpoint:
     config: ModelShape
     native: bool
     raw_config: dict[str, Any]
+    whole_config: Any = None
+    stored_under: tuple[str, str] = ("", "")
 
     @property
     def name(self) -> str:
@@ -60,7 +65,7 @@ class Checkpoint:
     def model_config(self) -> Any:
         """Return the configuration object of the MEA form of the family, for modules and models."""
         if self.at_cache:
-            return self.config
+            return self.whole_config or self.config
         where = str(self.reader.directory / "config.json")
         return model_configuration(self.raw_config, self.family, self.native, where)
 
@@ -90,17 +95,33 @@ class Checkpoint:
         return next(geometry for geometry in layers if geometry is not None)
 
     def attention(self, layer: int) -> str:
-        """Return the prefix of the tensors of a layer's attention."""
+        """Return the prefix of the tensors of a layer's attention, by their names in the model."""
         geometry = self.geometry(layer)
         assert geometry is not None
         return f"{geometry.block}."
+
+    @property
+    def language_settings(self) -> dict[str, Any]:
+        """Return what config.json says of the language model."""
+        part = self.raw_config.get("text_config")
+        return part if self.whole_config is not None and isinstance(part, dict) else self.raw_config
+
+    def model_name(self, name: str) -> str:
+        """Return what a stored tensor of the decoder layers is called in the model."""
+        path, stored = self.stored_under
+        return path + name.removeprefix(stored) if path and name.startswith(f"{stored}.") else name
+
+    def stored_name(self, name: str) -> str:
+        """Return the name under which a tensor of the decoder layers is stored, or begins, given that in the model."""
+        path, stored = self.stored_under
+        return stored + name.removeprefix(path) if path and name.startswith(f"{path}.") else name
 
     def attention_tensor(self, layer: int, name: str) -> str:
         """Return what a tensor of a layer's attention is called here, given its name below it.
 
         Some checkpoints leave out what stands before the layers in the names of the model's own tensors.
         """
-        full = self.attention(layer) + name
+        full = self.stored_name(self.attention(layer) + name)
         _, _, bare = full.partition(".")
         return bare if self.reader.has(bare) and not self.reader.has(full) else full
 
@@ -142,7 +163,9 @@ class Checkpoint:
     def attention_tensors(self) -> list[str]:
         """Return the names of all tensors of attention blocks, without those that compose heads; of all if unknown."""
         layers = range(self.config.num_hidden_layers)
-        prefixes = tuple(self.attention(layer) for layer in layers if self.geometry(layer) is not None)
+        prefixes = tuple(
+            self.stored_name(self.attention(layer)) for layer in layers if self.geometry(layer) is not None
+        )
         names = self.reader.model_names
         own = [name for name in names if name.startswith(prefixes) and "_composition." not in name]
         return own or names
@@ -214,7 +237,7 @@ def _open_at_cache(
     Raises:
         RequestError: As `open_checkpoint`.
     """
-    from mea_compress.architectures.geometry import find_geometry, missing_tensors
+    from mea_compress.architectures.geometry import find_geometry, missing_tensors, stored_layers
     from mea_compress.modeling import family_classes
 
     names = raw.get("architectures")
@@ -230,7 +253,7 @@ def _open_at_cache(
     try:
         if not native:
             stock_config = classes[0].__mro__[1].from_dict(copy.deepcopy(settings))
-            if getattr(stock_config, "kv_lora_rank", None):  # whether config.json names it or not
+            if getattr(stock_config.get_text_config(), "kv_lora_rank", None):  # whether config.json names it or not
                 raise RequestError(
                     f"{where}: this {family.model_type} checkpoint cannot be compressed, its attention already caches "
                     "a latent (MLA)"
@@ -238,8 +261,12 @@ def _open_at_cache(
             found = find_geometry(stock_config)
             settings.pop("model_type")
             settings["mea"] = {"layers": [_uncomposed(geometry) for geometry in found]}
-        config = classes[0].from_dict(settings)
-        missing = missing_tensors(config, {name: info.shape for name, info in reader.tensors.items()})
+        whole = classes[0].from_dict(settings)
+        config, shapes = whole.get_text_config(), {name: info.shape for name, info in reader.tensors.items()}
+        source = Checkpoint(reader, family, config, native, raw, None if config is whole else whole)
+        if config is not whole:
+            source = replace(source, stored_under=stored_layers(whole, shapes))
+        missing = missing_tensors(whole, {source.model_name(name): shape for name, shape in shapes.items()})
     except RequestError:
         raise
     except Exception as error:  # of transformers' configurations and models, any
@@ -254,7 +281,7 @@ def _open_at_cache(
             f"{where}: this {family.model_type} checkpoint cannot be compressed, no layer of it caches keys and values "
             "per head"
         )
-    return Checkpoint(reader, family, config, native, raw)
+    return source
 
 
 def _decoded(value: Any) -> Any:

@@ -63,6 +63,8 @@ class Family:
             is known of such a family but its type.
         class_names: Of its classes here (configuration, base model, causal language model), where they are not made
             from the stem.
+        multimodal_classes: Names of transformers' auto classes that load it with its towers for images or sound, where
+            the language model is a part of it.
     """
 
     model_type: str
@@ -74,6 +76,7 @@ class Family:
     stock_export: bool = True
     at_cache: bool = False
     class_names: tuple[str, str, str] | None = None
+    multimodal_classes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, str, str]:
@@ -152,37 +155,42 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise RequestError(f"{where} has no model_type; use a checkpoint directory that transformers can load")
-    for key in ("vision_config", "audio_config"):
-        if isinstance(config.get(key), dict):
-            raise RequestError(
-                f"{where}: this {model_type} checkpoint has more than a language model in it ({key}), and language "
-                "models are compressed by themselves; give a checkpoint of its language model alone"
-            )
     known = {family.model_type: family for family in FAMILIES}
     stock_type = model_type.removeprefix(MEA_PREFIX)
     unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
     for key, reason in unsupported.items():
         if config.get(key) is not None and not (key == "quantization_config" and fp8_layout(config)):
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
-    if stock_type in known:
-        return known[stock_type]
-    return _family_at_cache(stock_type, where)
+    family = known.get(stock_type) or _family_at_cache(stock_type, where)
+    for key in ("vision_config", "audio_config"):
+        if isinstance(config.get(key), dict) and not family.multimodal_classes:
+            raise RequestError(
+                f"{where}: this {model_type} checkpoint has more than a language model in it ({key}), and transformers "
+                "has no class of the whole whose language model can be told apart; give a checkpoint of the language "
+                "model alone"
+            )
+    return family
 
 
 def _family_at_cache(model_type: str, where: str) -> Family:
     """Return any other family that transformers has a causal language model of."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
-    from mea_compress.modeling import family_classes
+    from mea_compress.modeling import family_classes, multimodal_classes
 
     try:
         config, base, model = family_classes(model_type)
     except ValueError:
-        near = difflib.get_close_matches(model_type, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=1)
+        types = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES]
+        near = difflib.get_close_matches(model_type, types, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise RequestError(
             f"{where}: model_type {model_type!r} cannot be compressed{hint}; give a checkpoint of a causal language "
             "model that this release of transformers knows"
         ) from None
     names = (config.__name__, (base or model).__name__, model.__name__)
-    return Family(model_type, "", stock_export=False, at_cache=True, class_names=names)
+    multimodal = tuple(auto.__name__ for auto in multimodal_classes(config))
+    return Family(model_type, "", stock_export=False, at_cache=True, class_names=names, multimodal_classes=multimodal)

@@ -11,7 +11,7 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache as remember
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from mea_compress.architectures.families import LayerGeometry
+from mea_compress.modeling import stock_class
 from mea_compress.modeling.encoded_mea import cache_parameter
 from mea_compress.modeling.section_mea import rotary_pairs
 
@@ -49,9 +50,9 @@ def find_geometry(config: Any) -> list[LayerGeometry | str]:
             raise _Cached(key_states, value_states)
 
     shrunk = shrink_vocabulary(copy.deepcopy(config))
-    model = skeleton(shrunk, _keep_small)
+    model, language = skeleton(shrunk, _keep_small), config.get_text_config()
     path, layers = decoder_layers(model)
-    length = min(getattr(config, "max_position_embeddings", None) or _REACH, _REACH)
+    length = min(getattr(language, "max_position_embeddings", None) or _REACH, _REACH)
     positions = torch.arange(_TOKENS) * max(1, (length - 1) // _TOKENS)
     ids = torch.full((1, _TOKENS), _SMALL_VOCABULARY - 1)
     found: dict[int, LayerGeometry | str] = {}
@@ -60,7 +61,7 @@ def find_geometry(config: Any) -> list[LayerGeometry | str]:
         layer.forward = _recording(f"{path}.{index}", layer, forwards[index], found, index)
     with torch.no_grad():
         run_decoder(model, input_ids=ids, position_ids=positions[None], cache=Recording(config=shrunk))
-    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    kinds = getattr(language, "layer_types", None) or [None] * len(layers)
     for index, kind in enumerate(kinds):
         if found.get(index) == _NOT_SEEN and kind in ("full_attention", "sliding_attention", "chunked_attention"):
             raise ValueError(f"what layer {index} ({kind}) caches could not be seen")
@@ -77,6 +78,7 @@ def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str |
         config: The configuration object of the emitted form of a family.
         shapes: The tensors of the checkpoint.
     """
+    from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from mea_compress.modeling.modeling_mea import family_model
@@ -84,7 +86,8 @@ def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str |
     model_class: Any = family_model(stock_class(type(config).__mro__[1]))
     with torch.device("meta"):
         model = model_class(config)
-    names = (config.model_type, model_class.__name__)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = {name for part in parts for name in (part.config.model_type, type(part).__name__)}
     converts = any(get_checkpoint_conversion_mapping(name) is not None for name in names)
     tied = set(model.all_tied_weights_keys) if config.get_text_config().tie_word_embeddings else set()
     prefix = f"{model.base_model_prefix}."
@@ -98,27 +101,71 @@ def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str |
     return None
 
 
+def stored_layers(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+    """Return the path of a model's decoder layers, and what stands in its place in the names of stored tensors.
+
+    Published checkpoints of models for more than text have names of their own, which transformers changes as it loads
+    them. What it makes of a name is seen by loading.
+
+    Args:
+        config: The configuration object of the emitted form of a family.
+        shapes: The stored tensors.
+    """
+    block = next(entry["block"] for entry in config.mea["layers"] if entry)
+    parts = block.split(".")
+    place = next(place for place, part in enumerate(parts) if part.isdecimal())
+    path, below = ".".join(parts[:place]), ".".join(parts[place:])
+    stock = stock_configuration(config)
+
+    def keep_block(model: Any) -> None:
+        kept = set(model.get_submodule(block).modules())
+        empty([module for module in model.modules() if module not in kept])
+
+    names = [name for name in skeleton(stock, keep_block).state_dict() if name.startswith(f"{block}.")]
+    for name in names:
+        tail = f".{parts[place - 1]}.{below}{name.removeprefix(block)}"
+        candidates = [stored for stored in shapes if f".{stored}".endswith(tail)]
+        marks = {stored: torch.full(shapes[stored], float(mark)) for mark, stored in enumerate(candidates, 2)}
+        if not candidates or name in candidates:
+            continue
+        loaded = skeleton(stock, keep_block, marks).get_parameter(name)
+        for stored, mark in marks.items():
+            if mark.shape == loaded.shape and torch.equal(mark, loaded):
+                return path, stored.removesuffix(f".{below}{name.removeprefix(block)}")
+    return path, path
+
+
+def stock_configuration(config: Any) -> Any:
+    """Return the configuration object of a family itself, without a ``mea`` section.
+
+    Args:
+        config: That of its emitted form.
+    """
+    kind: Any = type(config)
+    own = ("model_type", "mea", "auto_map", "architectures")
+    settings = {name: value for name, value in copy.deepcopy(config.to_dict()).items() if name not in own}
+    return kind.__mro__[1].from_dict(settings)
+
+
 def shrink_vocabulary(config: Any) -> Any:
     """Cut the vocabulary of a configuration down, in place: embeddings are not looked at."""
+    language = config.get_text_config()
     for name in ("vocab_size", "vocab_size_per_layer_input"):
-        if getattr(config, name, None):
-            setattr(config, name, _SMALL_VOCABULARY)
-    config.pad_token_id = None
+        if getattr(language, name, None):
+            setattr(language, name, _SMALL_VOCABULARY)
+    language.pad_token_id = None
     return config
 
 
-def stock_class(kind: Any) -> Any:
-    """Return the class that transformers has for causal language models of a class of configurations.
-
-    Raises:
-        ValueError: It has none.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
-    except KeyError:
-        raise ValueError(f"transformers has no causal language model of model_type {kind.model_type!r}") from None
+def empty(modules: Iterable[nn.Module]) -> None:
+    """Take all weights out of modules themselves, not out of those within; what else they know of themselves stays."""
+    module: Any
+    for module in modules:
+        module._is_hf_initialized = True  # nothing is there to be initialised
+        for name in list(module._parameters):
+            module._parameters[name] = None
+        for name in list(module._buffers):
+            module._buffers[name] = None
 
 
 def skeleton(
@@ -127,7 +174,7 @@ def skeleton(
     state: dict[str, torch.Tensor] | None = None,
     stored: Callable[[str], bool] = lambda name: False,
 ) -> Any:
-    """Build a model in float32 of which only a part has its own weights.
+    """Build a model in float32 of which only a part has its own weights; towers for images and sound have none.
 
     Args:
         config: Its configuration.
@@ -142,6 +189,7 @@ def skeleton(
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
+        empty(beside_language(self))
         prune(self)
 
     fields = {"__init__": build, "__module__": stock.__module__}
@@ -179,14 +227,31 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         ValueError: There is no list of as many modules as the configuration says.
     """
     depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
+    within = model.get_decoder() if is_composite(model) else model
+    for module in within.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
+            return next(name for name, found in model.named_modules() if found is module), module
     raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
 
 
+def is_composite(model: Any) -> bool:
+    """Return whether a language model is a part of a model."""
+    return model.config.get_text_config() is not model.config
+
+
+def beside_language(model: Any) -> list[nn.Module]:
+    """Return the modules of a model that its language model does without."""
+    if not is_composite(model):
+        return []
+    owner, _, _ = decoder_layers(model)[0].rpartition(".")
+    needed = set(model.get_submodule(owner).modules())
+    head = model.get_output_embeddings()
+    needed |= set() if head is None else set(head.modules())
+    return [module for module in model.modules() if module not in needed]
+
+
 def run_decoder(model: Any, cache: Any = None, **inputs: Any) -> Any:
-    """Run a causal language model as far as its decoder goes.
+    """Run a causal language model as far as its decoder goes; of what is more than that, the language model alone.
 
     Args:
         model: The model.
@@ -194,6 +259,8 @@ def run_decoder(model: Any, cache: Any = None, **inputs: Any) -> Any:
         **inputs: Other arguments; ``position_ids`` are left out where the model does not know them.
     """
     decoder = getattr(model, model.base_model_prefix, model)
+    if is_composite(model):
+        decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
     kind: Any = type(decoder)
     if "position_ids" not in inspect.signature(kind.forward).parameters:
         inputs.pop("position_ids", None)
@@ -334,4 +401,13 @@ def _rotary(keys: torch.Tensor, head_dim: int) -> tuple[int, bool]:
     return min(candidates, key=lambda layout: candidates[layout])
 
 
-__all__ = ["decoder_layers", "find_geometry", "run_decoder", "skeleton", "stock_class"]
+__all__ = [
+    "beside_language",
+    "decoder_layers",
+    "find_geometry",
+    "is_composite",
+    "run_decoder",
+    "skeleton",
+    "stock_configuration",
+    "stored_layers",
+]

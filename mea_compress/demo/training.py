@@ -129,7 +129,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _save(model: PreTrainedModel, directory: Path) -> None:
     """Save weights, configuration, and the code that loads them where this package is not installed."""
     model.config._attn_implementation = None
-    model.config.auto_map = auto_map(FAMILIES[0].classes)
+    model.config.auto_map = auto_map(FAMILIES[0])
     model.cpu().save_pretrained(directory)
     write_code(directory)
 

@@ -15,16 +15,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mea_compress.architectures import Checkpoint
+from mea_compress.architectures.geometry import stock_configuration
 from mea_compress.checkpoint import as_tensor
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.decoding import check_decoding, run_cached
 from mea_compress.emit.comparison import DECODED_TOKENS, TOKENS, TOLERANCE, relative_difference
 from mea_compress.errors import VerificationError
 from mea_compress.heads.composed import Array, FactoredHeads
-from mea_compress.layers.blocks import BlockRunner, stock_configuration
+from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.read import read_coded
 from mea_compress.layers.store import StoredLayer
-from mea_compress.modeling import register
+from mea_compress.loading import placeholder_tokens
+from mea_compress.modeling import register, stock_class
 from mea_compress.modeling.encoded_mea import cache_parameter, compose_block
 
 
@@ -98,7 +100,7 @@ def _projected(side: FactoredHeads) -> Array:
 
 def _stored(emitted: Checkpoint, layer: int) -> StoredLayer:
     """Return a layer's encoders and decoders as they were written."""
-    prefix = emitted.attention(layer)
+    prefix = emitted.stored_name(emitted.attention(layer))
     names = [name for name in emitted.reader.tensors if name.startswith(prefix) and "_composition." in name]
     tensors = {name.removeprefix(prefix): emitted.reader.read_array(name) for name in names}
     return StoredLayer(emitted.config.mea["layers"][layer], tensors)
@@ -106,17 +108,20 @@ def _stored(emitted: Checkpoint, layer: int) -> StoredLayer:
 
 def _check_model(emitted: Checkpoint) -> tuple[float, int, float]:
     """Return the relative difference of logits, the cache bytes per token, and that of decoding."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
 
     register()
     directory, options = str(emitted.reader.directory), {"local_files_only": True, "experts_implementation": "eager"}
     model: Any = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-    config = stock_configuration(emitted)
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = stock_configuration(emitted.model_config)
+    language = config.get_text_config()
+    length = min(TOKENS, getattr(language, "max_position_embeddings", None) or TOKENS)
+    ids = torch.randint(0, language.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    placeholders = torch.tensor(placeholder_tokens(config), dtype=torch.long)
+    text = next(token for token in range(language.vocab_size) if token not in placeholders)
+    ids[torch.isin(ids, placeholders)] = text
+    kind: Any = stock_class(type(config))
     stock: Any = kind.from_pretrained(directory, config=config, dtype=torch.float32, **options)
     maps = {
         layer: [torch.from_numpy(_projected(read_coded(emitted, layer, side))).float() for side in ("key", "value")]
@@ -171,9 +176,9 @@ def _decode_block(emitted: Checkpoint, layer: int) -> float:
 
     runner = BlockRunner(emitted, layer, _stored(emitted, layer))
     config = runner.model.config
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    length = min(TOKENS, getattr(emitted.config, "max_position_embeddings", None) or TOKENS)
     prompt = max(1, length - DECODED_TOKENS)
-    hidden = torch.randn(1, length, config.hidden_size, generator=torch.Generator().manual_seed(layer))
+    hidden = torch.randn(1, length, emitted.config.hidden_size, generator=torch.Generator().manual_seed(layer))
     cache = DynamicCache(config=config)
     with torch.no_grad():
         expected = runner.send(hidden)

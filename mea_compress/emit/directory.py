@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_compress.architectures.checkpoint import ADAPTER_CONFIG
+from mea_compress.architectures.families import Family
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.checkpoint.files import write_json
 from mea_compress.emit.code import CODE_FILES, write_code
@@ -75,18 +76,11 @@ def _other_files(reader: CheckpointReader) -> list[Path]:
     return [reader.directory / relative for relative in reader.other_files()]
 
 
-def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
-    """Return the section of config.json that tells transformers which of the code files has which class.
-
-    Args:
-        classes: Names of a family's configuration, base model and causal language model.
-    """
-    config, base, causal = classes
-    return {
-        "AutoConfig": f"configuration_mea.{config}",
-        "AutoModel": f"modeling_mea.{base}",
-        "AutoModelForCausalLM": f"modeling_mea.{causal}",
-    }
+def auto_map(family: Family) -> dict[str, str]:
+    """Return the section of config.json that tells transformers which of the code files has which class."""
+    config, base, causal = family.classes
+    classes = {"AutoConfig": f"configuration_mea.{config}", "AutoModel": f"modeling_mea.{base}"}
+    return classes | dict.fromkeys(("AutoModelForCausalLM", *family.multimodal_classes), f"modeling_mea.{causal}")
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

@@ -303,7 +303,8 @@ def _entries_at_cache(plan: Plan, fitted: Mapping[int, Mapping[str, Entry]]) -> 
     order = list(entries)
     for layer, tensors in fitted.items():
         made = {source.attention_tensor(layer, name): tensors[name] for name in sorted(tensors)}
-        own = [place for place, name in enumerate(order) if name.startswith(source.attention(layer))]
+        prefix = source.stored_name(source.attention(layer))
+        own = [place for place, name in enumerate(order) if name.startswith(prefix)]
         place = own[-1] + 1 if own else len(order)
         order[place:place] = [name for name in made if name not in entries]
         entries |= {name: replace(entry, name=name) for name, entry in made.items()}

@@ -7,7 +7,6 @@ states that are asked for.
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +20,12 @@ from torch import nn
 from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.geometry import (
     decoder_layers,
+    empty,
     passed_on,
     run_decoder,
     shrink_vocabulary,
     skeleton,
+    stock_configuration,
 )
 from mea_compress.checkpoint import as_tensor
 from mea_compress.errors import RequestError
@@ -98,7 +99,7 @@ class BlockRunner:
         device: torch.device | str = "cpu",
         products: torch.dtype = torch.float32,
     ) -> None:
-        config = stock_configuration(source)
+        config = stock_configuration(source.model_config)
         prefix, index = _layer_prefix(source, layer), layer
         state = {
             name: source.reader.read(name).to(dtype)
@@ -110,7 +111,7 @@ class BlockRunner:
             _, layers = decoder_layers(model)
             for number, other in enumerate(layers):
                 if number != index:
-                    _empty(other)
+                    empty(other.modules())
 
         self.model = skeleton(shrink_vocabulary(config), prune, state, lambda name: _belongs(name, prefix))
         _, layers = decoder_layers(self.model)
@@ -333,7 +334,8 @@ class BlockHeadRunner:
 
 def _without_layers(source: Checkpoint) -> Any:
     """Return the model in float32 with the weights of all but its decoder layers."""
-    path = _layer_list(source)
+    # Towers for images and sound have lists of layers too, which are not needed either.
+    path = _layer_list(source) if source.whole_config is None else r"\w+"
     state = {
         name: source.reader.read(name).float()
         for name in source.reader.model_names
@@ -342,9 +344,9 @@ def _without_layers(source: Checkpoint) -> Any:
 
     def prune(model: Any) -> None:
         for layer in decoder_layers(model)[1]:
-            _empty(layer)
+            empty(layer.modules())
 
-    return skeleton(stock_configuration(source), prune, state, lambda name: True)
+    return skeleton(stock_configuration(source.model_config), prune, state, lambda name: True)
 
 
 def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
@@ -378,17 +380,10 @@ def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
     return hidden
 
 
-def stock_configuration(source: Checkpoint) -> Any:
-    """Return the configuration object of the family itself, without a ``mea`` section."""
-    config: Any = source.config
-    kind: Any = type(config)
-    own = ("model_type", "mea", "auto_map", "architectures")
-    settings = {name: value for name, value in copy.deepcopy(config.to_dict()).items() if name not in own}
-    return kind.__mro__[1].from_dict(settings)
-
-
 def _layer_list(source: Checkpoint) -> str:
-    """Return the name of the list of decoder layers, ``layers``."""
+    """Return the name of the list of decoder layers, ``layers``; of one model in another its path as it is stored."""
+    if source.whole_config is not None:
+        return source.stored_under[1]
     parts = source.first_geometry.block.split(".")
     return parts[next(place for place, part in enumerate(parts) if part.isdecimal()) - 1]
 
@@ -400,17 +395,6 @@ def _layer_prefix(source: Checkpoint, layer: int) -> str:
 def _belongs(name: str, prefix: str) -> bool:
     """Return whether a tensor is one of a layer, whatever stands before the list of layers in its name."""
     return name.startswith(prefix) or f".{prefix}" in name
-
-
-def _empty(layer: nn.Module) -> None:
-    """Take all weights out of a layer; what else it knows of itself stays."""
-    module: Any
-    for module in layer.modules():
-        module._is_hf_initialized = True  # nothing is there to be initialised
-        for name in list(module._parameters):
-            module._parameters[name] = None
-        for name in list(module._buffers):
-            module._buffers[name] = None
 
 
 def _passing(layer: nn.Module, number: int | None) -> Callable[..., Any]:
@@ -516,5 +500,4 @@ __all__ = [
     "ObservedAttention",
     "embed_tokens",
     "recorded",
-    "stock_configuration",
 ]

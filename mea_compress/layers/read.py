@@ -66,7 +66,7 @@ def read_coded(source: Checkpoint, layer: int, side: str) -> FactoredHeads:
     )
     if form.encoder_shape is None:
         return factored
-    name = f"{source.attention(layer)}{side}_composition."
+    name = source.stored_name(f"{source.attention(layer)}{side}_composition.")
     factored = replace(factored, weight=_read(source, f"{name}weight"))
     return factored.with_encoder(_read(source, f"{name}encoder"))
 

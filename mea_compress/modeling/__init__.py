@@ -39,14 +39,13 @@ def family_classes(stock_type: str) -> tuple[Any, Any, Any]:
         stock_type: ``model_type`` of the family's own checkpoints.
 
     Returns:
-        Its configuration, its base model or None, and its causal language model.
+        Its configuration, its base model or None, and its causal language model, with whatever else is in it.
 
     Raises:
         ValueError: Transformers has no causal language model of that type.
     """
     from transformers import (
         CONFIG_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_MAPPING,
         AutoConfig,
         AutoModel,
@@ -58,22 +57,59 @@ def family_classes(stock_type: str) -> tuple[Any, Any, Any]:
 
     try:
         stock: Any = CONFIG_MAPPING[stock_type]
-        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
     except KeyError:
         raise ValueError(f"transformers has no causal language model of model_type {stock_type!r}") from None
+    causal: Any = stock_class(stock)
     config = family_config(stock)
     AutoConfig.register(f"mea_{stock_type}", config, exist_ok=True)
-    AutoModelForCausalLM.register(config, family_model(causal), exist_ok=True)
+    for auto in (AutoModelForCausalLM, *multimodal_classes(stock)):
+        auto.register(config, family_model(causal), exist_ok=True)
     base: Any = MODEL_MAPPING.get(stock, None)
     if base is not None:
         AutoModel.register(config, family_model(base), exist_ok=True)
     return config, base and family_model(base), family_model(causal)
 
 
+def stock_class(kind: Any) -> Any:
+    """Return the class that transformers has for language models of a class of configurations, images and all.
+
+    Raises:
+        ValueError: It has none.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    multimodal = multimodal_classes(kind)
+    found: Any = (MODEL_FOR_MULTIMODAL_LM_MAPPING if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING).get(kind, None)
+    if found is None:
+        raise ValueError(f"transformers has no causal language model of model_type {kind.model_type!r}")
+    return found
+
+
+def multimodal_classes(kind: Any) -> list[Any]:
+    """Return those of transformers' auto classes that make a model of more than text, of a class of configurations."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    if "text_config" not in kind.sub_configs:
+        return []
+    classes = {
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    return [auto for auto, mapping in classes.items() if kind in mapping]
+
+
 def _register_other_families() -> None:
     """Have the classes of every other family made when one of its configurations is read; importing all takes long."""
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
     def deferred(stock_type: str) -> type[PretrainedConfig]:
         class Deferred(PretrainedConfig):
@@ -85,7 +121,7 @@ def _register_other_families() -> None:
 
         return Deferred
 
-    for stock_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for stock_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         if f"mea_{stock_type}" not in CONFIG_MAPPING and not stock_type.startswith("mea_"):
             AutoConfig.register(f"mea_{stock_type}", deferred(stock_type))
 

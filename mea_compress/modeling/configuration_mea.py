@@ -102,6 +102,8 @@ for _config in CONFIGS:
 def family_config(stock: Any) -> Any:
     """Return the configuration of any other family with a ``mea`` section, whose attention blocks stay as they are.
 
+    The section is that of the language model where this is a part of the whole.
+
     Args:
         stock: The family's own configuration class, ``Gemma3TextConfig``.
     """
@@ -114,7 +116,16 @@ def family_config(stock: Any) -> Any:
         def __post_init__(self, **kwargs: Any) -> None:
             super().__post_init__(**kwargs)
             none = {"query": False, "key": False, "value": False, "output": False}
-            self.mea = complete_section(self.mea, self, qk_norm=False, bias=none)
+            language = self.get_text_config()
+            self.mea = complete_section(self.mea, language, qk_norm=False, bias=none)
+            language.mea = self.mea  # its attention blocks are handed this configuration
+
+        def to_dict(self) -> dict[str, Any]:
+            settings = super().to_dict()
+            for part in settings.values():
+                if isinstance(part, dict) and part.get("mea") == settings["mea"]:
+                    del part["mea"]  # of the language model within
+            return settings
 
     Config.__name__ = Config.__qualname__ = f"Mea{stock.__name__}"
     Config.__doc__ = f"{stock.__name__} with a ``mea`` section."

@@ -115,7 +115,10 @@ def _store_like(stock_name: str, name: str) -> None:
 
 
 class MeaEncodedMixin(MeaMixin):
-    """A stock model, some of whose attention blocks compose keys and values at their cache."""
+    """A stock model, some of whose attention blocks compose keys and values at their cache.
+
+    Where a language model is a part of it, these are its blocks.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -127,7 +130,7 @@ class MeaEncodedMixin(MeaMixin):
                 compose_block(self.get_submodule(path), spec)
         for module in self.modules():  # each model within initialises its own parts
             kind: Any = type(module)
-            if issubclass(kind, PreTrainedModel) and not issubclass(kind, MeaEncodedMixin):
+            if issubclass(kind, PreTrainedModel) and not issubclass(kind, MeaEncodedMixin) and _is_composed(module):
                 module.__class__ = family_model(kind)
                 _note_class(module)
         self.post_init()  # type: ignore[operator]
@@ -139,6 +142,11 @@ class MeaEncodedMixin(MeaMixin):
             ValueError: Always.
         """
         return MeaForCausalLMMixin.init_continuous_batching(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _is_composed(model: nn.Module) -> bool:
+    """Return whether a part of a model has components: towers for images and sound have none."""
+    return any(isinstance(module, Composition) for module in model.modules())
 
 
 def _note_class(model: Any) -> None:
@@ -164,7 +172,9 @@ def family_model(stock: Any) -> type:
         "config_class": config,
     }
     model: Any = type(f"Mea{stock.__name__}", (MeaEncodedMixin, stock), fields)
-    model.register_for_auto_class("AutoModelForCausalLM" if stock.can_generate() else "AutoModel")
+    composite = "text_config" in stock.config_class.sub_configs
+    causal = "AutoModelForMultimodalLM" if composite else "AutoModelForCausalLM"
+    model.register_for_auto_class(causal if stock.can_generate() else "AutoModel")
     _store_like(stock.config_class.model_type, config.model_type)
     _store_like(stock.__name__, model.__name__)
     return model

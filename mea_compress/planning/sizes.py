@@ -145,7 +145,7 @@ def _heal_bytes(source: Checkpoint, layers: Sequence[LayerPlan], before: int, af
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
     trained = sum(layer.parameters_after + attention for layer in layers)
-    tied = bool(source.raw_config.get("tie_word_embeddings"))
+    tied = bool({**source.raw_config, **source.language_settings}.get("tie_word_embeddings"))
     embeddings = 0 if tied else config.vocab_size * config.hidden_size
     itemsize = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
     return heal_weight_bytes(before, after, trained, embeddings, itemsize)
@@ -159,7 +159,7 @@ def largest_layer(source: Checkpoint) -> int:
         stem = source.first_geometry.block.split(".")
         place = next(place for place, part in enumerate(stem) if part.isdecimal())
         depth = source.config.num_hidden_layers
-        prefixes = [".".join([*stem[:place], str(layer), ""]) for layer in range(depth)]
+        prefixes = [source.stored_name(".".join([*stem[:place], str(layer), ""])) for layer in range(depth)]
     sizes = dict.fromkeys(prefixes, 0)
     for info in source.reader.tensors.values():
         for prefix in prefixes:
@@ -175,7 +175,7 @@ def step_bytes(source: Checkpoint, gradients: bool) -> int:
         source: The checkpoint.
         gradients: Whether the layer is refined, so that its activations are kept.
     """
-    settings, hidden = source.raw_config, source.config.hidden_size
+    settings, hidden = source.language_settings, source.config.hidden_size
     inner = settings.get("intermediate_size") or 4 * hidden
     if settings.get("moe_intermediate_size"):
         inner = settings["moe_intermediate_size"] * (settings.get("num_experts_per_tok") or 1)

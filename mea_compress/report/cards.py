@@ -22,6 +22,7 @@ def model_card(
     recipe_yaml: str,
     versions: Mapping[str, str],
     source_card: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Write the README.md of a compressed checkpoint.
 
@@ -32,11 +33,13 @@ def model_card(
         recipe_yaml: The resolved recipe.
         versions: Package name to version.
         source_card: The original's README.md; its licence and language are carried over.
+        auto_class: Name of the one of transformers' auto classes that loads it.
 
     Returns:
         Markdown with the hub's YAML front matter, ending in a newline.
     """
     name = _published_name(source)
+    before = "AutoTokenizer" if auto_class == "AutoModelForCausalLM" else "AutoProcessor"
     body = [
         f"# {name}, with {share(plan['kv_bytes_per_token'])} of its KV cache",
         f"Made from `{name}` with mea-compress: keys and values are composed from fewer component heads "
@@ -46,9 +49,9 @@ def model_card(
         "## Load it",
         "Where mea-compress is not installed:",
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        f"from transformers import {auto_class}, {before}\n\n"
+        f'model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)\n'
+        f'{before.removeprefix("Auto").lower()} = {before}.from_pretrained("PATH")\n'
         "```",
         "`trust_remote_code=True` runs the files `*_mea.py` of this directory. Where mea-compress is installed, "
         "`import mea_compress` first and leave the flag out.",

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import check_context, end_tokens, seeded, vocabulary_size
+from mea_compress.loading import check_context, end_tokens, placeholder_tokens, seeded, vocabulary_size
 from mea_compress.text.sequences import Bos, sequence_prefix
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def _plain_sampling(model: PreTrainedModel, length: int) -> Iterator[None]:
         top_p=1.0,
         max_length=length,
         pad_token_id=0,  # nothing is padded; unset, generate warns
+        suppress_tokens=list(placeholder_tokens(model.config)) or None,
     )
     try:
         yield

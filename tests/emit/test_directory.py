@@ -75,7 +75,7 @@ def test_a_fingerprint_changes_with_files_and_configuration(source):
 def test_the_configuration_brings_its_code_along(tmp_path):
     write_config(tmp_path / "stock", {"model_type": "llama"})
     assert paths(tmp_path / "stock") == {"config.json"}
-    write_config(tmp_path / "ours", {"auto_map": auto_map(Family("qwen3", "Qwen3").classes)})
+    write_config(tmp_path / "ours", {"auto_map": auto_map(Family("qwen3", "Qwen3"))})
     assert paths(tmp_path / "ours") == {"config.json", *CODE_FILES}
     assert carried_code(tmp_path / "ours").changed == ()
     for place in json.loads((tmp_path / "ours" / "config.json").read_text())["auto_map"].values():

@@ -87,7 +87,7 @@ def test_refreshing_a_checkpoint_of_010_mends_its_tokenizer(tmp_path):
     """Its class of Llama stands for a Mistral: what 0.1.0 copied there names Llama's tokenizer too."""
     old = publish(shutil.copytree(WRITTEN_BY_010, tmp_path / "old"), "mistral-full", "LlamaTokenizer")
     config = json.loads((old / "config.json").read_text())
-    config["model_type"], config["auto_map"] = "mea_mistral", auto_map(Family("mistral", "Mistral").classes)
+    config["model_type"], config["auto_map"] = "mea_mistral", auto_map(Family("mistral", "Mistral"))
     (old / "config.json").write_text(json.dumps(config))
     wrong, right = told(old), told(old, config=MistralConfig())
     assert refresh(old).refreshed and wrong != right == told(old)
