@@ -23,15 +23,15 @@ from healing_speed import FIRST_STEPS, Clock, fine_tune
 
 from mea_compress.checkpoint.files import write_json
 from mea_compress.compression import compress
-from mea_compress.distillation import DistillationSettings, _run
 from mea_compress.healing import heal
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.report.tables import table
-from mea_compress.stages import Stages
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sequences import token_sequences
+from mea_compress.training.distillation import DistillationSettings, _run
+from mea_compress.training.stages import Stages
 
 LATENT = {"key_composition": "frequency", "value_composition": "latent"}
 HEAD = {"key_composition": "head", "value_composition": "head"}

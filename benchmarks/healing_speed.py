@@ -25,11 +25,11 @@ import torch
 from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
-from mea_compress.distillation import DistillationSettings, _run
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
-from mea_compress.stages import Stages
+from mea_compress.training.distillation import DistillationSettings, _run
+from mea_compress.training.stages import Stages
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
 FIRST_STEPS = 2  # of every run, which do not count

@@ -22,13 +22,13 @@ import torch
 from common import machine, versions
 
 from mea_compress.checkpoint.files import write_json
-from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.report.tables import table
-from mea_compress.stages import Stages
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sequences import token_sequences
+from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.stages import Stages
 
 
 @dataclass(frozen=True)

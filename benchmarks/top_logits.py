@@ -20,8 +20,8 @@ from common import machine, versions
 from torch import nn
 
 from mea_compress.checkpoint.files import write_json
-from mea_compress.head_loss import HeadLoss, whole_row
-from mea_compress.top_logits import top_row
+from mea_compress.training.head_loss import HeadLoss, whole_row
+from mea_compress.training.top_logits import top_row
 
 SHAPE = {"vocabulary": 49152, "channels": 576, "tokens": 1024}  # SmolLM2-135M's
 

@@ -41,7 +41,6 @@ from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.checkpoint.layout import lay_out
 from mea_compress.checkpoint.workspace import Workspace, open_workspace
 from mea_compress.decoding import check_decoding
-from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
@@ -61,14 +60,15 @@ from mea_compress.report.cards import healed_card
 from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
-from mea_compress.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
-from mea_compress.stages import Stages, parse_stages
 from mea_compress.text.answers import answer_sequences
 from mea_compress.text.documents import Documents
 from mea_compress.text.kept_samples import kept_samples, tokenizer_digest
 from mea_compress.text.reading import TextChoice, read_documents, text_state
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
+from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
+from mea_compress.training.stages import Stages, parse_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -322,7 +322,7 @@ def heal(
 
     How far it has come is kept beside `out`, in a directory with ``.partial`` behind its name, until it is through.
     Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step; where the
-    launcher asks for FSDP2, both models are sharded over them, see `mea_compress.sharding`.
+    launcher asks for FSDP2, both models are sharded over them, see `mea_compress.training.sharding`.
 
     Args:
         checkpoint: Directory of the compressed checkpoint, the student, or its hub id; then `out` says where to.

@@ -15,13 +15,13 @@ from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from mea_compress import distillation
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.healing import HealingResult, heal
 from mea_compress.healing import _publish as publish
 from mea_compress.measure.evaluation import evaluate
+from mea_compress.training import distillation
 
 
 @pytest.fixture
@@ -457,7 +457,7 @@ KILLED = """
 import os, signal, sys
 from mea_compress import healing
 from mea_compress.healing import heal
-import mea_compress.distillation as distillation
+import mea_compress.training.distillation as distillation
 
 left = int(sys.argv[4])
 step = distillation._Callback.on_step_end

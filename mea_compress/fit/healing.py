@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, as_tensor, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.checkpoint.workspace import Workspace
-from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.block_student import make_block_student
@@ -38,6 +37,7 @@ from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
 from mea_compress.text.reading import text_names
+from mea_compress.training.distillation import DistillationSettings, distil, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ from mea_compress.layers.runner import Activations, LayerRunner, batches
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.encoded_mea import EncodedAttention
 from mea_compress.processes import add_up
-from mea_compress.sharding import part_of, whole
+from mea_compress.training.sharding import part_of, whole
 
 _WARM_UP = 5
 

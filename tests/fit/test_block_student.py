@@ -13,11 +13,11 @@ from tiny import contents
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mea_compress as mc
-from mea_compress.distillation import DistillationSettings, _Loss
 from mea_compress.fit import layers as fit_layers
 from mea_compress.fit.block_student import maps_beside_the_cache
 from mea_compress.fit.progress import estimate_seconds
 from mea_compress.loading import load_model
+from mea_compress.training.distillation import DistillationSettings, _Loss
 
 # What is trained beside encoders and decoders: fused projections make keys and values, and stay.
 TRAINED = {
@@ -99,7 +99,8 @@ def test_the_student_is_the_checkpoint_to_be_and_shares_the_rest(name, tmp_path,
 KILLED = """
 import os, signal, sys
 import torch
-from mea_compress import compress, distillation
+from mea_compress import compress
+from mea_compress.training import distillation
 from mea_compress.fit import layers
 
 layers.calibration_tokens = lambda *_: torch.randint(3, 64, (40, 24), generator=torch.Generator().manual_seed(1))

@@ -30,12 +30,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
-from mea_compress.head_loss import HeadLoss, whole_row
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
 from mea_compress.processes import from_first_process, is_first_process, process_count
-from mea_compress.sharding import (
+from mea_compress.training.head_loss import HeadLoss, whole_row
+from mea_compress.training.sharding import (
     gathered,
     is_sharded,
     load_parts,
@@ -45,7 +45,7 @@ from mea_compress.sharding import (
     save_parts,
     whole,
 )
-from mea_compress.top_logits import top_divergence, top_row
+from mea_compress.training.top_logits import top_divergence, top_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +147,7 @@ def distil(
     Several processes that a launcher has started share the sequences of every step among them.
 
     Args:
-        model: The compressed model, float32; sharded or not, see `mea_compress.sharding`.
+        model: The compressed model, float32; sharded or not, see `mea_compress.training.sharding`.
         teacher: Its original, in any dtype; sharded where the model is.
         training: Sequences to train on, ids (N, T).
         held_out: Sequences to choose by, ids (M, T).

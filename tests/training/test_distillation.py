@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from tiny import stock_model
 
-from mea_compress import distillation
-from mea_compress.distillation import (
+from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.training import distillation
+from mea_compress.training.distillation import (
     DistillationSettings,
     _head_alone_makes_logits,
     _sliced_loss,
@@ -19,7 +20,6 @@ from mea_compress.distillation import (
     distil,
     measure,
 )
-from mea_compress.errors import DiskFullError, RequestError
 
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
 

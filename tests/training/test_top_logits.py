@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mea_compress import top_logits
-from mea_compress.head_loss import HeadLoss
-from mea_compress.top_logits import top_divergence, top_row
+from mea_compress.training import top_logits
+from mea_compress.training.head_loss import HeadLoss
+from mea_compress.training.top_logits import top_divergence, top_row
 
 B, T, D, V = 3, 6, 8, 50
 

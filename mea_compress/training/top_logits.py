@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mea_compress.head_loss import Row
+from mea_compress.training.head_loss import Row
 
 SLICE = 1 << 13
 """Tokens of the vocabulary whose logits are in memory."""

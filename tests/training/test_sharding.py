@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_healing import CURVE, SETTINGS, in_a_process, make_student, port, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mea_compress import distillation, sharding
 from mea_compress.compression import compress
-from mea_compress.distillation import DistillationSettings, distil, measure
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import _within_groups
 from mea_compress.healing import heal
 from mea_compress.loading import load_model
-from mea_compress.stages import Stages
+from mea_compress.training import distillation, sharding
+from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.stages import Stages
 
 IDS = torch.randint(3, 29, (28, 16), generator=torch.Generator().manual_seed(1))
 CASES = {
@@ -145,7 +145,7 @@ def test_a_sharded_student_learns_what_a_whole_one_does(tmp_path, monkeypatch):
 
 LAUNCHED = """
 import os, signal, sys
-import mea_compress.distillation as distillation
+import mea_compress.training.distillation as distillation
 from mea_compress.healing import heal
 
 left, step = int(sys.argv[5]), distillation._Callback.on_step_end
