@@ -343,6 +343,7 @@ def source(out, file, check_python, check_text, json_file):
 )
 @click.option("--rows", "chosen", multiple=True, help="Only rows whose name contains this.")
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Shares: 0.5 or 2/3.")
+@click.option("--sequences", type=int, help="Calibration sequences; as many as `compress` takes without it.")
 @click.option("--limit", type=int, help="Windows of 2,048 tokens for perplexity; all without it.")
 @click.option("--windows", type=int, default=8, show_default=True, help="Windows of 1,024 tokens of each text for KL.")
 @click.option("--tasks", type=click.Path(exists=True, path_type=Path), help="Directory of JSON lines; see tasks.py.")
@@ -351,7 +352,7 @@ def source(out, file, check_python, check_text, json_file):
 @click.option("--keep/--no-keep", default=False, show_default=True, help="Keep the checkpoints of rows that are done.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="JSON of all rows; the table is beside it, as .md.")
-def run_table(work, source, chosen, ratios, tasks, texts, calibration, keep, out, **options):
+def run_table(work, source, chosen, ratios, sequences, tasks, texts, calibration, keep, out, **options):
     """Compress and measure every row, the shares in the order given."""
     options["task_dir"] = work / "tasks"
     options["task_names"] = write_tasks(tasks, work / "tasks") if tasks else []
@@ -368,6 +369,8 @@ def run_table(work, source, chosen, ratios, tasks, texts, calibration, keep, out
         for name, settings in ROWS.items():
             if chosen and not any(part in name for part in chosen):
                 continue
+            if sequences and settings.get("fit") != "weights":
+                settings = settings | {"sequences": sequences}
             for fitted in ("weights",) if settings.get("fit") == "weights" else calibration or (SAMPLED,):
                 rows.append(make(name, ratio, fitted, settings))
         if options["peer_python"]:

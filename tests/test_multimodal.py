@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from letters import character_tokenizer
 from remote import remote_logits
 from safetensors import safe_open
 from tiny import save, scatter
@@ -15,6 +16,8 @@ from transformers.cache_utils import DynamicCache
 import mea_compress as mc
 from mea_compress.architectures import open_checkpoint
 from mea_compress.fit import layers as fit_layers
+from mea_compress.loading import placeholder_tokens
+from mea_compress.text.sampling import sample_sequences
 
 IMAGE = 60
 TEXT = tiny.SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -117,6 +120,7 @@ def stock_checkpoint(name, directory):
     if "audio_config" not in settings:
         settings.setdefault("vision_config", dict(VISION))
     config = CONFIG_MAPPING[name](**settings)
+    character_tokenizer().save_pretrained(directory)
     return save(scatter(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config)), directory)
 
 
@@ -228,7 +232,7 @@ def test_images_reach_it_as_before(name, outs):
 
 
 @pytest.mark.slow
-def test_it_is_read_evaluated_healed_and_saved_like_any_other(outs, tmp_path):
+def test_it_is_read_and_saved_like_any_other(outs, tmp_path):
     made = outs("gemma3")
     assert mc.open(made.source).to_json()["family"] == "gemma3"
     assert mc.open(made.half).bytes_per_token * 2 == mc.open(made.source).bytes_per_token
@@ -245,6 +249,31 @@ def test_it_is_read_evaluated_healed_and_saved_like_any_other(outs, tmp_path):
     torch.testing.assert_close(logits(load(again), ids), expected)
     torch.testing.assert_close(logits(load(again, AutoModelForCausalLM), ids), expected)
     assert open_checkpoint(again).geometry(1) == open_checkpoint(made.half).geometry(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_it_is_measured_and_healed_by_text_alone(name, outs, tmp_path):
+    made, text = outs(name), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    measured = mc.evaluate(
+        made.half, reference=made.source, text=text, sequence_length=32, device="cpu", progress=False
+    )
+    assert measured.kl > 0 and 2 * measured.kv_bytes_per_token == measured.reference.kv_bytes_per_token
+    options = {"text": text, "steps": 4, "batch_size": 4, "sequence_length": 32, "device": "cpu", "progress": False}
+    healed = mc.heal(made.half, teacher=made.source, out=tmp_path / "healed", **options)
+    assert healed.kl_after < healed.kl_before
+    before, after = load(made.half).state_dict(), load(tmp_path / "healed").state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    blocks = tuple(spec["block"] for spec in load(made.half).config.mea["layers"])
+    assert changed and all(key.startswith(blocks) for key in changed)
+
+
+def test_no_placeholder_is_sampled(tmp_path):
+    model = load(stock_checkpoint("gemma3", tmp_path / "source"))
+    assert IMAGE in placeholder_tokens(model.config)
+    ids = sample_sequences(model, None, 40, 32, progress=False)
+    assert ids.max() > IMAGE - 5 and not torch.isin(ids, torch.tensor(placeholder_tokens(model.config))).any()
 
 
 @pytest.mark.slow

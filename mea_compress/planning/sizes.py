@@ -105,9 +105,10 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size  # queries and output
     scratch = sum(layer.parameters_after + attention * layer.needs_queries for layer in layers if layer.compressed)
     healing_disk = 0
-    if decisions.healing_steps:  # the healed layers, two checkpoints of the training with Adam's moments, and the best
+    if decisions.healing_steps:
+        # The healed layers, two checkpoints of training with Adam's moments, and where it began and was best.
         trained = sum(layer.parameters_after + attention for layer in layers if layer.compressed)
-        healing_disk = (size + 2 * 12 + 4) * trained
+        healing_disk = (size + 2 * 12 + 2 * 4) * trained
     pairs = 2 * source.first_geometry.heads * source.head_dim * config.hidden_size  # keys and values
     memory = 8 * 4 * pairs
     if decisions.needs_calibration:  # one decoder layer in float32, its statistics, and the hidden states of the text

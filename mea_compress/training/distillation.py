@@ -73,7 +73,7 @@ class DistillationSettings:
         batch_size: Sequences in a step.
         learning_rate: Peak, the same for all tensors; None tries `rates`.
         rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `_next_rate`. One
-            alone is taken as it is.
+            alone is taken as it is. The full run goes on from the best that a trial has come to.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -172,7 +172,7 @@ def distil(
     progress = _Progress.resumed(state, start) or _Progress(state, look(), start)
 
     def train(groups: list[dict[str, Any]], steps: int, on_step: Callable[[int], object] | None = None) -> None:
-        _set(parameters, start)
+        _set(parameters, start if progress.begun is None else progress.begun)
         losses = progress.losses if on_step else []
         here = state if on_step else None
         _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
@@ -193,10 +193,12 @@ def distil(
         groups = _group(parameters, rate)
         if progress.steps is None:
             progress.steps = _steps_left(settings, began, progress.taken - before) if tried is None else 0
-            progress.save()
     else:
         rate, progress.steps = None, settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
+    if progress.begun is None:  # what the trials have gained is not thrown away
+        progress.begun = start = progress.best_weights
+        progress.save()
 
     def on_step(step: int) -> None:
         value = look()
@@ -229,6 +231,9 @@ class _Progress:
         self.losses: list[float] = []
         self.steps: int | None = None
         self.taken = 0
+        # The weights that the full run begins with, once that is known, and the file that has them.
+        self.begun: Mapping[str, torch.Tensor] | None = None
+        self._begun_file: str | None = None
         self._offered = True
 
     @staticmethod
@@ -237,8 +242,14 @@ class _Progress:
         if directory is None or not (directory / _PROGRESS).is_file():
             return None
         kept = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-        weights = load_file(directory / kept["best"])
-        progress = _Progress(directory, kept["curve"][0][1], {k: part_of(weights[k], like[k]) for k in like})
+
+        def stored(name: str) -> dict[str, torch.Tensor]:
+            weights = load_file(directory / name)
+            return {k: part_of(weights[k], like[k]) for k in like}
+
+        progress = _Progress(directory, kept["curve"][0][1], stored(kept["best"]))
+        progress._begun_file = kept["begun"]
+        progress.begun = None if kept["begun"] is None else stored(kept["begun"])
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
         progress.losses = kept["losses"]
@@ -268,8 +279,11 @@ class _Progress:
             name = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))["best"]
         else:
             save_file(weights, directory / name)
+        if self.begun is not None and self._begun_file is None:
+            self._begun_file = name
         record = {
             "best": name,
+            "begun": self._begun_file,
             "best_value": self.best_value,
             "found": self.found,
             "curve": self.curve,
@@ -279,7 +293,7 @@ class _Progress:
         }
         write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
         for old in directory.glob("best-*.safetensors"):
-            if old.name != name:
+            if old.name not in (name, self._begun_file):
                 old.unlink()
 
 

@@ -218,6 +218,24 @@ def test_a_step_size_is_found_and_the_best_is_kept(pair, products):
     assert all(weight.dtype == torch.float32 for weight in student.parameters() if weight.requires_grad)
 
 
+def test_the_full_run_goes_on_from_the_best_trial(pair, monkeypatch):
+    student, teacher = pair
+    starts, ends, run = [], [], distillation._run
+
+    def watched(model, *args):
+        for states in (starts, ends):
+            states.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+            if states is starts:
+                run(model, *args)
+
+    monkeypatch.setattr(distillation, "_run", watched)
+    done = distil(student, teacher, IDS[:16], IDS[16:], DistillationSettings(20, 8, rates=(1e-6, 0.01, 1e3)))
+    assert done.rate == 0.01 and len(starts) == 3  # in the middle, above it, and the full run
+    for name, weight in starts[2].items():
+        assert torch.equal(weight, ends[0][name]) and torch.equal(starts[1][name], starts[0][name]), name
+    assert any(not torch.equal(starts[0][name], weight) for name, weight in starts[2].items())
+
+
 @pytest.mark.parametrize("rates", [{"rates": (1e3, 1e30)}, {"learning_rate": 1e3}])
 def test_what_only_gets_worse_stays_as_it_was(pair, rates):
     student, teacher = pair
