@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 import mea_compress as mc
 from mea_compress.architectures import open_checkpoint
+from mea_compress.errors import RequestError
 from mea_compress.fit import layers as fit_layers
 from mea_compress.loading import placeholder_tokens
 from mea_compress.text.sampling import sample_sequences
@@ -82,7 +83,6 @@ MODELS = {
         {"text_config": TEXT | {"model_type": "mistral"}, "image_token_index": IMAGE, "spatial_merge_size": 1},
         None,
     ),
-    "paligemma": ({"text_config": TEXT | {"model_type": "gemma"}, "image_token_index": IMAGE}, None),
     "qwen2_5_vl": (
         {"text_config": TEXT | MROPE, "vision_config": QWEN_VISION | {"out_hidden_size": 32, "window_size": 32}}
         | QWEN_TOKENS,
@@ -267,6 +267,15 @@ def test_it_is_measured_and_healed_by_text_alone(name, outs, tmp_path):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     blocks = tuple(spec["block"] for spec in load(made.half).config.mea["layers"])
     assert changed and all(key.startswith(blocks) for key in changed)
+
+
+def test_a_prompt_that_attends_in_both_directions_is_refused(tmp_path):
+    config = CONFIG_MAPPING["paligemma"](
+        text_config=TEXT | {"model_type": "gemma"}, vision_config=dict(VISION), image_token_index=IMAGE
+    )
+    source = save(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config), tmp_path / "source")
+    with pytest.raises(RequestError, match=r"this paligemma checkpoint cannot be compressed, its prompts attend in bo"):
+        open_checkpoint(source)
 
 
 def test_no_placeholder_is_sampled(tmp_path):

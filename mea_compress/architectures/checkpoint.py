@@ -258,6 +258,11 @@ def _open_at_cache(
                     f"{where}: this {family.model_type} checkpoint cannot be compressed, its attention already caches "
                     "a latent (MLA)"
                 )
+            if getattr(stock_config.get_text_config(), "use_bidirectional_attention", None) is True:
+                raise RequestError(
+                    f"{where}: this {family.model_type} checkpoint cannot be compressed, its prompts attend in both "
+                    "directions (use_bidirectional_attention), so that decoding with a cache cannot be checked"
+                )
             found = find_geometry(stock_config)
             settings.pop("model_type")
             settings["mea"] = {"layers": [_uncomposed(geometry) for geometry in found]}

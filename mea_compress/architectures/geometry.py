@@ -89,7 +89,7 @@ def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str |
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     names = {name for part in parts for name in (part.config.model_type, type(part).__name__)}
     converts = any(get_checkpoint_conversion_mapping(name) is not None for name in names)
-    tied = set(model.all_tied_weights_keys) if config.get_text_config().tie_word_embeddings else set()
+    tied = set(model.all_tied_weights_keys) if getattr(config, "tie_word_embeddings", False) else set()
     prefix = f"{model.base_model_prefix}."
     for name, tensor in model.state_dict().items():
         bare = name.removeprefix(prefix)
@@ -115,10 +115,12 @@ def stored_layers(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[s
     parts = block.split(".")
     place = next(place for place, part in enumerate(parts) if part.isdecimal())
     path, below = ".".join(parts[:place]), ".".join(parts[place:])
-    stock = stock_configuration(config)
+    stock = shrink_vocabulary(stock_configuration(config))
 
     def keep_block(model: Any) -> None:
         kept = set(model.get_submodule(block).modules())
+        for tied in (model.get_input_embeddings(), model.get_output_embeddings()):
+            kept |= set() if tied is None else set(tied.modules())
         empty([module for module in model.modules() if module not in kept])
 
     names = [name for name in skeleton(stock, keep_block).state_dict() if name.startswith(f"{block}.")]

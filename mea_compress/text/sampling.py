@@ -88,7 +88,7 @@ def sample_sequences(
             f"the BOS token {largest} is beyond the model's vocabulary of {vocabulary}, so no text can be sampled: "
             "correct bos_token_id, or give text with `text`"
         )
-    rows = []
+    rows, placeholders = [], [token for token in placeholder_tokens(model.config) if token < vocabulary]
     bar = tqdm(total=count * length, desc="sampling text", unit="tok", disable=not progress, file=sys.stderr)
     with bar, seeded(seed, device), _plain_sampling(model, length):
         for begin in range(0, count, batch_size):
@@ -101,7 +101,7 @@ def sample_sequences(
                 ids = model.generate(  # type: ignore[operator]
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    logits_processor=[_start_processor(batch, ends, device)],
+                    logits_processor=[_start_processor(batch, ends, placeholders, device)],
                     stopping_criteria=[_bar_criterion(bar)],
                 )
             rows.append(ids.cpu())
@@ -199,7 +199,6 @@ def _plain_sampling(model: PreTrainedModel, length: int) -> Iterator[None]:
         top_p=1.0,
         max_length=length,
         pad_token_id=0,  # nothing is padded; unset, generate warns
-        suppress_tokens=list(placeholder_tokens(model.config)) or None,
     )
     try:
         yield
@@ -207,8 +206,13 @@ def _plain_sampling(model: PreTrainedModel, length: int) -> Iterator[None]:
         model.generation_config = before
 
 
-def _start_processor(batch: list[_Start], ends: list[int], device: torch.device) -> LogitsProcessor:
-    """Return a processor that writes the beginnings of rows where they are longer than others', and forbids the end."""
+def _start_processor(
+    batch: list[_Start], ends: list[int], placeholders: list[int], device: torch.device
+) -> LogitsProcessor:
+    """Return a processor that writes the beginnings of rows where they are longer than others'.
+
+    It forbids the end, and what stands where images or sound are.
+    """
     from transformers import LogitsProcessor
 
     lengths = torch.tensor([len(start.ids) for start in batch], device=device)
@@ -222,6 +226,7 @@ def _start_processor(batch: list[_Start], ends: list[int], device: torch.device)
                 raise RequestError(
                     "the model's logits are not all numbers, so no text can be sampled: look for NaN in its weights"
                 )
+            scores[:, placeholders] = -torch.inf
             if ends:
                 scores[:, ends] = scores[:, ends].masked_fill(forbidden, -torch.inf)
             position = input_ids.shape[1]

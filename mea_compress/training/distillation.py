@@ -182,6 +182,7 @@ def distil(
         while (tried := _next_rate(settings.rates, progress)) is not None:
             if not _steps_left(settings, began, progress.taken - before):
                 break
+            _set(parameters, start)
             train(_group(parameters, tried), settings.trial_steps)
             progress.taken += settings.trial_steps
             value = look()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mea_compress.architectures.geometry import beside_language
 from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import kept_by_forms, mask_cross_group_gradients
 from mea_compress.loading import seeded
@@ -84,10 +85,12 @@ class Stages:
         import peft
 
         head = self.model.get_output_embeddings()
+        towers = set(beside_language(self.model))
         self._targets = [
             name
             for name, module in self.model.named_modules()
             if type(module) is nn.Linear and module is not head and not _ATTENTION.search(f"{name}.")
+            if module not in towers
         ]
         if not self._targets:
             raise RequestError("the student has no linear maps outside attention: leave lora out of `train`")
@@ -97,7 +100,8 @@ class Stages:
 
 
 def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
-    """Return the parameters that a stage trains by name, and freeze all others."""
+    """Return the parameters that a stage trains by name, and freeze all others, towers for images and sound too."""
+    towers = {id(weight) for part in beside_language(model) for weight in part.parameters(recurse=False)}
     kept = tuple(
         f"{name}.{own}"
         for name, module in model.named_modules()
@@ -114,7 +118,9 @@ def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
         return pattern is None or pattern.search(name) is not None
 
     trainable = {
-        name: parameter for name, parameter in model.named_parameters() if learns(name) and not name.startswith(kept)
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if learns(name) and not name.startswith(kept) and id(parameter) not in towers
     }
     if not trainable:
         other = "attention" if stage in ("compositions", "components") else "all"

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from test_multimodal import MODELS
+from test_multimodal import stock_checkpoint as multimodal_checkpoint
 from tiny import save, stock_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -27,11 +29,16 @@ CASES = {
         "phi3-partial",
         {"fit": "weights", "refine": 0, "key_composition": "latent", "value_composition": "latent"},
     ),
+    "images": ("llava", {"sequence_length": 32, "sequences": 10}),
 }
 place = Path(sys.argv[1])
 found = {}
 for name, (case, options) in CASES.items():
-    source = stock_checkpoint(place / f"{name}-source", case, **({"head_dim": 8} if case == "llama" else {}))
+    source = place / f"{name}-source"
+    if case in MODELS:
+        multimodal_checkpoint(case, source)
+    else:
+        stock_checkpoint(source, case, **({"head_dim": 8} if case == "llama" else {}))
     recipe = Recipe(**{**QUICK, **options})
     result = compress(source, place / name, recipe=recipe, progress=False)
     model = AutoModelForCausalLM.from_pretrained(place / name, experts_implementation="eager")
