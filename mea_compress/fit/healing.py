@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,8 @@ from mea_compress.training.distillation import DistillationSettings, distil, mea
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RATES = (0.00015, 0.0005, 0.0015, 0.005, 0.015)
-"""Step sizes to choose from: closed forms are left by smaller ones than what `heal` is given may be."""
+_CALIBRATED_RATES = (0.00015, 0.0005, 0.0015, 0.005, 0.015)
+"""Step sizes to choose from where text was looked at before: the nearer the start, the smaller is the best."""
 _SIDES = {"q_proj.weight": "query", "k_proj.weight": "key", "v_proj.weight": "value"}
 
 
@@ -87,9 +88,9 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     teacher = load_model(plan.source.reader.directory, products if products != torch.float32 else wide, device)
     make = make_block_student if plan.source.at_cache else make_student
     student, trained = make(plan, workspace, teacher, wide)
-    settings = DistillationSettings(
-        steps, batch, rates=_RATES, products=products, seed=plan.recipe.seed, deadline=deadline
-    )
+    settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
+    if plan.decisions.needs_calibration:
+        settings = replace(settings, rates=_CALIBRATED_RATES)
     texts = _by_text(plan, held_out_ids, shared_origins(plan, workspace))
     told = {"before": {name: measure(student, teacher, ids, products) for name, ids in texts.items()}}
     before = sum(told["before"].values(), NOTHING)

@@ -145,8 +145,7 @@ def test_the_same_bytes_after_an_interruption(at, tmp_path, monkeypatch):
 def test_what_does_not_help_is_not_kept(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src")
     run(source, tmp_path / "closed", heal=0)
-    settings = healing.DistillationSettings
-    monkeypatch.setattr(healing, "DistillationSettings", lambda *a, **o: settings(*a, **o, rates=(1e3,)))
+    monkeypatch.setattr(healing, "_CALIBRATED_RATES", (1e3,))
     told = run(source, tmp_path / "out", heal=3).fidelity["healing"]
     assert told["kept"] == "unhealed" and told["kl_after"] == told["kl_before"]
     closed, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("closed", "out"))
