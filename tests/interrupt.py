@@ -124,6 +124,11 @@ def main(source, work, recipe_json, seed, kills, failures):
 
 if __name__ == "__main__":
     # Whatever is imported before the forks need not be imported in each of them.
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import mea_compress.emit.verification
+    import mea_compress.fit.healing
+    import mea_compress.fit.layers  # noqa: F401
     from mea_compress.compression import compress
     from mea_compress.errors import RequestError
     from mea_compress.recipe import Recipe

@@ -1,6 +1,7 @@
 """The arrows of the house: what each wing may import, read off the sources."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ MODULES = {
 }
 
 
+@cache
 def imports(module):
     """Modules of the package that a module imports anywhere, functions and type hints included."""
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
@@ -34,6 +36,7 @@ def imports(module):
     return found
 
 
+@cache
 def reached(start):
     """Everything that a module imports, directly or not."""
     seen, queue = set(), [start]

@@ -128,7 +128,7 @@ def resident(name):
 
 mea_compress.modeling.register()
 mea_compress.planning.decisions.WHOLE_MODEL_BYTES = 0
-recipe = Recipe(kv_ratio=0.5, sequences=48, sequence_length=256, refine=int(sys.argv[2]), split="even")
+recipe = Recipe(kv_ratio=0.5, sequences=48, sequence_length=256, refine=int(sys.argv[2]), split="even", heal=3)
 promised = make_plan(Path(sys.argv[1]), recipe).costs.memory_bytes
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
