@@ -30,6 +30,7 @@ _TOKENS, _REACH = 24, 4096
 _MOVES, _ROUNDING = 1e-6, 1e-4
 _SMALL_VOCABULARY = 8
 _NOT_SEEN = "it keeps another state than keys and values per head"
+_NOT_RUN = "it is not run on text alone"
 # Numbers that a part of a layer may have to be run as it is.
 _LARGE = 1 << 22
 
@@ -65,7 +66,7 @@ def find_geometry(config: Any) -> list[LayerGeometry | str]:
     for index, kind in enumerate(kinds):
         if found.get(index) == _NOT_SEEN and kind in ("full_attention", "sliding_attention", "chunked_attention"):
             raise ValueError(f"what layer {index} ({kind}) caches could not be seen")
-    return [found[index] for index in range(len(layers))]
+    return [found.get(index, _NOT_RUN) for index in range(len(layers))]
 
 
 def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -129,6 +129,8 @@ class BlockRunner:
                 other.forward = _passing(other, number if source.geometry(number) else None)
         self._forward = self.layer.forward
         self._handed: dict[tuple[int, int, str], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # Layers that attend to images are passed over where there is text alone.
+        self._is_called = self.attention is not None or self._reach(1, 2, 1) is not None
 
     def forward(self, hidden: torch.Tensor, attention: str | None = None) -> torch.Tensor:
         """Return the layer's output for (B, T, D), with gradients where they are enabled.
@@ -152,7 +154,7 @@ class BlockRunner:
         """Run the layer on (B, T, D); return the next hidden states and what its attention sent."""
         captured = ObservedAttention()
         if self.attention is None:
-            following = self.forward(hidden)
+            following = self.forward(hidden) if self._is_called else hidden.to(self.device, self.dtype)
             captured.outputs = torch.zeros_like(following)
             return following, captured
         with self._capturing(captured):
@@ -261,6 +263,8 @@ class BlockRunner:
                 first, second = (self._reach(batch, length, token) for token in (1, 2))
             finally:
                 config._attn_implementation = before
+            if first is None:
+                raise RequestError(f"{type(self.model).__name__} does not call its layer {self.index}")
             if not _same(first, second):
                 raise RequestError(
                     f"the layers of {type(self.model).__name__} get inputs of their own for every token, which "
@@ -270,7 +274,9 @@ class BlockRunner:
         return self._handed[key]
 
     @torch.no_grad()
-    def _reach(self, batch: int, length: int, token: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _reach(self, batch: int, length: int, token: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return what the model hands to the layer for sequences of one token over and over, None if it is not run."""
+
         def reached(*args: Any, **kwargs: Any) -> Any:
             raise _Reached(args, kwargs)
 
@@ -286,7 +292,7 @@ class BlockRunner:
             return (None, *args[1:]), kwargs
         finally:
             self.layer.forward = self._forward
-        raise RequestError(f"{type(self.model).__name__} does not call its layer {self.index}")
+        return None
 
     @contextmanager
     def _capturing(self, captured: ObservedAttention, stop: bool = False) -> Iterator[None]:

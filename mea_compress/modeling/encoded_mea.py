@@ -18,6 +18,7 @@ Shapes: B batch, T tokens, Q new tokens, Hq query heads, H key/value heads, d ch
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable
 from functools import cache as remember
@@ -436,20 +437,30 @@ def parameters(kind: Any) -> list[str]:
 
 @remember
 def cache_parameter(kind: Any) -> str:
-    """Return the name under which an attention block takes its cache: the parameter annotated with `Cache`.
+    """Return the name under which an attention block takes its cache.
+
+    It is the parameter annotated with `Cache`, or where none is, the one whose `update` is called.
 
     Raises:
         TypeError: It has no such parameter.
     """
-    for name, parameter in _signature(kind).parameters.items():
+    parameters = _signature(kind).parameters
+    for name, parameter in parameters.items():
         if "Cache" in str(parameter.annotation) and parameter.kind is not parameter.VAR_KEYWORD:
+            return name
+    source = inspect.getsource(inspect.unwrap(_stock(kind).forward))
+    for name in parameters:
+        if re.search(rf"\b{name}\.update\(", source):
             return name
     raise TypeError(f"{kind.__name__} takes no cache under this release of transformers")
 
 
+def _stock(kind: Any) -> Any:
+    return next(base for base in kind.__mro__ if not issubclass(base, EncodedAttention))
+
+
 def _signature(kind: Any) -> inspect.Signature:
-    stock = next(base for base in kind.__mro__ if not issubclass(base, EncodedAttention))
-    return inspect.signature(stock.forward)
+    return inspect.signature(_stock(kind).forward)
 
 
 @remember
