@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.architectures import open_checkpoint
-from mea_compress.architectures.families import MEA_PREFIX
+from mea_compress.architectures.families import MEA_PREFIX, find_family
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -187,8 +187,9 @@ def _model_names(student: Path) -> Callable[[str], str]:
 
     Those of models for more than text are stored under other names.
     """
-    if _language_settings(student) is not None:
-        return open_checkpoint(student).model_name
+    with suppress(RequestError):  # of what is no checkpoint of a known family
+        if find_family(CheckpointReader(student).config(), str(student / "config.json")).multimodal_classes:
+            return open_checkpoint(student).model_name
     return lambda name: name
 
 

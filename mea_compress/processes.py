@@ -53,8 +53,9 @@ def join_processes(device: torch.device) -> torch.device:
     from accelerate import PartialState
 
     state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
-    # Its threads would abort an interpreter that ends while they are still connected.
-    atexit.register(state.destroy_process_group)
+    if device.type == "cpu":
+        # Gloo's threads would abort an interpreter that ends while they are still connected.
+        atexit.register(state.destroy_process_group)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -11,15 +11,23 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 os.environ["MEA_COMPRESS_CACHE"] = ""  # sampled text is made anew, and nothing is left behind
 
-# Fixtures that take seconds to minutes and serve several tests, and the parameters that each of theirs is made for.
-_COSTLY = {"outs", "made", "halves", "checkpoints", "expected", "tokenized", "whole", "done"}
+# Fixtures that take seconds to minutes and serve several tests of a module, and parameters that each is made for.
+_COSTLY = {
+    "test_every_family": {"outs"},
+    "test_multimodal": {"outs"},
+    "test_reports_at_the_cache": {"made"},
+    "test_families": {"halves"},
+    "test_releases": {"checkpoints", "expected", "tokenized"},
+    "test_sweep": {"whole"},
+    "test_demo": {"done"},
+}
 _MADE_FOR = {"name", "case", "made"}
 
 
 def pytest_collection_modifyitems(items):
     """Have the tests that share a costly fixture run in one worker, which makes it once."""
     for item in items:
-        if _COSTLY & set(getattr(item, "fixturenames", ())):
+        if _COSTLY.get(item.path.stem, set()) & set(getattr(item, "fixturenames", ())):
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             of = [str(parameters[name]) for name in sorted(_MADE_FOR & parameters.keys())]
             item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *of])))

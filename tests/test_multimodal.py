@@ -9,6 +9,7 @@ import torch
 from letters import character_tokenizer
 from remote import remote_logits
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import save, scatter
 from transformers import CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.cache_utils import DynamicCache
@@ -70,6 +71,14 @@ MODELS = {
     ),
     "idefics3": ({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 1}, None),
     "internvl": ({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE}, None),
+    "internvl+moe": (  # experts are stored one by one, under names of the language model's own
+        {
+            "text_config": TEXT
+            | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            "image_token_id": IMAGE,
+        },
+        None,
+    ),
     "llava": (
         {
             "text_config": TEXT | {"model_type": "llama"},
@@ -139,7 +148,7 @@ def stock_checkpoint(name, directory):
     settings = dict(MODELS[name][0])
     if "audio_config" not in settings:
         settings.setdefault("vision_config", dict(VISION))
-    config = CONFIG_MAPPING[name](**settings)
+    config = CONFIG_MAPPING[name.partition("+")[0]](**settings)
     character_tokenizer().save_pretrained(directory)
     return save(scatter(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config)), directory)
 
@@ -287,6 +296,35 @@ def test_it_is_measured_and_healed_by_text_alone(name, outs, tmp_path):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     blocks = tuple(spec["block"] for spec in load(made.half).config.mea["layers"])
     assert changed and all(key.startswith(blocks) for key in changed)
+
+
+@pytest.mark.slow
+def test_a_published_configuration_without_parts_is_healed_too(tmp_path):
+    """Those of Qwen2-VL and Qwen2.5-VL say of the whole what later ones say of the language model."""
+    source, text = stock_checkpoint("qwen2_5_vl", tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    config = json.loads((source / "config.json").read_text())
+    language = {key: value for key, value in config.pop("text_config").items() if key != "model_type"}
+    (source / "config.json").write_text(json.dumps(language | config))
+    common = {"text": text, "sequence_length": 32, "progress": False}
+    out = mc.compress(source, tmp_path / "half", kv_ratio=0.5, refine=0, heal=0, split="even", **common).out
+    before, expected = logits(load(out), tokens(2, 12)), logits(load(source), tokens(2, 12))
+    mc.heal(out, teacher=source, steps=20, batch_size=4, device="cpu", **common)
+    after = logits(load(out), tokens(2, 12))
+    assert (after - expected).norm() != (before - expected).norm()
+
+
+@pytest.mark.slow
+def test_a_tensor_that_is_missing_is_not_drawn_at_random(tmp_path):
+    source = stock_checkpoint("llava", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    options = {"kv_ratio": 0.5, "sequences": 6, "sequence_length": 32, "progress": False}
+    with pytest.raises(RequestError, match=r"layers\.1\.mlp\.down_proj\.weight"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 32, 1))
+        mc.compress(source, tmp_path / "half", **options)
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_prompt_that_attends_in_both_directions_is_refused(tmp_path):

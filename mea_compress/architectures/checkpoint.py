@@ -244,9 +244,11 @@ def _open_at_cache(
     classes = family_classes(family.model_type)
     stock = [kind.__name__.removeprefix("Mea") for kind in classes[1:] if kind is not None]
     if isinstance(names, list) and names and not {str(name).removeprefix("Mea") for name in names} & set(stock):
+        what = "which is no causal language model and would become one"
+        if any(str(name).endswith("ForCausalLM") for name in names):
+            what = f"and a {family.model_type} checkpoint is read as the whole that its language model is a part of"
         raise RequestError(
-            f"{where}: architectures says {', '.join(map(str, names))}, which is no causal language model and would "
-            f"become one; give the checkpoint of a {stock[-1]}"
+            f"{where}: architectures says {', '.join(map(str, names))}, {what}; give the checkpoint of a {stock[-1]}"
         )
     _check_origin(reader)
     settings = {key: _decoded(value) for key, value in raw.items() if key not in _NOT_OF_THE_MODEL}

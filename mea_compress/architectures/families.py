@@ -158,8 +158,10 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     known = {family.model_type: family for family in FAMILIES}
     stock_type = model_type.removeprefix(MEA_PREFIX)
     unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
+    within = config.get("text_config")
+    settings = {**(within if isinstance(within, dict) else {}), **config}
     for key, reason in unsupported.items():
-        if config.get(key) is not None and not (key == "quantization_config" and fp8_layout(config)):
+        if settings.get(key) is not None and not (key == "quantization_config" and fp8_layout(config)):
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")
     family = known.get(stock_type) or _family_at_cache(stock_type, where)
     for key in ("vision_config", "audio_config"):
@@ -185,6 +187,11 @@ def _family_at_cache(model_type: str, where: str) -> Family:
         config, base, model = family_classes(model_type)
     except ValueError:
         types = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES]
+        if model_type in types:
+            raise RequestError(
+                f"{where}: this {model_type} checkpoint cannot be compressed, its language model is a part of it that "
+                "config.json does not tell apart (text_config); give a checkpoint of the language model alone"
+            ) from None
         near = difflib.get_close_matches(model_type, types, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise RequestError(

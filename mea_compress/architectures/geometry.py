@@ -72,8 +72,8 @@ def find_geometry(config: Any) -> list[LayerGeometry | str]:
 def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return what is wrong with the tensors of a checkpoint, or None where they are those of the model.
 
-    Where transformers renames or fuses tensors as it loads them, those of other names are left to it; encoders and
-    decoders are ours.
+    Where transformers renames, fuses or transposes tensors as it loads them, those of other names or orders are left to
+    it; encoders and decoders are ours.
 
     Args:
         config: The configuration object of the emitted form of a family.
@@ -97,7 +97,8 @@ def missing_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str |
         found = shapes.get(name, shapes.get(bare))
         if found is None and name not in tied and ("_composition." in name or not converts):
             return f"tensor {name} is missing"
-        if found is not None and tuple(found) != tuple(tensor.shape):
+        turned = converts and "_composition." not in name and sorted(found or ()) == sorted(tensor.shape)
+        if found is not None and tuple(found) != tuple(tensor.shape) and not turned:
             return f"tensor {name} has shape {list(found)} where config.json asks for {list(tensor.shape)}"
     return None
 
@@ -111,6 +112,9 @@ def stored_layers(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[s
     Args:
         config: The configuration object of the emitted form of a family.
         shapes: The stored tensors.
+
+    Raises:
+        ValueError: They are stored fused, or split, so that no name can be told.
     """
     block = next(entry["block"] for entry in config.mea["layers"] if entry)
     parts = block.split(".")
@@ -129,13 +133,15 @@ def stored_layers(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[s
         tail = f".{parts[place - 1]}.{below}{name.removeprefix(block)}"
         candidates = [stored for stored in shapes if f".{stored}".endswith(tail)]
         marks = {stored: torch.full(shapes[stored], float(mark)) for mark, stored in enumerate(candidates, 2)}
-        if not candidates or name in candidates:
+        if name in shapes:
+            return path, path
+        if not candidates:
             continue
         loaded = skeleton(stock, keep_block, marks).get_parameter(name)
         for stored, mark in marks.items():
             if mark.shape == loaded.shape and torch.equal(mark, loaded):
                 return path, stored.removesuffix(f".{below}{name.removeprefix(block)}")
-    return path, path
+    raise ValueError(f"no tensor of {block} is stored in a form of its own")
 
 
 def stock_configuration(config: Any) -> Any:

@@ -100,7 +100,8 @@ class BlockRunner:
         products: torch.dtype = torch.float32,
     ) -> None:
         config = stock_configuration(source.model_config)
-        prefix, index = _layer_prefix(source, layer), layer
+        prefix, index = f"{_layer_list(source)}.{layer}.", layer
+        own = prefix if source.whole_config is None else f"{source.stored_under[0]}.{layer}."
         state = {
             name: source.reader.read(name).to(dtype)
             for name in source.reader.model_names
@@ -113,7 +114,7 @@ class BlockRunner:
                 if number != index:
                     empty(other.modules())
 
-        self.model = skeleton(shrink_vocabulary(config), prune, state, lambda name: _belongs(name, prefix))
+        self.model = _filled(source, shrink_vocabulary(config), prune, state, lambda name: _belongs(name, own))
         _, layers = decoder_layers(self.model)
         self.layer, self.index = layers[index], index
         geometry = source.geometry(layer)
@@ -340,19 +341,37 @@ class BlockHeadRunner:
 
 def _without_layers(source: Checkpoint) -> Any:
     """Return the model in float32 with the weights of all but its decoder layers."""
-    # Towers for images and sound have lists of layers too, which are not needed either.
-    path = _layer_list(source) if source.whole_config is None else r"\w+"
-    state = {
-        name: source.reader.read(name).float()
-        for name in source.reader.model_names
-        if not re.search(rf"(^|\.){path}\.\d+\.", name)
-    }
+    path = _layer_list(source)
+    owner = path.rpartition(".")[0]
+
+    def wanted(name: str) -> bool:
+        if re.search(rf"(^|\.){re.escape(path)}\.\d+\.", name):
+            return False
+        # Towers for images and sound have lists of layers too, and the language model may have other lists.
+        return source.whole_config is None or name.startswith(f"{owner}.") or not re.search(r"\.\d+\.", name)
+
+    state = {name: source.reader.read(name).float() for name in source.reader.model_names if wanted(name)}
 
     def prune(model: Any) -> None:
         for layer in decoder_layers(model)[1]:
             empty(layer.modules())
 
-    return skeleton(stock_configuration(source.model_config), prune, state, lambda name: True)
+    return _filled(source, stock_configuration(source.model_config), prune, state, lambda name: True)
+
+
+def _filled(source: Checkpoint, *arguments: Any) -> Any:
+    """Return what `skeleton` builds of a checkpoint.
+
+    Raises:
+        RequestError: Weights are missing.
+    """
+    try:
+        return skeleton(*arguments)
+    except ValueError as error:
+        raise RequestError(
+            f"{source.reader.directory}: {error}; complete the download, or save the model by save_pretrained of this "
+            "release of transformers"
+        ) from error
 
 
 def embed_tokens(source: Checkpoint, tokens: torch.Tensor) -> Activations:
@@ -392,10 +411,6 @@ def _layer_list(source: Checkpoint) -> str:
         return source.stored_under[1]
     parts = source.first_geometry.block.split(".")
     return parts[next(place for place, part in enumerate(parts) if part.isdecimal()) - 1]
-
-
-def _layer_prefix(source: Checkpoint, layer: int) -> str:
-    return f"{_layer_list(source)}.{layer}."
 
 
 def _belongs(name: str, prefix: str) -> bool:

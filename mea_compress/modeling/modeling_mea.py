@@ -132,6 +132,9 @@ class MeaEncodedMixin(MeaMixin):
             kind: Any = type(module)
             if issubclass(kind, PreTrainedModel) and not issubclass(kind, MeaEncodedMixin) and _is_composed(module):
                 module.__class__ = family_model(kind)
+                own: Any = module.config
+                if own.model_type != config.model_type:  # a language model within: its tensors are stored its own way
+                    _store_like(own.model_type, type(module).__name__)
                 _note_class(module)
         self.post_init()  # type: ignore[operator]
 

@@ -179,7 +179,8 @@ def distil(
 
     began, before = time.monotonic(), progress.taken
     if settings.learning_rate is None:
-        while (tried := _next_rate(settings.rates, progress)) is not None:
+        tried = None
+        while progress.begun is None and (tried := _next_rate(settings.rates, progress)) is not None:
             if not _steps_left(settings, began, progress.taken - before):
                 break
             _set(parameters, start)
@@ -741,6 +742,8 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     Families may scale or cap logits, which a loss made from hidden states would miss.
     """
     head = model.get_output_embeddings()
+    if model.base_model is model:  # nothing that it would name makes hidden states alone
+        return False
     if type(head) is not nn.Linear or any(weight.requires_grad for weight in head.parameters()):
         return False
     expected = model(input_ids=ids, use_cache=False).logits.float()

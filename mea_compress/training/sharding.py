@@ -115,13 +115,17 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, products: torch.dtype | None
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    name, found = decoder_layers(model)
+    refusal = f"the layers of a {type(model).__name__} cannot be sharded one by one: leave --use_fsdp out"
+    try:
+        name, found = decoder_layers(model)
+    except ValueError as error:
+        raise RequestError(refusal) from error
     owners: dict[int, set[str]] = {}
     for each, weight in model.named_parameters(remove_duplicate=False):
         layer = each.removeprefix(f"{name}.").partition(".")[0] if each.startswith(f"{name}.") else ""
         owners.setdefault(id(weight), set()).add(layer)
     if any(len(layers) > 1 for layers in owners.values()):
-        raise RequestError(f"the layers of a {type(model).__name__} cannot be sharded one by one: leave --use_fsdp out")
+        raise RequestError(refusal)
     return found
 
 
