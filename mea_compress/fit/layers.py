@@ -88,7 +88,7 @@ def fit_layers(
         if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
     if unfinished and plan.decisions.needs_calibration:
-        tokens = shared_tokens(plan, workspace, progress)[: plan.decisions.fitted_sequences]
+        tokens = shared_tokens(plan, workspace, progress)[: plan.decisions.sequences]
         held_out = choosing_sequences(plan, tokens)
         share = Share.own(len(tokens), held_out)
         calibrated = CalibratedFit(plan, tokens, held_out, share)

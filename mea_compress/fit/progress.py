@@ -224,7 +224,7 @@ def estimate_seconds(plan: Plan) -> float:
     began = time.monotonic()
     runner.run(hidden)[0].sum().item()  # waits for a GPU
     unit = time.monotonic() - began
-    batches = ceil(decisions.fitted_sequences / size)
+    batches = ceil(decisions.sequences / size)
     compressed = sum(layer.compressed for layer in plan.layers)
     layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
     fit = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches

@@ -28,7 +28,6 @@ from mea_compress.recipe import Recipe, budget_file
 # Calibration text where the recipe names no amount: this many tokens, in sequences of this length at most.
 _CALIBRATION_TOKENS = 1 << 17
 _CALIBRATION_SEQUENCE = 1024
-_FITTED_TOKENS = 1 << 15
 # Whole models up to this many bytes of weights are loaded and run before they are published.
 WHOLE_MODEL_BYTES = 32 << 20
 # Teacher and student are distilled in memory where they take no more of it than this share.
@@ -61,7 +60,6 @@ def decide(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan], choi
     return Decisions(
         needs_calibration=calibrated,
         sequences=sequences,
-        fitted_sequences=_fitted_sequences(source, recipe, sequences, length) if healing and not steps else sequences,
         sequence_length=length,
         refinement_steps=steps,
         measures_budget=measured,
@@ -144,17 +142,6 @@ def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     if length > context:
         raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
     return recipe.sequences or max(1, _CALIBRATION_TOKENS // length), length
-
-
-def _fitted_sequences(source: Checkpoint, recipe: Recipe, sequences: int, length: int) -> int:
-    """Return the calibration sequences that layers are fitted to where distillation comes right behind closed forms.
-
-    More than these gain them nothing (SmolLM2-135M at half, joint: KL 0.092 with 32 K tokens, 0.095 with 65 K), and
-    take time that distillation has a use for.
-    """
-    if recipe.sequences is not None:
-        return sequences
-    return min(sequences, ceil(max(_FITTED_TOKENS, 16 * source.config.hidden_size) / length))
 
 
 def refinement_steps(source: Checkpoint, recipe: Recipe, healed: bool) -> int:

@@ -115,7 +115,7 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         decoder = largest_layer(source)
         memory += 4 * decoder + 8 * 4 * attention + 8 * 4 * config.hidden_size**2
         # The text as the original has it before and behind a layer, and as the compressed layers send it.
-        tokens = decisions.fitted_sequences * decisions.sequence_length
+        tokens = decisions.sequences * decisions.sequence_length
         memory += 3 * min(SPILL_BYTES, 4 * config.hidden_size * tokens)
         if recipe.fit == "aligned":  # what o_proj reads of all text, and the normal equations of its regression
             inner = config.num_attention_heads * source.head_dim

@@ -111,7 +111,6 @@ class Decisions:
     Attributes:
         needs_calibration: Whether the fit uses calibration data.
         sequences: Calibration sequences.
-        fitted_sequences: Those of them, at the front, that layers are fitted to.
         sequence_length: Tokens of each.
         refinement_steps: Optimiser steps of a layer's refinement, 0 for none.
         measures_budget: Whether widths are chosen by a profile, measured before the fit.
@@ -128,7 +127,6 @@ class Decisions:
 
     needs_calibration: bool
     sequences: int
-    fitted_sequences: int
     sequence_length: int
     refinement_steps: int
     measures_budget: bool

@@ -123,19 +123,6 @@ def test_effort_says_how_long(tmp_path):
     assert make_plan(wide, Recipe(**QUICK, effort="best")).decisions.refinement_steps == 3 * steps[0]
 
 
-def test_layers_that_are_healed_and_not_refined_are_fitted_to_less_text(tmp_path):
-    wide = stock_checkpoint(tmp_path / "wide", hidden_size=512, num_hidden_layers=1)
-    own = {**QUICK, "sequences": None}
-
-    def shape(**changes):
-        decisions = make_plan(wide, Recipe(**{**own, **changes})).decisions
-        return decisions.sequences, decisions.fitted_sequences
-
-    assert shape() == (1 << 12, 1 << 10)  # of 32 tokens each
-    assert shape(heal=0) == shape(effort="best") == shape(refine=5) == (1 << 12, 1 << 12)
-    assert shape(sequences=2000) == (2000, 2000)
-
-
 def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src")
     monkeypatch.setattr(progress.time, "monotonic", iter(range(100)).__next__)  # a unit takes a second
