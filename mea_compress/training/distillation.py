@@ -56,6 +56,7 @@ _TRIALS = 3  # as many as there mostly are
 _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
+_LAST_LOOKS = 3  # as long as measuring all of it takes in the end, and writing what was learnt
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
@@ -177,16 +178,18 @@ def distil(
         here = state if on_step else None
         _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
 
-    began, before = time.monotonic(), progress.taken
+    pace = _Pace()
     if settings.learning_rate is None:
         tried = None
         while progress.begun is None and (tried := _next_rate(settings.rates, progress)) is not None:
-            if not _steps_left(settings, began, progress.taken - before):
+            if not _steps_left(settings, pace):
                 break
             _set(parameters, start)
-            train(_group(parameters, tried), settings.trial_steps)
+            with pace.of_steps(settings.trial_steps):
+                train(_group(parameters, tried), settings.trial_steps)
             progress.taken += settings.trial_steps
-            value = look()
+            with pace.of_a_look():
+                value = look()
             progress.found[str(tried)] = value if math.isfinite(value) else math.inf
             progress.offer(value, parameters)
             progress.save()
@@ -194,7 +197,7 @@ def distil(
         rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
-            progress.steps = _steps_left(settings, began, progress.taken - before) if tried is None else 0
+            progress.steps = _steps_left(settings, pace) if tried is None else 0
     else:
         rate, progress.steps = None, settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
@@ -353,21 +356,41 @@ def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
     return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
 
 
-def _steps_left(settings: DistillationSettings, began: float, taken: int) -> int:
+class _Pace:
+    """How long steps and looks at held-out text have taken in this process, in seconds."""
+
+    def __init__(self) -> None:
+        self.steps, self.in_steps, self.looks, self.in_looks = 0, 0.0, 0, 0.0
+
+    @contextmanager
+    def of_steps(self, count: int) -> Iterator[None]:
+        """Take the time of so many steps."""
+        began = time.monotonic()
+        yield
+        self.steps, self.in_steps = self.steps + count, self.in_steps + time.monotonic() - began
+
+    @contextmanager
+    def of_a_look(self) -> Iterator[None]:
+        """Take the time of a look."""
+        began = time.monotonic()
+        yield
+        self.looks, self.in_looks = self.looks + 1, self.in_looks + time.monotonic() - began
+
+
+def _steps_left(settings: DistillationSettings, pace: _Pace) -> int:
     """Return the steps of the full run that are left the time for, by the clock of the first process.
 
     Args:
         settings: With the deadline.
-        began: When this process began with its trials.
-        taken: Steps since then.
+        pace: Of the trials.
     """
     if settings.deadline is None:
         return settings.steps
-    now = time.monotonic()
-    left = settings.deadline - now
-    if not taken:
+    left = settings.deadline - time.monotonic()
+    if not pace.steps:
         return from_first_process(settings.steps if left > 0 else 0)
-    return from_first_process(max(0, min(settings.steps, int(left * taken / (now - began)))))
+    left -= (_LOOKS + _LAST_LOOKS) * pace.in_looks / max(1, pace.looks)
+    return from_first_process(max(0, min(settings.steps, int(left * pace.steps / pace.in_steps))))
 
 
 @torch.no_grad()
