@@ -505,7 +505,8 @@ def main():
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
         # Whether the absorbed times of a CPU are the kernel's.
-        "kernel_on_cpu": arguments.device == "cpu" and decode_cpu_mea.library() is not None,
+        "kernel_on_cpu": arguments.device == "cpu"
+        and decode_cpu_mea.readable(torch.empty(0, dtype=getattr(torch, arguments.dtype))),
         "attention": [],
         "stack": [],
     }

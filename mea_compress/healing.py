@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.architectures import open_checkpoint
-from mea_compress.architectures.families import MEA_PREFIX, find_family
+from mea_compress.architectures.families import MEA_PREFIX, find_family, language_settings
 from mea_compress.checkpoint import (
     CheckpointReader,
     Entry,
@@ -383,8 +383,7 @@ def heal(
     for name, weight in (("match_hidden", match_hidden), ("match_attention", match_attention)):
         if not 0 <= weight < math.inf:
             raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
-    config = CheckpointReader(student).config()
-    vocabulary = (_language_settings(student) or config).get("vocab_size")
+    vocabulary = language_settings(CheckpointReader(student).config()).get("vocab_size")
     if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
         raise RequestError(
             f"`top_logits` {top_logits} are no part of a vocabulary of {vocabulary}: give fewer, such as 256, or none"
@@ -472,12 +471,6 @@ def _check_sharded(sharded: bool, text: TextChoice | None, stages: tuple[str, ..
         raise RequestError("adapters are not sharded: leave lora out of `train`, or --use_fsdp out of the launcher")
 
 
-def _language_settings(checkpoint: Path) -> dict[str, Any] | None:
-    """Return what the config.json of a checkpoint says of its language model, None where that is not a part of it."""
-    part = CheckpointReader(checkpoint).config().get("text_config")
-    return part if isinstance(part, dict) else None
-
-
 def _check_models(student: Path, teacher: Path) -> None:
     """Check, from their configurations, that a teacher may be what a student was made from.
 
@@ -495,9 +488,8 @@ def _check_models(student: Path, teacher: Path) -> None:
         "hidden_size": "channels",
         "vocab_size": "tokens in its vocabulary",
     }
-    language = [_language_settings(path) or config for path, config in zip((student, teacher), configs, strict=True)]
     for key, what in told.items():
-        own, other = (settings.get(key) for settings in language)
+        own, other = (language_settings(config).get(key) for config in configs)
         if own != other:
             raise RequestError(
                 f"{teacher} has {other} {what} and {student} {own}: give the original it was made from as `teacher`"
@@ -511,13 +503,8 @@ def _check_models(student: Path, teacher: Path) -> None:
 
 def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[HealingResult, dict[str, torch.Tensor]]:
     """Distil the student; return what was done, and its new weights by name, none where it did not help."""
-    student, teacher, target, settings, stages = (
-        asked.student,
-        asked.teacher,
-        asked.target,
-        asked.settings,
-        asked.stages,
-    )
+    student, teacher, target = asked.student, asked.teacher, asked.target
+    settings, stages = asked.settings, asked.stages
     steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
     mesh = all_processes(target) if asked.sharded else None
 

@@ -100,12 +100,6 @@ class Checkpoint:
         assert geometry is not None
         return f"{geometry.block}."
 
-    @property
-    def language_settings(self) -> dict[str, Any]:
-        """Return what config.json says of the language model."""
-        part = self.raw_config.get("text_config")
-        return part if self.whole_config is not None and isinstance(part, dict) else self.raw_config
-
     def model_name(self, name: str) -> str:
         """Return what a stored tensor of the decoder layers is called in the model."""
         path, stored = self.stored_under

@@ -142,6 +142,12 @@ _UNSUPPORTED_SETTINGS = {
 _UNSUPPORTED_IN_PROJECTIONS = {"attn_logit_softcapping": "its attention logits are soft-capped"}
 
 
+def language_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says of the language model: a part of its own, or all of it."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
 def find_family(config: dict[str, Any], where: str) -> Family:
     """Return the family of a config.json.
 
@@ -158,8 +164,7 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     known = {family.model_type: family for family in FAMILIES}
     stock_type = model_type.removeprefix(MEA_PREFIX)
     unsupported = _UNSUPPORTED_SETTINGS | (_UNSUPPORTED_IN_PROJECTIONS if stock_type in known else {})
-    within = config.get("text_config")
-    settings = {**(within if isinstance(within, dict) else {}), **config}
+    settings = {**language_settings(config), **config}
     for key, reason in unsupported.items():
         if settings.get(key) is not None and not (key == "quantization_config" and fp8_layout(config)):
             raise RequestError(f"{where}: this {model_type} checkpoint cannot be compressed, {reason} ({key})")

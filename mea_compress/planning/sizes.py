@@ -7,7 +7,7 @@ from math import prod
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
-from mea_compress.architectures.families import LayerGeometry, Shapes
+from mea_compress.architectures.families import LayerGeometry, Shapes, language_settings
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
@@ -146,7 +146,7 @@ def _heal_bytes(source: Checkpoint, layers: Sequence[LayerPlan], before: int, af
     config = source.config
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
     trained = sum(layer.parameters_after + attention for layer in layers)
-    tied = bool({**source.raw_config, **source.language_settings}.get("tie_word_embeddings"))
+    tied = bool({**source.raw_config, **language_settings(source.raw_config)}.get("tie_word_embeddings"))
     embeddings = 0 if tied else config.vocab_size * config.hidden_size
     itemsize = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
     return heal_weight_bytes(before, after, trained, embeddings, itemsize)
@@ -176,7 +176,7 @@ def step_bytes(source: Checkpoint, gradients: bool) -> int:
         source: The checkpoint.
         gradients: Whether the layer is refined, so that its activations are kept.
     """
-    settings, hidden = source.language_settings, source.config.hidden_size
+    settings, hidden = language_settings(source.raw_config), source.config.hidden_size
     inner = settings.get("intermediate_size") or 4 * hidden
     if settings.get("moe_intermediate_size"):
         inner = settings["moe_intermediate_size"] * (settings.get("num_experts_per_tok") or 1)
