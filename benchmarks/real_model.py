@@ -6,7 +6,8 @@
 
 A row is compressed in a process of its own, for its time and its peak of memory, and then measured: perplexity on the
 test text, KL and top-1 agreement with the original on several texts, accuracy on tasks. Each figure is kept in
-WORK/rows as it comes, and a later call goes on where an interrupted one stopped; `--rows` chooses among rows.
+WORK/rows as it comes, and a later call goes on where an interrupted one stopped; `--rows` chooses among rows, and
+`--made NAME=DIRECTORY` adds the row of a compression that is there already.
 
 Perplexity is the field's: the raw file as one text, its tokens without BOS cut into windows of 2,048 that do not
 overlap, the last, shorter one left out, each window predicting all of its tokens but the first.
@@ -48,6 +49,7 @@ WINDOW, SHORT_WINDOW = 2048, 1024
 RATIOS = ("1/2", "2/3", "3/4", "1/3", "1/4")  # a model of three heads can keep two of them, not 0.67
 EQUAL = {"budget": "uniform", "heal": "0"}
 CLOSED = {"refine": 0, "heal": "0"}
+FORTY = {"time_limit": 40, "sequence_length": 512}
 SAMPLED = "sampled"
 ORIGINAL, PEER = "original", "cacheshrink, separate, calibrated"
 
@@ -61,12 +63,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "default, closed form": CLOSED,
     "default, closed form, equal widths": EQUAL | CLOSED,
     "default, refined, equal widths": EQUAL,
+    "default, 40 minutes": FORTY,
     "latent + latent, equal widths, activations (whitened SVD: SVD-LLM, Palu, CARE)": both("latent")
     | EQUAL
     | {"fit": "activations"},
     "latent + latent": both("latent"),
     "latent + latent, closed form": both("latent") | CLOSED,
     "latent + latent, closed form, equal widths": both("latent") | EQUAL | CLOSED,
+    "joint, 40 minutes": both("joint") | FORTY,
     "joint (best-50)": both("joint") | {"effort": "best"},
     "joint, closed form": both("joint") | CLOSED,
     "joint, closed form, equal widths": both("joint") | EQUAL | CLOSED,
@@ -151,6 +155,13 @@ def fit(row: Row, source: Path, out: Path, calibration: Path | None) -> None:
     else:
         costs = {"seconds": round(seconds, 1), "peak_bytes": peak}
         row.keep("compression", value=costs | ({"resumed": True} if resumed else {}))
+
+
+def settings_made(directory: Path) -> dict[str, Any]:
+    """Return the settings of a compression, its texts by their names alone."""
+    settings = yaml.safe_load((directory / "recipe.yaml").read_text(encoding="utf-8"))
+    text = settings.get("text") or []
+    return settings | {"text": [Path(file).name for file in ([text] if isinstance(text, str) else text)]}
 
 
 def windows(text: str, tokenizer: Any, length: int, count: int | None) -> torch.Tensor:
@@ -297,6 +308,17 @@ def named_files(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
+def named_directories(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
+    """Read NAME=DIRECTORY."""
+    directories = {}
+    for value in values:
+        name, _equals, directory = value.partition("=")
+        if not (Path(directory) / "recipe.yaml").is_file():
+            raise click.BadParameter(f"{value} is not NAME=DIRECTORY with a compression, which has a recipe.yaml")
+        directories[name] = Path(directory)
+    return directories
+
+
 def calibration_texts(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path | None]:
     """Read NAME=FILE, where a directory will do for a file, or `sampled`: text of the original's own."""
     texts: dict[str, Path | None] = {}
@@ -342,6 +364,9 @@ def source(out, file, check_python, check_text, json_file):
     "--calibration", multiple=True, callback=calibration_texts, help="NAME=FILE to fit on, or sampled; sampled without."
 )
 @click.option("--rows", "chosen", multiple=True, help="Only rows whose name contains this.")
+@click.option(
+    "--made", multiple=True, callback=named_directories, help="NAME=DIRECTORY of a compression, measured as a row."
+)
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Shares: 0.5 or 2/3.")
 @click.option("--sequences", type=int, help="Calibration sequences; as many as `compress` takes without it.")
 @click.option("--limit", type=int, help="Windows of 2,048 tokens for perplexity; all without it.")
@@ -352,7 +377,7 @@ def source(out, file, check_python, check_text, json_file):
 @click.option("--keep/--no-keep", default=False, show_default=True, help="Keep the checkpoints of rows that are done.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="JSON of all rows; the table is beside it, as .md.")
-def run_table(work, source, chosen, ratios, sequences, tasks, texts, calibration, keep, out, **options):
+def run_table(work, source, chosen, made, ratios, sequences, tasks, texts, calibration, keep, out, **options):
     """Compress and measure every row, the shares in the order given."""
     options["task_dir"] = work / "tasks"
     options["task_names"] = write_tasks(tasks, work / "tasks") if tasks else []
@@ -375,6 +400,8 @@ def run_table(work, source, chosen, ratios, sequences, tasks, texts, calibration
                 rows.append(make(name, ratio, fitted, settings))
         if options["peer_python"]:
             rows += [make(PEER, ratio, name) for name, file in calibration.items() if file is not None]
+    given = {make(name, settings=settings_made(directory)): directory for name, directory in made.items()}
+    rows += given
     for row in rows:
         if row.has("refused"):
             continue
@@ -383,15 +410,16 @@ def run_table(work, source, chosen, ratios, sequences, tasks, texts, calibration
             if not row.has("perplexity"):
                 run_peer(row, source, options, readers, calibration[row.calibration])
             continue
-        directory = source if row.name == ORIGINAL else work / "checkpoints" / row.slug
+        there = source if row.name == ORIGINAL else given.get(row)
+        directory = there or work / "checkpoints" / row.slug
         finished = all(row.has("tasks", name) for name in options["task_names"]) and row.has("perplexity")
         if finished and (row.name == ORIGINAL or all(row.has("texts", name) for name in readers)):
             continue
-        if row.name != ORIGINAL and not directory.is_dir():
+        if not there and not directory.is_dir():
             fit(row, source, directory, calibration.get(row.calibration))
         if not row.has("refused"):
             measure(row, directory, source, options, readers)
-        if row.name != ORIGINAL and not keep and directory.is_dir():
+        if not there and not keep and directory.is_dir():
             shutil.rmtree(directory)
     result = {"versions": versions(), "machine": machine("cpu"), "threads": torch.get_num_threads()}
     result |= {"source": source.name, "rows": [row.data for row in rows]}
