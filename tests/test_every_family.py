@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -97,18 +98,16 @@ def compress_family(source, out, ratio, refine=0):
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory):
     """Each family's stock checkpoint, and it at whole and half width, made when first asked for."""
-    made = {}
 
+    @cache
     def make(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            source = stock_family(name, directory / "source")
-            compress_family(source, directory / "whole", 1.0)
-            result = compress_family(source, directory / "half", 0.5, refine=3)
-            made[name] = SimpleNamespace(
-                source=source, whole=directory / "whole", half=directory / "half", result=result
-            )
-        return made[name]
+        directory = tmp_path_factory.mktemp(name)
+        source, whole, half = (directory / part for part in ("source", "whole", "half"))
+        stock_family(name, source)
+        compress_family(source, whole, 1.0)
+        return SimpleNamespace(
+            source=source, whole=whole, half=half, result=compress_family(source, half, 0.5, refine=3)
+        )
 
     return make
 

@@ -1,6 +1,7 @@
 """Models of more than text: the language model inside is composed, and images and sound reach it as before."""
 
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -156,21 +157,18 @@ def stock_checkpoint(name, directory):
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory):
     """Each model's stock checkpoint, and it at whole and half width, made when first asked for."""
-    made = {}
 
+    @cache
     def make(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            source = stock_checkpoint(name, directory / "source")
-            common = {"split": "even", "sequences": 6, "sequence_length": 48, "progress": False}
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
-                mc.compress(source, directory / "whole", kv_ratio=1.0, heal=0, **common)
-                result = mc.compress(source, directory / "half", kv_ratio=0.5, refine=2, heal=2, **common)
-            made[name] = SimpleNamespace(
-                source=source, whole=directory / "whole", half=directory / "half", result=result
-            )
-        return made[name]
+        directory = tmp_path_factory.mktemp(name)
+        source, whole, half = (directory / part for part in ("source", "whole", "half"))
+        stock_checkpoint(name, source)
+        common = {"split": "even", "sequences": 6, "sequence_length": 48, "progress": False}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
+            mc.compress(source, whole, kv_ratio=1.0, heal=0, **common)
+            result = mc.compress(source, half, kv_ratio=0.5, refine=2, heal=2, **common)
+        return SimpleNamespace(source=source, whole=whole, half=half, result=result)
 
     return make
 

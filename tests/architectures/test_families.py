@@ -1,6 +1,7 @@
 """Every family against transformers' own class: what `tiny.CASES` lists is what is supported."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -39,15 +40,13 @@ def logits(model, ids, **options):
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     """Each case's checkpoint at half its cache, made when first asked for."""
-    made = {}
 
+    @cache
     def half(case, compositions="head"):
-        if (case, compositions) not in made:
-            directory = tmp_path_factory.mktemp("half")
-            stock_checkpoint(directory / "source", case)
-            compress(directory / "source", directory / "out", recipe=recipe(0.5, compositions), progress=False)
-            made[case, compositions] = directory / "out"
-        return made[case, compositions]
+        directory = tmp_path_factory.mktemp("half")
+        stock_checkpoint(directory / "source", case)
+        compress(directory / "source", directory / "out", recipe=recipe(0.5, compositions), progress=False)
+        return directory / "out"
 
     return half
 

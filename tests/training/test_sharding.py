@@ -12,7 +12,7 @@ import transformers
 from compat.releases import NEWEST, OLDEST, release_directory
 from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from test_healing import CURVE, SETTINGS, in_a_process, make_student, port, weights
+from test_healing import CURVE, KILLED, SETTINGS, in_a_process, make_student, port, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mea_compress.compression import compress
@@ -143,26 +143,6 @@ def test_a_sharded_student_learns_what_a_whole_one_does(tmp_path, monkeypatch):
             assert not tensors[f"{key}.weight"][~within].any()
 
 
-LAUNCHED = """
-import os, signal, sys
-import mea_compress.training.distillation as distillation
-from mea_compress.healing import heal
-
-left, step = int(sys.argv[5]), distillation._Callback.on_step_end
-
-def counted(self, *arguments, **options):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *arguments, **options)
-
-distillation._Callback.on_step_end = counted
-options = {"steps": 20, "batch_size": 4, "device": "cpu", "progress": False, "text": sys.argv[4]}
-heal(sys.argv[1], teacher=sys.argv[2], out=sys.argv[3], resume="resume" in sys.argv, **options)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("version", dict.fromkeys((OLDEST, transformers.__version__, NEWEST)))
@@ -170,17 +150,16 @@ def test_sharded_processes_that_were_killed_go_on_to_what_one_alone_has(version,
     student, text = make_student(tmp_path / "student"), tmp_path / "text.txt"
     text.write_text("\n".join(f"a story of {letter} and the little fox" * 3 for letter in "abcdefghijklmnop" * 4))
     alone = heal(student, teacher=teacher, out=tmp_path / "alone", text=text, **SETTINGS | CURVE)
-    (tmp_path / "launched.py").write_text(LAUNCHED)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     if (release := release_directory(version)) is not None:  # in front of what the processes import
         monkeypatch.syspath_prepend(release)
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port")
-    what = (tmp_path / "launched.py", student, teacher, tmp_path / "both", text)
-    stopped = in_a_process(*launch, port(), *what, alone.stages[0].all_steps - 20 + 14)
+    what = (KILLED, student, teacher, tmp_path / "both")
+    stopped = in_a_process(*launch, port(), *what, alone.stages[0].all_steps - 20 + 14, "--text", text)
     assert stopped.returncode and not (tmp_path / "both").exists()
     assert list((tmp_path / "both.partial").rglob("checkpoint-*/parts/.metadata")), stopped.stderr[-2000:]
-    resumed = in_a_process(*launch, port(), *what, 1000, "resume")
+    resumed = in_a_process(*launch, port(), *what, 1000, "--text", text, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     record = json.loads((tmp_path / "both" / "healing.json").read_text())
     assert record["versions"]["transformers"] == version
