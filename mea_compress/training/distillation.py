@@ -54,6 +54,7 @@ _RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Step sizes to choose from, as a share of a tensor's root mean square."""
 _TRIALS = 3  # as many as there mostly are
 _LEAST_GAIN = 0.5
+_TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LAST_LOOKS = 3  # as long as measuring all of it takes in the end, and writing what was learnt
@@ -182,7 +183,9 @@ def distil(
     if settings.learning_rate is None:
         tried = None
         while progress.begun is None and (tried := _next_rate(settings.rates, progress)) is not None:
-            if not _steps_left(settings, pace):
+            left = _steps_left(settings, pace)
+            hurries = settings.deadline is not None and left < _TRIALS_WORTH * settings.trial_steps
+            if not left or (hurries and progress.gained):
                 break
             _set(parameters, start)
             with pace.of_steps(settings.trial_steps):
@@ -197,7 +200,7 @@ def distil(
         rate = _choose_rate(settings.rates, progress)
         groups = _group(parameters, rate)
         if progress.steps is None:
-            progress.steps = _steps_left(settings, pace) if tried is None else 0
+            progress.steps = _steps_left(settings, pace) if tried is None or progress.gained else 0
     else:
         rate, progress.steps = None, settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
@@ -240,6 +243,11 @@ class _Progress:
         self.begun: Mapping[str, torch.Tensor] | None = None
         self._begun_file: str | None = None
         self._offered = True
+
+    @property
+    def gained(self) -> bool:
+        """Whether a trial ended below the start."""
+        return min(self.found.values(), default=math.inf) < self.curve[0][1]
 
     @staticmethod
     def resumed(directory: Path | None, like: Mapping[str, torch.Tensor]) -> _Progress | None:

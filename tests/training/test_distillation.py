@@ -236,6 +236,17 @@ def test_the_full_run_goes_on_from_the_best_trial(pair, monkeypatch):
     assert any(not torch.equal(starts[0][name], weight) for name, weight in starts[2].items())
 
 
+@pytest.mark.parametrize(("left", "trials"), [(10**6, 2), (7, 1), (0, 0)])
+def test_with_little_time_left_steps_are_not_spent_on_trials(left, trials, pair, monkeypatch):
+    student, teacher = pair
+    monkeypatch.setattr(distillation, "_steps_left", lambda settings, _: min(settings.steps, left))
+    settings = DistillationSettings(20, 8, rates=(0.003, 0.01, 0.02), deadline=math.inf)
+    done = distil(student, teacher, IDS[:16], IDS[16:], settings)
+    assert done.steps == min(20, left)
+    assert done.all_steps == done.steps + trials * settings.trial_steps
+    assert (done.curve[-1][1] < done.curve[0][1]) == (left > 0)
+
+
 @pytest.mark.parametrize("rates", [{"rates": (1e3, 1e30)}, {"learning_rate": 1e3}])
 def test_what_only_gets_worse_stays_as_it_was(pair, rates):
     student, teacher = pair
