@@ -25,7 +25,7 @@ from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
 from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
-from mea_compress.fit.refinement import Refiner, Settings
+from mea_compress.fit.refinement import Refined, Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.sharing import Share
 from mea_compress.fit.split import kv_split_candidates
@@ -87,12 +87,19 @@ def fit_layers(
         for layer in plan.layers
         if layer.compressed and workspace.result_of("layers", str(layer.layer)) is None
     ]
-    if unfinished and plan.decisions.needs_calibration:
+    calibrates = plan.decisions.needs_calibration
+    measures = calibrates and plan.profile is not None and workspace.result_of("budget", "kl") is None
+    if measures and not unfinished:  # interrupted while the whole was measured
+        unfinished = [layer.layer for layer in plan.layers if layer.compressed][-1:]
+    if unfinished and calibrates:
         tokens = shared_tokens(plan, workspace, progress)[: plan.decisions.sequences]
         held_out = choosing_sequences(plan, tokens)
         share = Share.own(len(tokens), held_out)
         calibrated = CalibratedFit(plan, tokens, held_out, share)
         steps = Settings(calibrated.steps, calibrated.batch, held_out).all_steps
+        if calibrated.steps and plan.decisions.searches_kv_split:
+            ways = 1 + len(kv_split_candidates(next(layer for layer in plan.layers if layer.compressed), plan))
+            steps += ways * calibrated.split_trial.steps
         parts, sampled = len(list(calibrated.parts())), len(calibrated.sample)
         calibrated.work = work = FitProgress(plan, parts, sampled, steps, len(unfinished), deadline, progress)
     own_bar = calibrated is not None or not progress
@@ -118,7 +125,7 @@ def fit_layers(
                 stored_layer = StoredLayer(section, {name: reader.read_array(name) for name in reader.tensors})
             if calibrated and layer.layer < unfinished[-1]:
                 calibrated.advance(layer.layer, stored_layer)
-        if calibrated and plan.profile is not None and stored_layer is not None:
+        if calibrated and measures and stored_layer is not None:
             kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
             workspace.commit("budget", "kl", kl)
 
@@ -153,7 +160,7 @@ class CalibratedFit:
         if self.share.is_part and len(tokens) - held_out < process_count():
             raise RequestError(
                 f"there are {len(tokens) - held_out} calibration sequences beside those held out and {process_count()} "
-                "processes: give more --sequences, or start fewer processes"
+                "processes: give more `sequences`, or start fewer processes"
             )
         self.batch = max(1, TOKENS_PER_STEP // tokens.shape[1])
         own = tokens[self.share.index]
@@ -164,6 +171,8 @@ class CalibratedFit:
         self.mixed: Activations | None = None
         self._outputs: dict[int, OutputMap | str] = {}
         self.steps = plan.decisions.refinement_steps
+        rates, trial = Settings.rates[-1:], Settings.trial_steps
+        self.split_trial = Settings(min(trial, self.steps), self.batch, self.share.held_out, rates)
         self.runner = self.runner_of(0)
         every = [*batches(held_out, self.batch), *batches(len(tokens), self.batch, held_out)]
         self.sampled_from = every[-max(1, TRIAL_TOKENS // (self.batch * tokens.shape[1])) :][0].start
@@ -185,9 +194,7 @@ class CalibratedFit:
         fits = [compose(self.plan, candidate, statistics) for candidate in candidates]
         for composed, _ in fits:
             check_finite(composed, layer.layer)
-        if len(fits) > 1:
-            fits.sort(key=lambda fit: self.regress(layer.layer, fit[0], self.sample)[1])
-        composed, report = self._agreed(fits[0])
+        composed, report = self._agreed(self._best_split(layer.layer, fits))
         if self.plan.recipe.fit == "aligned":
             composed, error = self._agreed(self.regress(layer.layer, composed))
             report = {**report, "attention_relative_error": error}
@@ -198,19 +205,36 @@ class CalibratedFit:
         if not steps:
             return composed, report
         self.work.say(layer.layer, "refining")
-        seed = self.plan.recipe.seed + layer.layer
-        refiner = Refiner(
-            self.compressed,
-            self.original,
-            replace(settings, steps=steps),
-            seed,
-            lambda done: self.work.add(STEP * done),
-            self.share,
-        )
-        refined = self._agreed(refiner.refine(composed, self.runner_of(layer.layer, self._stored(composed, "F32"))))
+        refined = self._agreed(self._refine(layer.layer, composed, replace(settings, steps=steps)))
         self.mixed = None
         fidelity = {"before": refined.before, "after": refined.after, "rate": refined.rate}
         return refined.layer, {**report, "refinement": fidelity}
+
+    def _best_split(
+        self, layer: int, fits: list[tuple[ComposedLayer, dict[str, Any]]]
+    ) -> tuple[ComposedLayer, dict[str, Any]]:
+        """Return the fit whose keys and values divide the layer's budget best.
+
+        That is the one with the least error once o_proj is fitted again, or, where refinement follows, after a few of
+        its steps: values gain more of them than keys do.
+        """
+        if len(fits) == 1:
+            return fits[0]
+        regressed = [self.regress(layer, composed, self.sample) for composed, _ in fits]
+        errors = [error for _, error in regressed]
+        if self._agreed(self.work.steps_allowed(self.steps, len(fits) * self.split_trial.steps)):
+            self.work.say(layer, "dividing the budget")
+            errors = [self._refine(layer, composed, self.split_trial).after for composed, _ in regressed]
+        return fits[min(range(len(fits)), key=errors.__getitem__)]
+
+    def _refine(self, layer: int, composed: ComposedLayer, settings: Settings) -> Refined:
+        """Refine a layer on what the already compressed ones send it."""
+        seed = self.plan.recipe.seed + layer
+        runner = self.runner_of(layer, self._stored(composed, "F32"))
+        refiner = Refiner(
+            self.compressed, self.original, settings, seed, lambda done: self.work.add(STEP * done), self.share
+        )
+        return refiner.refine(composed, runner)
 
     def _agreed(self, result: Any) -> Any:
         """Return what the first of the processes that share the text has found, to the last bit."""
@@ -492,8 +516,8 @@ def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
         return held_out
     if len(tokens) < 2:
         raise RequestError(
-            "refinement holds a calibration sequence out and there is only one; give --sequences 2 or more, a "
-            "longer --text, a smaller --sequence-length, or --refine 0"
+            "refinement holds a calibration sequence out and there is only one; give `sequences` 2 or more, a "
+            "longer `text`, a smaller `sequence_length`, or `refine` 0"
         )
     return max(1, held_out, min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4))
 
@@ -508,7 +532,7 @@ def measured_sequences(tokens: torch.Tensor) -> int:
     if count < 2:
         raise RequestError(
             "a budget is measured on a calibration sequence that nothing is fitted to, and there is only one; give "
-            "--sequences 2 or more, a longer --text, a smaller --sequence-length, or --budget uniform"
+            "`sequences` 2 or more, a longer `text`, a smaller `sequence_length`, or `budget` uniform"
         )
     return max(1, min(MEASURED_TOKENS // length, count // 4))
 
@@ -577,8 +601,8 @@ def check_finite(composed: ComposedLayer, layer: int) -> None:
     for side in (composed.key, composed.value):
         if not np.isfinite(side.reconstruct()).all():
             raise RequestError(
-                f"layer {layer} cannot be composed from this text: a head came out as NaN; give other --text, or leave "
-                "the layer out with --layers"
+                f"layer {layer} cannot be composed from this text: a head came out as NaN; give other `text`, or leave "
+                "the layer out with `layers`"
             )
 
 

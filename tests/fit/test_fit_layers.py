@@ -1,6 +1,7 @@
 """Layers fitted in order: better than the baseline, never worse for refining, the same after a stop, the same twice."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_refinement_holds_a_sequence_out_even_of_few(tmp_path):
     layers = compress(source, tmp_path / "out", recipe=recipe(**few), progress=False).fidelity["layers"]
     assert all(np.isfinite(layer["refinement"]["before"]) for layer in layers.values())
     one = {"sequence_length": 256, "sequences": 1, "refine": 4}
-    with pytest.raises(RequestError, match="--sequences 2"):
+    with pytest.raises(RequestError, match="`sequences` 2"):
         compress(source, tmp_path / "again", recipe=recipe(**one), progress=False)
     assert not (tmp_path / "again").exists()
 
@@ -223,6 +224,25 @@ def test_refinement_is_on_with_the_aligned_fit_alone(tmp_path):
     assert steps() > 0
     assert steps(fit="weights") == steps(fit="activations") == 0
     assert steps(fit="weights", refine=7) == 7
+
+
+def test_where_refinement_follows_ways_to_divide_a_budget_are_tried_by_its_steps(tmp_path, monkeypatch):
+    source, tried, real = stock_checkpoint(tmp_path / "src"), [], fitting.CalibratedFit._refine
+
+    def last_wins(self, layer, composed, settings):
+        refined = real(self, layer, composed, settings)
+        if settings is not self.split_trial:
+            return refined
+        tried.append(refined.after)
+        return replace(refined, after=-len(tried))
+
+    monkeypatch.setattr(fitting.CalibratedFit, "_refine", last_wins)
+    for refine in (0, 3):
+        wanted = recipe(refine=refine, budget="uniform", heal="0")
+        layers = compress(source, tmp_path / f"{refine}", recipe=wanted, progress=False).plan.layers
+        assert len(tried) == (5 * len(layers) if refine else 0)
+    assert all(layer.spec.key.components > layer.spec.value.components for layer in layers)  # seven to three
+    assert all(error < 1 for error in tried)
 
 
 @pytest.mark.slow

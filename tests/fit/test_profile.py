@@ -97,10 +97,10 @@ def test_layers_that_differ_in_their_heads_have_no_profile(at_cache, tmp_path):
     source = at_cache("gemma4_text")
     with pytest.raises(RequestError, match="differ in the heads that they cache"):
         mc.profile(source, progress=False, **QUICK)
-    with pytest.raises(RequestError, match="--budget measured cannot be: the layers of this model differ"):
+    with pytest.raises(RequestError, match="`budget` measured cannot be: the layers of this model differ"):
         mc.plan(source, kv_ratio=0.5, budget="measured")
     (tmp_path / "widths.json").write_text(json.dumps({"layers": []}))
-    with pytest.raises(RequestError, match="a --budget from a file counts heads"):
+    with pytest.raises(RequestError, match="a `budget` from a file counts heads"):
         mc.plan(source, kv_ratio=0.5, budget=str(tmp_path / "widths.json"))
 
 
@@ -155,6 +155,22 @@ def test_compress_measures_chooses_and_says_what_came_of_it(tmp_path):
     )
     data = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert mc.Profile.from_json(data["profile"]) == plan.profile
+
+
+def test_what_came_of_it_is_measured_where_that_was_interrupted(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "source")
+    options = {"kv_ratio": 0.5, "refine": 0, "heal": "0", "progress": False, **QUICK}
+    whole = mc.compress(source, tmp_path / "whole", **options)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_layers.CalibratedFit, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            mc.compress(source, tmp_path / "out", **options)
+    resumed = mc.compress(source, tmp_path / "out", resume=True, **options)
+    assert resumed.fidelity["budget"]["measured_kl"] == whole.fidelity["budget"]["measured_kl"] > 0
 
 
 def test_one_sequence_is_too_little(tmp_path):
