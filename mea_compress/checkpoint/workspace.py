@@ -13,9 +13,10 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CHECKPOINT = "checkpoint"
 # Sections of the manifest that take long to make: a profile and layers; checkpoints for a table, and its rows; the
 # sequences of a distillation, beside which lies how far it has come.
 _RESULTS = ("profile", "layers", "made", "rows", "text")
+_SOON_MADE = ("text",)  # again, compared with what a wrong request is told
 # Fsync finished layers at most this often (seconds).
 _SYNC_INTERVAL = 5.0
 
@@ -51,7 +53,7 @@ class Workspace:
         self._lock = threading.Lock()
         self._unsynced: list[Path] = []
         self._saved = time.monotonic()
-        self._keeps_results = _has_results(manifest)
+        self._kept = _results_in(manifest)
 
     @property
     def path(self) -> Path:
@@ -82,12 +84,19 @@ class Workspace:
             if time.monotonic() - self._saved > _SYNC_INTERVAL:
                 self._save()
 
-    def flush(self) -> bool:
-        """Save what was committed for later, if the disk allows it; return whether there is a result to go on from."""
+    def flush(self, but_for: Collection[str] = ()) -> bool:
+        """Save what was committed for later, if the disk allows it.
+
+        Args:
+            but_for: Sections that do not count.
+
+        Returns:
+            Whether there is a result to go on from.
+        """
         with self._lock, contextlib.suppress(OSError, RequestError):
             if self._unsynced:
                 self._save()
-        return self._keeps_results
+        return bool(self._kept - set(but_for))
 
     def _save(self) -> None:
         # In this order, so that after a power cut the manifest names nothing that is not there.
@@ -98,7 +107,7 @@ class Workspace:
         sync(self.work)
         write_json(self.work / MANIFEST, self.manifest)
         self._unsynced.clear()
-        self._keeps_results = _has_results(self.manifest)
+        self._kept = _results_in(self.manifest)
         self._saved = time.monotonic()
 
     def result_of(self, section: str, key: str) -> Any:
@@ -142,8 +151,8 @@ class FollowedWorkspace(Workspace):
         self._unsynced.clear()
 
 
-def _has_results(manifest: Mapping[str, Any]) -> bool:
-    return any(manifest.get(section) for section in _RESULTS)
+def _results_in(manifest: Mapping[str, Any]) -> set[str]:
+    return {section for section in _RESULTS if manifest.get(section)}
 
 
 def check_free(out: Path, source: Path) -> None:
@@ -205,8 +214,8 @@ def already_published(out: Path) -> bool:
 def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
     """Open the workspace of OUT, new or taken up again.
 
-    A request that turns out wrong leaves nothing behind; an interruption or a full disk leaves what is finished, for
-    ``--resume``.
+    What is finished is left for ``--resume``, whatever ends the block early. A request that turns out wrong before
+    anything is leaves nothing behind.
 
     Args:
         out: The output directory, not there yet.
@@ -244,9 +253,17 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
                 raise DiskFullError(f"{error} (add --resume, {printable_path(work)} keeps what is finished)") from None
             _discard(work, topmost)
             raise
-        except Exception as error:
-            # Nothing to go on from: a wrong request, or a defect before the first layer was finished.
-            if not taken_up and (isinstance(error, RequestError) or not workspace.flush()):
+        except RequestError as error:
+            kept = workspace.flush(but_for=_SOON_MADE)
+            if taken_up:
+                raise
+            if kept:
+                told = f"{error} ({printable_path(work)} keeps what is finished, for --resume)"
+                raise type(error)(told) from None
+            _discard(work, topmost)
+            raise
+        except Exception:
+            if not workspace.flush() and not taken_up:  # nothing to go on from
                 _discard(work, topmost)
             raise
 
@@ -313,10 +330,16 @@ def _locked(work: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RequestError(
                 f"{printable_path(work)} is being written by another process; wait for it or choose another output"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(
+                f"warning: {printable_path(work)} cannot be locked ({error.strerror}): see to it that no other process "
+                "writes there",
+                file=sys.stderr,
+            )
         yield
     finally:
         os.close(descriptor)

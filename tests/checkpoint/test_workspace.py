@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -113,9 +114,30 @@ def test_a_wrong_request_leaves_nothing_not_even_directories_above(tmp_path):
         pytest.raises(RequestError, match="no"),
         open_workspace(tmp_path / "a" / "b" / "out", INPUT, resume=False) as workspace,
     ):
-        workspace.commit("layers", "0", 1)
+        workspace.commit("text", "tokens", 1)  # soon made again
         raise RequestError("no")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_late_keeps_what_is_finished(tmp_path):
+    with (
+        pytest.raises(RequestError, match=r"^no \(.*out.partial keeps what is finished, for --resume\)$"),
+        open_workspace(tmp_path / "out", INPUT, resume=False) as workspace,
+    ):
+        workspace.commit_later("0", tmp_path, layers=1)
+        raise RequestError("no")
+    with open_workspace(tmp_path / "out", INPUT, resume=True) as workspace:
+        assert workspace.result_of("layers", "0") == 1
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_workspace(tmp_path / "out", INPUT, resume=False) as workspace:
+        workspace.publish(tmp_path / "out")
+    assert "out.partial cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_a_wrong_request_does_not_throw_an_earlier_run_away(tmp_path):
