@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.dtypes import TORCH_NAMES
 from mea_compress.checkpoint.files import refusals, write_json
@@ -29,7 +31,7 @@ from mea_compress.planning.decisions import deadline_of
 from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
 from mea_compress.processes import from_first_process, is_first_process, join_processes, process_count
-from mea_compress.recipe import Recipe, budget_file, make_recipe, to_yaml
+from mea_compress.recipe import Recipe, budget_file, compression_settings, make_recipe, to_yaml
 from mea_compress.report.cards import model_card
 from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
@@ -178,10 +180,11 @@ def _decided(plan: Plan) -> dict[str, Any]:
 def _load_finished_result(plan: Plan, out: Path) -> CompressionResult:
     """Return what an earlier run has finished, for a run that is resumed after it."""
     try:
-        same = (out / "recipe.yaml").read_text(encoding="utf-8") == to_yaml(plan.recipe)
+        made_by = Recipe.model_validate(yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")))
+        same = compression_settings(made_by) == compression_settings(plan.recipe)
         fidelity = json.loads((out / "compression.json").read_text(encoding="utf-8"))["fidelity"]
         layers = json.loads((out / "config.json").read_text(encoding="utf-8"))["mea"]["layers"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         same = False
     if not same or len(layers) != len(plan.layers):
         raise RequestError(f"{out} is finished and was made by another recipe; choose another output directory")
@@ -194,7 +197,7 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
     text, budget = plan.recipe.text, budget_file(plan.recipe)
     return {
         "the source": fingerprint(plan.source.reader, plan.source.raw_config),
-        "the recipe": to_yaml(plan.recipe),
+        "the recipe": compression_settings(plan.recipe),
         "the calibration text": text_state(text) if text else None,
         "the budget": None if budget is None else budget.read_text(encoding="utf-8"),
         "a library version": versions(),

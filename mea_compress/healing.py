@@ -36,7 +36,7 @@ from mea_compress.checkpoint import (
     write_checkpoint,
     write_shard,
 )
-from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_text
+from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_json, write_text
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.checkpoint.layout import lay_out
 from mea_compress.checkpoint.workspace import Workspace, open_workspace
@@ -442,6 +442,7 @@ def heal(
             result, changed = _healed(asked, state, began)
             if is_first_process():
                 _publish(student, out, changed, result)
+            from_first_process(None)  # the others return when it is there
     return result
 
 
@@ -570,6 +571,8 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
             losses += distillation.losses
             done.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
     training_of.end()
+    if state is not None:
+        state.commit("made", "training", total)  # worth keeping, should the directory not be writable
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in training_of.trained:
@@ -653,8 +656,7 @@ def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result:
         if str(reader.config().get("model_type")).startswith(MEA_PREFIX):  # what was run is this release's code
             write_code(work)
         record = {name: value for name, value in result.to_json().items() if name != "out"}
-        # A loss may be infinite here, which `write_json` refuses.
-        write_text(work / "healing.json", json.dumps(record | {"versions": versions()}, indent=2) + "\n")
+        write_json(work / "healing.json", record | {"versions": versions()})
         card = work / "README.md"
         if card.is_file():
             write_text(card, healed_card(card.read_text(encoding="utf-8", errors="replace"), record))

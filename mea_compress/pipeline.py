@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
 from mea_compress.errors import RequestError
+from mea_compress.processes import is_first_process
 from mea_compress.recipe import Recipe, given_settings, make_recipe
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import share
@@ -28,7 +29,7 @@ class PipelineResult(Shown):
     Attributes:
         compression: What was compressed.
         healing: What healing did, or None where the recipe has no such section or it was done before.
-        evaluation: What was measured, or None.
+        evaluation: What was measured, or None; of several processes the first measures.
     """
 
     compression: CompressionResult
@@ -99,8 +100,8 @@ def run(
         from mea_compress.healing import heal
 
         options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
-        healing = heal(target, teacher=directory, **options)
-    if wanted.evaluate:
+        healing = heal(target, teacher=directory, resume=resume, **options)
+    if wanted.evaluate and is_first_process():
         from mea_compress.measure.evaluation import evaluate
 
         options = shared | given_settings(wanted.evaluate)
@@ -150,7 +151,7 @@ def validate(
     Example:
         >>> print(validate(["paper-full", "paper-hafl"], source="SRC"))
         paper-full is valid: 50 % of the cache of SRC
-        There is no recipe file or built-in recipe 'paper-hafl': did you mean paper-half?
+        there is no recipe file or built-in recipe 'paper-hafl': did you mean paper-half?
     """
     sentences, faults = {}, []
     for one in [recipe] if isinstance(recipe, Recipe | Path | str) else recipe:

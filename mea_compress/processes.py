@@ -27,7 +27,7 @@ def process_count() -> int:
 
 def process_number() -> int:
     """Return which of them this one is, from 0 on."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
 
 
 def is_first_process() -> bool:

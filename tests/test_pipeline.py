@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from letters import character_tokenizer, tiny_llama
 from tiny import contents, stock_checkpoint
 
+from mea_compress import healing
 from mea_compress.cli import cli
 from mea_compress.errors import RequestError
 from mea_compress.pipeline import run, validate
@@ -61,6 +63,39 @@ def test_changes_win_over_the_recipe(place):
     assert status == 2 and "--set names the unknown key kv_ration" in told
     status, _, told = command("run", "quick.yaml", "--source", "models/SRC", "--set", "source=b")
     assert status == 2 and "give one" in told
+
+
+@pytest.mark.slow
+def test_an_interrupted_healing_goes_on(tmp_path, monkeypatch):
+    """And what comes after it may be asked for otherwise: a mistake there does not cost the work before."""
+    tiny_llama(num_key_value_heads=4).save_pretrained(tmp_path / "SRC")
+    character_tokenizer().save_pretrained(tmp_path / "SRC")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    measured = f"{{text: {tmp_path / 'text.txt'}, sequence_length: 16}}"
+    (tmp_path / "r.yaml").write_text(
+        f"{QUICK}heal: {{steps: 2, batch_size: 2, sequence_length: 16, text: {tmp_path / 'text.txt'}}}\n"
+        f"evaluate: {measured}\n"
+    )
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    places = {"source": tmp_path / "SRC", "out": tmp_path / "OUT", "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "distil", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run(tmp_path / "r.yaml", **places)
+    assert not (tmp_path / "OUT" / "healing.json").exists()
+    result = run(tmp_path / "r.yaml", resume=True, **places, **{"evaluate.limit": 3})
+    assert result.healing.steps == 2 and result.evaluation.tokens == 3 * 15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "SRC", "r.yaml", "text.txt"]
+    with pytest.raises(RequestError, match="made by another recipe"):
+        run(tmp_path / "r.yaml", resume=True, seed=7, **places)
+
+
+def test_a_recipe_in_python_says_how_much_to_keep_too(place):
+    with pytest.raises(RequestError, match="nothing says how much of the cache to keep"):
+        run(Recipe(fit="weights"), source="models/SRC", progress=False)
 
 
 class TestValidate:

@@ -88,7 +88,7 @@ class TestSelectLayers:
 
     @pytest.mark.parametrize("spec", ["", "some", "1,,2", "-3", "1-2-3", "1.5", "4-2"])
     def test_unreadable(self, spec):
-        with pytest.raises(RequestError, match="--layers"):
+        with pytest.raises(RequestError, match="`layers`"):
             select_layers(spec, 8)
 
 

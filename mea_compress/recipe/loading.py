@@ -52,13 +52,7 @@ def load_recipe(name_or_file: str | Path | None = None, overrides: Mapping[str, 
         values, origins = _read_chain(_find(name_or_file))
     where = "the recipe" if name_or_file is None else str(_find(name_or_file))
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
-    recipe = validated(Recipe, _changed(values, flags), where, flags, origins)
-    if recipe.kv_ratio is None and recipe.key_components is None and recipe.value_components is None:
-        raise RequestError(
-            "nothing says how much of the cache to keep: give `kv_ratio` 0.5, or `key_components` and "
-            "`value_components`"
-        )
-    return recipe
+    return _saying_how_much(validated(Recipe, _changed(values, flags), where, flags, origins))
 
 
 def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any]) -> Recipe:
@@ -74,7 +68,22 @@ def make_recipe(recipe: Recipe | Path | str | None, settings: Mapping[str, Any])
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, settings)
     flags = {name: value for name, value in settings.items() if value is not None}
-    return validated(Recipe, _changed(recipe.model_dump(exclude_unset=True), flags), "the recipe", flags)
+    values = _changed(recipe.model_dump(exclude_unset=True), flags)
+    return _saying_how_much(validated(Recipe, values, "the recipe", flags))
+
+
+def _saying_how_much(recipe: Recipe) -> Recipe:
+    """Return a recipe that says how much of the cache to keep.
+
+    Raises:
+        RequestError: It does not.
+    """
+    if not recipe.says_how_much:
+        raise RequestError(
+            "nothing says how much of the cache to keep: give `kv_ratio` 0.5, or `key_components` and "
+            "`value_components`"
+        )
+    return recipe
 
 
 def read_changes(changes: Sequence[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -188,8 +197,8 @@ def _find(name_or_file: str | Path, directory: Path = Path()) -> Path:
     if path.is_file():
         return path
     near = difflib.get_close_matches(name, builtins, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(builtins)}."
-    raise RequestError(f"There is no recipe file or built-in recipe {str(path if directory.name else name)!r}: {hint}")
+    hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(builtins)}"
+    raise RequestError(f"there is no recipe file or built-in recipe {str(path if directory.name else name)!r}: {hint}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,14 +221,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as a recipe: {error}.") from None
+        raise RequestError(f"{path} cannot be read as a recipe: {error}") from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
-        raise RequestError(f"{path} is not valid YAML: {problem}{line}.") from None
+        raise RequestError(f"{path} is not valid YAML: {problem}{line}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RequestError(f"{path} is not a recipe: it should hold `key: value` lines, such as `kv_ratio: 0.5`.")
+        raise RequestError(f"{path} is not a recipe: it should hold `key: value` lines, such as `kv_ratio: 0.5`")
     return values

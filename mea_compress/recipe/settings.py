@@ -40,9 +40,9 @@ LaxPath = Annotated[Path, Field(strict=False)]
 Bos = Literal["auto", "always", "never"]
 
 EXTENDS = "extends"
+"""The key by which a file of a recipe names another that it changes; no setting, since the file alone has it."""
 FORMER_NAMES = {"rotary_budget": "rotary_allocation"}
 """What settings were called in earlier versions, whose recipes lie in the checkpoints that they wrote."""
-"""The key by which a file of a recipe names another that it changes; no setting, since the file alone has it."""
 
 _LAYER_ITEM = re.compile(r"^(\d+)(?:(-)(\d*))?$")
 _DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
@@ -358,7 +358,8 @@ class Recipe(_Settings):
     )
     split: Literal["auto", "even"] = Field(
         "auto",
-        description="How keys and values divide a layer's budget: as trial refinements say, or as in the source.",
+        description="How keys and values divide a layer's budget: as the error of the fitted layer says, or as in the "
+        "source.",
         json_schema_extra=_group("What to keep"),
     )
     rotary_allocation: Literal["energy", "uniform", "shared"] = Field(
@@ -374,7 +375,7 @@ class Recipe(_Settings):
     )
     fit: Fit = Field(
         "aligned",
-        description="What the fit looks at: weights (the paper's), activations, or activations after aligning heads.",
+        description="Data the fit uses: weights (the paper's), activations, or activations after aligning heads.",
         json_schema_extra=_group("How to compose"),
     )
     refine: int | None = Field(
@@ -385,19 +386,20 @@ class Recipe(_Settings):
     )
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced",
-        description="How long to fit: the closed form alone, refined for as long as it pays, or three times as long.",
+        description="How long to fit and to heal: the closed form alone; refined (layers of fewer than 512 channels) "
+        "and 240 steps of healing; or all layers refined for three times as long and 960 steps.",
         json_schema_extra=_group("How to compose"),
     )
     time_limit: float | None = Field(
         None,
         gt=0,
-        description="Minutes for the fit: refinement is shortened so that it ends in them; results then depend on the "
-        "machine.",
+        description="Minutes for all of it: healing and refinement are shortened so that it ends in them; results then "
+        "depend on the machine.",
         json_schema_extra=_group("How to compose", "MINUTES"),
     )
     heal: Heal = Field(
         "auto",
-        description="Steps of distillation from the source behind the fit, end to end, 0 for none; auto: as --effort "
+        description="Steps of distillation from the source after the fit, end to end, 0 for none; auto: as --effort "
         "says, where both fit in memory together. In a recipe also the settings of heal, for `run`.",
         json_schema_extra=_group("How to compose", "STEPS"),
     )
@@ -498,6 +500,11 @@ class Recipe(_Settings):
         return parse_size(self.shard_size)
 
     @property
+    def says_how_much(self) -> bool:
+        """Whether it says how much of the cache to keep."""
+        return any(value is not None for value in (self.kv_ratio, self.key_components, self.value_components))
+
+    @property
     def healing_settings(self) -> HealRecipe | None:
         """How `run` heals what was written, None where `heal` says nothing of it."""
         return self.heal if isinstance(self.heal, HealRecipe) else None
@@ -583,13 +590,13 @@ def select_layers(spec: str, number_of_layers: int) -> tuple[int, ...]:
     try:
         ranges = _parse_layers(spec)
     except ValueError as error:
-        raise RequestError(f"--layers {error}.") from None
+        raise RequestError(f"`layers` {error}") from None
     chosen: set[int] = set()
     for first, last in ranges:
         highest = first if last is None else last
         if highest >= depth:
             raise RequestError(
-                f"--layers {spec} names layer {highest}, but the model has {depth}: choose from 0 to {depth - 1}."
+                f"`layers` {spec} names layer {highest}, but the model has {depth}: choose from 0 to {depth - 1}"
             )
         chosen.update(range(first, (depth - 1 if last is None else last) + 1))
     return tuple(sorted(chosen))
@@ -620,6 +627,16 @@ def to_yaml(recipe: Recipe) -> str:
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude={"source", "out"})
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def compression_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that `compress` works by, as plain data: those of the steps that `run` takes after it are left out.
+
+    They may change between an interrupted run and the one that takes it up again.
+    """
+    later = {"description", "source", "out", "evaluate"}
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude=later)
+    return values if recipe.healing_settings is None else values | {"heal": "0"}
 
 
 def validated(
@@ -659,18 +676,17 @@ def _explain(error: ValidationError, where: str, flags: Collection[str], origins
     flag = next((key for key in names if key in flags), None)
     label = f"`{flag}`" if flag else f"{name} in {where}" if keys else where
     if first["type"] == "missing":
-        return f"{label} is missing: add it."
+        return f"{label} is missing: add it"
     if first["type"] == "string_pattern_mismatch":
         device = first["ctx"]["pattern"] == _DEVICE
         wanted = "auto, cpu, cuda, cuda:N or mps" if device else "whole numbers such as 8192 or 1024,8192"
-        return f"{label} should be {wanted}, not {first['input']!r}."
+        return f"{label} should be {wanted}, not {first['input']!r}"
     if first["type"] == "value_error":
-        sentence = f"{label} {first['ctx']['error']}"
-        return sentence if sentence.endswith("?") else f"{sentence}."
+        return f"{label} {first['ctx']['error']}"
     if first["type"].endswith("_type") and first["type"] in ("model_type", "model_attributes_type"):
-        return f"{label} should hold settings of its own, such as {', '.join(_nested_fields(keys))}."
+        return f"{label} should hold settings of its own, such as {', '.join(_nested_fields(keys))}"
     expectation = first["msg"].removeprefix("Input ").replace("valid integer", "whole number").replace("valid ", "")
-    return f"{label} {expectation}, not {first['input']!r}."
+    return f"{label} {expectation}, not {first['input']!r}"
 
 
 def field_hint(keys: list[str]) -> str:
@@ -679,7 +695,7 @@ def field_hint(keys: list[str]) -> str:
     known = fields if keys[1:] else [*fields, EXTENDS]
     near = difflib.get_close_matches(keys[-1].replace("-", "_").lower(), known, n=1, cutoff=0.5)
     prefix = "".join(f"{key}." for key in keys[:-1])
-    return f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
+    return f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
 
 
 def _nested_fields(keys: list[str]) -> list[str]:
