@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from mea_compress.checkpoint.system import exchange_paths
@@ -179,10 +180,18 @@ def write_text(path: Path, text: str) -> None:
 def to_json(data: object) -> str:
     """Return JSON with two spaces of indentation and a final newline.
 
-    Raises:
-        ValueError: A number is NaN or infinite, which JSON has no words for.
+    Numbers that are NaN or infinite, for which JSON has no words, become null.
     """
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(data: object) -> object:
+    """Return plain data with None for every number that is NaN or infinite."""
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_json(path: Path, data: object) -> None:
@@ -194,7 +203,6 @@ def write_json(path: Path, data: object) -> None:
 
     Raises:
         RequestError: The place cannot be written to, or the disk is full.
-        ValueError: As `to_json`.
     """
     write_text(path, to_json(data))
 
@@ -218,14 +226,16 @@ def replacing_directory(path: Path, like: Path, purpose: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{purpose}-", dir=path.parent))
     try:
-        work.chmod(like.stat().st_mode & 0o777)
         yield work
+        work.chmod(like.stat().st_mode & 0o777)  # only now: it may forbid writing
         sync_tree(work)
         if path == like:
             exchange(work, path)  # the old one goes with the sibling
         else:
             os.rename(work, path)
     finally:
+        with contextlib.suppress(OSError):
+            work.chmod(0o700)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -303,6 +313,7 @@ __all__ = [
     "TEMPORARY",
     "copy_tree",
     "exchange",
+    "finite",
     "refusal",
     "refusals",
     "replacing",

@@ -80,7 +80,9 @@ def write_code(directory: Path) -> None:
             (directory / form_file(name)).unlink(missing_ok=True)
             shutil.copyfile(FORM_FILES[name], directory / form_file(name))
     for name in CODE_FILES:
-        (directory / name).write_bytes(_ours(directory / name))
+        code = _ours(directory / name)
+        (directory / name).unlink(missing_ok=True)  # a copy may be write-protected
+        (directory / name).write_bytes(code)
 
 
 def _ours(file: Path) -> bytes:

@@ -1,6 +1,8 @@
 """What stands in a checkpoint directory besides weights and code, for everything that writes one."""
 
 import hashlib
+import json
+import os
 import platform
 import shutil
 from collections.abc import Collection, Mapping
@@ -11,7 +13,7 @@ from typing import Any
 from mea_compress.architectures.checkpoint import ADAPTER_CONFIG
 from mea_compress.architectures.families import Family
 from mea_compress.checkpoint import CheckpointReader
-from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.files import write_text
 from mea_compress.emit.code import CODE_FILES, write_code
 
 _LIBRARIES = ("mea-compress", "torch", "transformers", "safetensors", "numpy", "ml-dtypes")
@@ -67,7 +69,7 @@ def fingerprint(reader: CheckpointReader, raw_config: Mapping[str, Any]) -> str:
     for info in reader.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
     files = [*reader.files, *_other_files(reader)]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(os.path.relpath(file, reader.directory), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest.update(repr((sorted(stats), raw_config)).encode())
     return digest.hexdigest()
 
@@ -88,9 +90,10 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: The disk is full or refuses.
-        RequestError: As `write_json`.
+        RequestError: As `write_text`.
     """
-    write_json(directory / "config.json", config)
+    # Infinity stays as it is in the configurations of some families, which Python's json reads.
+    write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if "auto_map" in config:
         write_code(directory)
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.checkpoint.files import write_json, write_text
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
+from mea_compress.loading import has_vocabulary
 from mea_compress.modeling import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
-_FILES = (TOKENIZER_CONFIG, TOKENIZER, "tokenizer.model", "vocab.json", "tekken.json")
 # TokenizersBackend reads tokenizer.json as it stands; this older name of it is understood before transformers 5 too.
 _PLAIN_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 _TEXTS = (
@@ -53,16 +53,15 @@ def keep_tokenizer(source: Path, target: Path, config: Any = None) -> None:
     Raises:
         RequestError: The tokenizer cannot be made the same.
     """
-    if not any((source / name).is_file() for name in _FILES):
+    if not has_vocabulary(source):
         return
     register()
     try:
         tokenizer = _load(source, config)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(
-            f"warning: the tokenizer of {source} does not load without code of its own ({reason}), and is copied "
-            "without being compared: compare the ids of a text with both before relying on it",
+            f"warning: the tokenizer of {source} does not load without code of its own ({first_line(error)}), and is "
+            "copied without being compared: compare the ids of a text with both before relying on it",
             file=sys.stderr,
         )
         return

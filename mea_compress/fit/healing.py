@@ -8,7 +8,6 @@ written.
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -69,8 +68,8 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     if len(tokens) < 2:
         if plan.decisions.healing_asked_for:
             raise RequestError(
-                "distillation holds a sequence out and there is only one; give a longer --text, a smaller "
-                "--sequence-length, or --heal 0"
+                "distillation holds a sequence out and there is only one; give a longer `text`, a smaller "
+                "`sequence_length`, or `heal` 0"
             )
         return
     held_out = held_out_sequences(len(tokens), length)
@@ -132,7 +131,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             "held_out_tokens": before.tokens,
             **({} if len(texts) == 1 else {"texts": [_row(name, told) for name in texts]}),
             "curve": [list(point) for point in distillation.curve],
-            "losses": [loss if math.isfinite(loss) else None for loss in distillation.losses],
+            "losses": list(distillation.losses),
         },
     )
     del student, teacher, trained

@@ -1,10 +1,12 @@
 """Run a model one decoder layer at a time: weights from the lazy reader, activations kept or spilled to disk."""
 
 import copy
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.checkpoint import as_tensor
+from mea_compress.checkpoint.files import FULL, refusal
+from mea_compress.checkpoint.system import allocate
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.store import StoredLayer
 from mea_compress.planning.sizes import SPILL_BYTES
@@ -27,6 +31,8 @@ class Activations:
         if size * dtype.itemsize > SPILL_BYTES:
             self._file = tempfile.NamedTemporaryFile(prefix="mea-compress-")  # noqa: SIM115 (lives as long as this)
             self._file.truncate(size * dtype.itemsize)
+            if (number := allocate(self._file.fileno(), size * dtype.itemsize)) in FULL:  # not a bus error, later
+                raise refusal(OSError(number, os.strerror(number)), Path(self._file.name), size * dtype.itemsize)
             self._data = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)
         else:
             self._data = torch.empty(shape, dtype=dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def sweep_page(sweep: Mapping[str, Any]) -> str:
-    """Return the page of a sweep (its JSON).
+    """Return the page of a sweep (its JSON, without numbers that are not finite).
 
     The style, the script and the data stand in the page, and its policy allows nothing from elsewhere.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import open_checkpoint
-from mea_compress.checkpoint.files import refusals, write_json, write_text
+from mea_compress.checkpoint.files import finite, refusals, write_json, write_text
 from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.workspace import Workspace, already_published, check_free, open_workspace, partial_path
 from mea_compress.compression import compress
@@ -417,7 +417,7 @@ class _Run:
 
 def _write(result: Sweep, directory: Path) -> None:
     """Write the figures, the picture and the page."""
-    data = result.to_json()
+    data: Any = finite(result.to_json())
     write_json(directory / _JSON, data)
     write_text(directory / "sweep.csv", sweep_csv(data))
     with refusals(directory / "sweep.png"):

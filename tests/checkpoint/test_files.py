@@ -38,12 +38,14 @@ class TestJson:
         write_json(path, {"é": [1, 2.5, None]})
         assert json.loads(path.read_text("utf-8")) == {"é": [1, 2.5, None]}
         before = path.read_bytes()
-        with pytest.raises(ValueError, match=r"NaN|nan|not JSON"):
-            write_json(path, {"x": math.nan})
         with pytest.raises(TypeError):
             write_json(path, {"x": object()})
         assert path.read_bytes() == before
         assert os.listdir(path.parent) == ["a.json"]
+
+    def test_numbers_that_json_has_no_words_for_become_null(self, tmp_path):
+        write_json(tmp_path / "a.json", {"x": math.nan, "of": [(1.5, math.inf), {"y": -math.inf}]})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "of": [[1.5, None], {"y": None}]}
 
     def test_a_failed_replace_leaves_nothing_behind(self, tmp_path):
         (tmp_path / "taken").mkdir()
@@ -183,6 +185,13 @@ def test_a_directory_appears_whole(in_place, tmp_path):
     assert (out / "what").read_text() == "new" and stat.S_IMODE(out.stat().st_mode) == 0o750
     assert (old / "what").read_text() == ("new" if in_place else "old")
     assert os.listdir(out.parent) == [out.name]
+
+
+def test_a_directory_gets_a_mode_that_forbids_writing_when_it_is_written(tmp_path):
+    (tmp_path / "old").mkdir(mode=0o555)
+    with replacing_directory(tmp_path / "new", tmp_path / "old", "test") as work:
+        assert work.stat().st_mode & stat.S_IWUSR
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o555
 
 
 def test_a_directory_that_is_not_finished_does_not_appear(tmp_path):

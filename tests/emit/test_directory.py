@@ -1,8 +1,10 @@
 """What stands in a checkpoint directory besides its weights."""
 
 import json
+import math
 import os
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from tiny import stock_checkpoint
@@ -52,6 +54,17 @@ def test_a_link_that_leaves_the_checkpoint_is_not_followed(source, tmp_path):
     (tmp_path / "target").mkdir()
     with pytest.raises(RequestError, match="leaves the checkpoint directory"):
         copy_other_files(CheckpointReader(source), tmp_path / "target")
+
+
+def test_a_fingerprint_is_the_same_however_the_directory_is_named(source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    named = [CheckpointReader(path) for path in (source, Path("source"), Path("source/../source"))]
+    assert len({fingerprint(reader, reader.config()) for reader in named}) == 1
+
+
+def test_a_configuration_keeps_its_infinity(source):
+    write_config(source, {"time_step_limit": [0.0, math.inf]})
+    assert CheckpointReader(source).config() == {"time_step_limit": [0.0, math.inf]}
 
 
 def test_a_fingerprint_changes_with_files_and_configuration(source):

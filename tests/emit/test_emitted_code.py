@@ -37,6 +37,14 @@ def test_what_is_written_now_carries_the_code_of_now(tmp_path):
     assert contents(out) == before
 
 
+def test_code_that_is_write_protected_is_replaced(old):
+    for name in filter(lambda name: (old / name).exists(), CODE_FILES):
+        (old / name).chmod(0o444)
+    refresh(old)
+    assert carried_code(old).to_json()["current"]
+    assert all((old / name).stat().st_mode & 0o200 for name in CODE_FILES)
+
+
 def test_refreshing_replaces_code_and_nothing_else(old):
     before, inode = contents(old), (old / "model.safetensors").stat().st_ino
     assert carried_code(old).version == "0.1.0" and "5.24" in carried_code(old).fault

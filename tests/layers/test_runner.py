@@ -1,11 +1,14 @@
 """A model run layer by layer is the model."""
 
+import errno
+
 import pytest
 import torch
 from tiny import CASES, stock_checkpoint, store_another_head
 from transformers import AutoModelForCausalLM
 
 from mea_compress.architectures import open_checkpoint
+from mea_compress.errors import DiskFullError
 from mea_compress.layers import runner as streaming
 from mea_compress.layers.read import read_heads
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
@@ -55,6 +58,13 @@ def test_trace_is_what_the_attention_saw_and_sent(tmp_path):
     torch.testing.assert_close(trace.inputs, inputs)
     torch.testing.assert_close(model.model.embed_tokens(ids) + trace.outputs + rest, outputs, rtol=1e-4, atol=1e-5)
     assert read_heads(source, 0).key_norm is not None
+
+
+def test_a_full_disk_is_met_before_anything_is_spilled(monkeypatch):
+    monkeypatch.setattr(streaming, "SPILL_BYTES", 8)
+    monkeypatch.setattr(streaming, "allocate", lambda *_: errno.ENOSPC)
+    with pytest.raises(DiskFullError, match="this file needs 96 bytes"):
+        Activations((4, 3, 2), torch.float32)
 
 
 def test_activations_spill_to_a_file_and_stay_the_same(monkeypatch):
