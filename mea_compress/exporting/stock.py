@@ -57,6 +57,7 @@ class ExportResult(Shown):
         model_type: Of the exported checkpoint.
         format: ``stock``, ``llama`` or ``gguf``.
         balanced: Whether cached keys and values are in the basis of `mea_compress.exporting.balance`.
+        weights: Type of matrices in GGUF, ``stored`` in other formats.
     """
 
     out: Path
@@ -66,6 +67,7 @@ class ExportResult(Shown):
     model_type: str
     format: str
     balanced: bool = False
+    weights: str = "stored"
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export --json` and export.json."""
@@ -76,6 +78,7 @@ class ExportResult(Shown):
             "head_dim": self.form.head_dim,
             **self.cost.to_json(),
             "balanced": self.balanced,
+            "weights": self.weights,
             "warning": engine_warning(self.form, self.format),
             "verification": self.verification,
         }
@@ -154,13 +157,9 @@ def export(
         raise RequestError(f"there are no `weights` {weights!r}; choose one of {', '.join(WEIGHTS)}")
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
     cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
-    if resume and already_published(out):
-        report = json.loads((out / REPORT).read_text())
-        if report.get("balanced", False) != balance:
-            raise RequestError(
-                f"{out} was exported with another `balance`; give another directory, or the same request"
-            )
-        return ExportResult(out, form, cost, report["verification"], model_type, format, balance)
+    if resume and (already_published(out) or (out / REPORT).is_file()):
+        asked = {"format": format, "weights": weights, "balanced": balance}
+        return ExportResult(out, form, cost, _finished(out, asked), model_type, format, balance, weights)
     check_free(out, checkpoint)
     bases: Sequence[HeadBasis | None] = [None] * len(windows)
     request = f"{format} {weights}"
@@ -179,7 +178,7 @@ def export(
         copy_other_files(source.reader, workspace.path, ("README.md", REPORT))
         keep_tokenizer(checkpoint, workspace.path)
         measured = verify_export(source, form, workspace.path, progress, bases)
-        result = ExportResult(out, form, cost, measured, model_type, format, balance)
+        result = ExportResult(out, form, cost, measured, model_type, format, balance, weights)
         if format == "gguf":
             _replace_by_gguf(workspace.path, _source_name(source), weights, form)
         write_json(workspace.path / REPORT, result.to_json() | {"versions": versions()})
@@ -194,6 +193,23 @@ def _replace_by_gguf(directory: Path, name: str, weights: str, form: StockForm) 
     for file in directory.iterdir():
         if file.suffix in (".safetensors", ".json", ".model", ".jinja"):
             file.unlink()
+
+
+def _finished(out: Path, asked: dict[str, Any]) -> dict[str, float]:
+    """Return what an earlier run has measured of the export that it finished.
+
+    Raises:
+        RequestError: It was another one.
+    """
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        made = {name: report.get(name) for name in asked}
+        if made == asked:
+            return report["verification"]
+    except (OSError, ValueError, KeyError, AttributeError):
+        made = {}
+    differ = ", ".join(name for name in asked if made.get(name) != asked[name])
+    raise RequestError(f"{out} is finished and was exported with another {differ}; give another directory")
 
 
 def _fingerprint(source: Checkpoint, target: str) -> dict[str, Any]:

@@ -245,6 +245,18 @@ def test_the_command_prints_what_it_costs(tmp_path, capsys):
     assert stopped.value.code == 2 and "already exists" in capsys.readouterr().err
 
 
+def test_a_finished_export_is_returned_to_a_run_that_is_resumed(tmp_path):
+    out = compressed(tmp_path)
+    first = export(out, tmp_path / "export", progress=False)
+    again = export(out, tmp_path / "export", resume=True, progress=False)
+    assert again.to_json() == first.to_json()
+    with pytest.raises(RequestError, match="was exported with another format;"):
+        export(out, tmp_path / "export", format="llama", resume=True, progress=False)
+    (tmp_path / "export" / "export.json").write_text("{")
+    with pytest.raises(RequestError, match="was exported with another format, weights, balanced;"):
+        export(out, tmp_path / "export", resume=True, progress=False)
+
+
 @pytest.mark.process
 @pytest.mark.skipif(not BABYLLAMA.is_dir(), reason="../shared/models/babyllama105 is not here")
 def test_a_trained_model_says_the_same_two_hundred_tokens(tmp_path):
