@@ -119,7 +119,7 @@ class Frequency:
             if not gamma.all():
                 raise RequestError(
                     "frequency keys have the weight of the key norm in them, which takes a channel out where it is 0; "
-                    "choose --key-composition head"
+                    "choose `key_composition` head"
                 )
             weighted = heads.key[:, first] * gamma[first, None] + 1j * heads.key[:, other] * gamma[other, None]
         return weighted, key_weights(heads, statistics, fit)

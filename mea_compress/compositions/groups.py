@@ -87,7 +87,7 @@ def join(parts: tuple[FactoredHeads, ...]) -> FactoredHeads:
     if first.form.per_pair:
         return _join_pairs(parts, heads)
     if first.weight is not None and first.weight.ndim != 2:
-        raise RequestError(f"the form {first.form.name} cannot be divided into groups; leave --kv-groups out")
+        raise RequestError(f"the form {first.form.name} cannot be divided into groups; leave `kv_groups` out")
     projection = np.concatenate([part.projection for part in parts])
     weight = None if first.weight is None else _block_diagonal([part.weight for part in parts])
     return FactoredHeads(first.form, heads, first.head_dim, projection, weight, groups=len(parts))

@@ -213,7 +213,7 @@ def check_finite(*sums: torch.Tensor) -> None:
     """
     if not all(torch.isfinite(one).all() for one in sums):
         raise RequestError(
-            "calibration met NaN or infinite activations; use an undamaged checkpoint, other --text, or float32"
+            "calibration met NaN or infinite activations; use an undamaged checkpoint, other `text`, or float32"
         )
 
 
@@ -227,5 +227,5 @@ def check_tokens(sequences: torch.Tensor, hidden_size: int) -> None:
     if sequences.numel() < needed:
         raise RequestError(
             f"the calibration text gives {sequences.numel()} tokens and this model needs at least {needed}; "
-            "give a longer --text or raise --sequences"
+            "give a longer `text` or raise `sequences`"
         )

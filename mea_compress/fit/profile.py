@@ -238,7 +238,8 @@ def profile(
         >>> sorted({point.side for point in found.points})
         ['key', 'value']
     """
-    share = {"kv_ratio": 0.5} if recipe is None else {}  # costs do not depend on it
+    unsaid = recipe is None or (isinstance(recipe, Recipe) and not recipe.says_how_much)
+    share = {"kv_ratio": 0.5} if unsaid else {}  # costs do not depend on it
     wanted = make_recipe(recipe, settings | share | {"budget": "uniform", "heal": "0"})
     plan = plan_source(open_checkpoint(local_directory(source)), wanted)
     file = None if out is None else Path(out)

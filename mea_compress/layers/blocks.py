@@ -228,12 +228,12 @@ class BlockRunner:
         if captured.weights is None:
             raise RequestError(
                 f"{type(block).__name__} does not call the attention function of transformers, so that its queries "
-                "cannot be seen; choose --fit activations"
+                "cannot be seen; choose `fit` activations"
             )
         if not (_same(captured.keys, cached.keys) and _same(captured.values, cached.values)):
             raise RequestError(
                 f"{type(block).__name__} attends to other keys and values than it caches, so that what they are worth "
-                "cannot be seen; choose --fit activations"
+                "cannot be seen; choose `fit` activations"
             )
         return captured
 
@@ -511,7 +511,7 @@ def _eager_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, tor
         if function is not None:
             return function
     raise RequestError(
-        f"{type(module).__name__} has no eager attention whose weights can be looked at; choose --fit activations"
+        f"{type(module).__name__} has no eager attention whose weights can be looked at; choose `fit` activations"
     )
 
 

@@ -52,7 +52,7 @@ def rounded(array: Array, dtype: str, name: str) -> Array:
         cast = array.astype(array_dtype(dtype), order="C")
     if not np.isfinite(cast).all():
         remedy = (
-            "choose --dtype bfloat16" if dtype == "F16" else "give other --text, or leave the layer out with --layers"
+            "choose `dtype` bfloat16" if dtype == "F16" else "give other `text`, or leave the layer out with `layers`"
         )
         raise RequestError(f"{name} of a composed layer has numbers that {TORCH_NAMES[dtype]} cannot hold; {remedy}")
     return cast

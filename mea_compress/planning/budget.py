@@ -327,6 +327,11 @@ def explicit(plan: Plan, widths: Mapping[int, tuple[float, float]]) -> dict[int,
             step = float(spec.form.step(head_dim) * head_dim)
             if count == before.components:
                 sides.append(before)
+            elif spec.form.identity:
+                raise RequestError(
+                    f"the budget gives layer {number} {count:g} {side} components, and its {side}s stay as they are: "
+                    "leave it out of the budget, or name a composition for them"
+                )
             elif 0 < count <= heads and width % step == 0 and _divides(spec, count, plan):
                 sides.append(replace(spec, components=int(count) if count == int(count) else count))
             else:

@@ -88,7 +88,7 @@ def _shares_allocation(recipe: Recipe, layers: Sequence[LayerPlan], at_cache: bo
     shares = bool(keys) and method_shares_allocation(side_choice(recipe, "key", keys[0].composition), recipe)
     if shares and at_cache:
         raise RequestError(
-            "--rotary-allocation shared is for stock exports, and a model that is composed at its cache has none; use "
+            "`rotary_allocation` shared is for stock exports, and a model that is composed at its cache has none; use "
             "energy"
         )
     return shares
@@ -108,20 +108,20 @@ def measures_budget(recipe: Recipe, source: Checkpoint) -> bool:
     """
     obstacles = [
         (source.at_cache and not source.is_alike, "the layers of this model differ in the heads that they cache"),
-        (recipe.fit == "weights", "--fit weights reads no text to measure on"),
-        (recipe.kv_ratio is None, "there is no --kv-ratio to divide"),
+        (recipe.fit == "weights", "`fit` weights reads no text to measure on"),
+        (recipe.kv_ratio is None, "there is no `kv_ratio` to divide"),
         (
             recipe.key_components is not None or recipe.value_components is not None,
-            "--key-components and --value-components say the widths",
+            "`key_components` and `value_components` say the widths",
         ),
-        (recipe.sequences == 1, "--sequences 1 leaves none to measure on"),
-        (recipe.kv_groups > 1, "--kv-groups needs widths that are alike"),
-        (recipe.split == "even", "--split even says how keys and values divide it"),
-        (recipe.rotary_allocation != "energy", "--rotary-allocation is for widths that are alike"),
+        (recipe.sequences == 1, "`sequences` 1 leaves none to measure on"),
+        (recipe.kv_groups > 1, "`kv_groups` needs widths that are alike"),
+        (recipe.split == "even", "`split` even says how keys and values divide it"),
+        (recipe.rotary_allocation != "energy", "`rotary_allocation` is for widths that are alike"),
     ]
     found = [reason for holds, reason in obstacles if holds]
     if recipe.budget == "measured" and found:
-        raise RequestError(f"--budget measured cannot be: {found[0]}; leave one of them out")
+        raise RequestError(f"`budget` measured cannot be: {found[0]}; leave one of them out")
     asked = ("measured",) if source.at_cache else (None, "measured")
     return not found and recipe.budget in asked and recipe.kv_ratio != 1
 
@@ -140,7 +140,7 @@ def calibration_shape(source: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     context = getattr(source.config, "max_position_embeddings", None) or _CALIBRATION_SEQUENCE
     length = recipe.sequence_length or min(context, _CALIBRATION_SEQUENCE)
     if length > context:
-        raise RequestError(f"--sequence-length {length} is beyond the model's context of {context}; give a smaller one")
+        raise RequestError(f"`sequence_length` {length} is beyond the model's context of {context}; give a smaller one")
     return recipe.sequences or max(1, _CALIBRATION_TOKENS // length), length
 
 
@@ -175,7 +175,7 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
         return 0
     if source.quantised:
         if recipe.heal not in ("auto", "0"):
-            raise RequestError(f"--heal {recipe.heal} trains through weights that are stored in fp8 here; use --heal 0")
+            raise RequestError(f"`heal` {recipe.heal} trains through weights that are stored in fp8 here; use `heal` 0")
         return 0
     if recipe.heal != "auto":
         return int(recipe.heal)
@@ -244,18 +244,18 @@ def _at_cache(source: Checkpoint, recipe: Recipe) -> str:
     name, config = source.family.model_type, source.config
     if recipe.fit == "weights":
         raise RequestError(
-            f"--fit weights looks at k_proj and v_proj, and the attention of {name} is composed at its cache; leave "
-            "--fit out, or choose activations"
+            f"`fit` weights looks at k_proj and v_proj, and the attention of {name} is composed at its cache; leave "
+            "`fit` out, or choose activations"
         )
     if recipe.kv_groups > 1:
-        raise RequestError(f"--kv-groups divides projections, and those of {name} stay as they are; leave it out")
+        raise RequestError(f"`kv_groups` divides projections, and those of {name} stay as they are; leave it out")
     if recipe.rotary_allocation == "shared":
         raise RequestError(
-            f"--rotary-allocation shared is for projections, and those of {name} stay as they are; leave it out"
+            f"`rotary_allocation` shared is for projections, and those of {name} stay as they are; leave it out"
         )
     if budget_file(recipe) is not None and not source.is_alike:
         raise RequestError(
-            f"a --budget from a file counts heads, and the layers of this {name} model differ in those that they "
+            f"a `budget` from a file counts heads, and the layers of this {name} model differ in those that they "
             "cache; leave it out"
         )
     sentence = f"composed at the cache: the attention of {name} stays its own"
@@ -282,8 +282,8 @@ def decide_layer(
     )
     if spec.key.form.joint != spec.value.form.joint:
         raise RequestError(
-            "joint keys and joint values read one latent: give both --key-composition joint and "
-            "--value-composition joint"
+            "joint keys and joint values read one latent: give both `key_composition` joint and "
+            "`value_composition` joint"
         )
     _check_groups(recipe, before, spec, heads)
     return spec
@@ -354,9 +354,9 @@ def _components(
         below = max(exact // step, 1) * step
         near = sorted({float(below / before), float(min(below + step, before) / before)})
         raise RequestError(
-            f"--kv-ratio {ratio:g} is {float(exact):g} of {cached:g} cached {side} heads; the nearest possible are "
-            f"{' and '.join(f'{value:.6g}' for value in near)}, or name counts with --key-components and "
-            "--value-components"
+            f"`kv_ratio` {ratio:g} is {float(exact):g} of {cached:g} cached {side} heads; the nearest possible are "
+            f"{' and '.join(f'{value:.6g}' for value in near)}, or name counts with `key_components` and "
+            "`value_components`"
         )
     return int(exact) if exact.denominator == 1 else float(exact)
 
@@ -370,15 +370,15 @@ def _check_groups(recipe: Recipe, before: LayerSpec, spec: LayerSpec, heads: int
         count, form = spec.side(side).components, spec.side(side).form
         if spec.side(side) == before.side(side):
             if not form.identity:
-                raise RequestError(f"--kv-groups {groups} needs {side}s that are composed anew; compress the original")
+                raise RequestError(f"`kv_groups` {groups} needs {side}s that are composed anew; compress the original")
         elif form.joint:
             raise RequestError(
-                f"--kv-groups {groups} cannot divide the one latent that joint keys and values read; choose other "
-                "compositions, or leave --kv-groups out"
+                f"`kv_groups` {groups} cannot divide the one latent that joint keys and values read; choose other "
+                "compositions, or leave `kv_groups` out"
             )
         elif heads % groups or count % groups:
             options = [str(n) for n in range(1, heads + 1) if heads % n == 0 and count % n == 0]
             remedy = f"choose one of {', '.join(options)}" if options else "leave it out, or choose other components"
             raise RequestError(
-                f"--kv-groups {groups} does not divide {heads} heads and {count} {side} components; {remedy}"
+                f"`kv_groups` {groups} does not divide {heads} heads and {count} {side} components; {remedy}"
             )

@@ -106,8 +106,8 @@ def _with_specs(plan: Plan, specs: Mapping[int, LayerSpec]) -> Plan:
     keys = [layer.spec.key for layer in layers if layer.compressed and layer.spec.key.form.per_pair]
     if plan.decisions.shares_rotary_allocation and len({key.components for key in keys}) > 1:
         raise RequestError(
-            "--rotary-allocation shared needs keys of one width in all layers; leave the budget uniform, or use "
-            "--rotary-allocation energy"
+            "`rotary_allocation` shared needs keys of one width in all layers; leave the budget uniform, or use "
+            "`rotary_allocation` energy"
         )
     costs = whole_costs(plan.source, plan.recipe, plan.decisions, layers)
     return replace(plan, layers=tuple(layers), costs=costs)
@@ -118,7 +118,7 @@ def _which_layers(recipe: Recipe) -> str:
     if recipe.budget not in ("half", "deep"):
         return recipe.layers
     if recipe.layers != "all":
-        raise RequestError(f"--budget {recipe.budget} says which layers to compress and so does --layers; give one")
+        raise RequestError(f"`budget` {recipe.budget} says which layers to compress and so does `layers`; give one")
     return recipe.budget
 
 

@@ -174,7 +174,7 @@ def test_calibration_and_refinement_see_the_numbers_it_stands_for(method, tmp_pa
     for name in half:
         if ".self_attn." in name:
             assert equal(half[name], expected[name]), name
-    with pytest.raises(RequestError, match="--heal 5 trains through weights that are stored in fp8"):
+    with pytest.raises(RequestError, match="`heal` 5 trains through weights that are stored in fp8"):
         mc.compress(quantised, tmp_path / "healed", heal="5", **options)
     with pytest.raises(RequestError, match="stores quantised weights, which are not trained"):
         mc.heal(tmp_path / "half", teacher=plain, out=tmp_path / "healed", text=str(text), progress=False)

@@ -254,6 +254,6 @@ def test_one_sequence_holds_none_out(tmp_path):
     source = letters(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog")
     text = {"text": (str(tmp_path / "text.txt"),), "sequences": 1}
-    with pytest.raises(RequestError, match="--heal 0"):
+    with pytest.raises(RequestError, match="`heal` 0"):
         run(source, tmp_path / "out", **text, heal=3, fit="weights")
     assert "healing" not in run(source, tmp_path / "out", **text, sequence_length=32).fidelity

@@ -91,5 +91,5 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused():
     side = FactoredHeads(HEADS, 2, 2, rows)
     bias = {"query": False, "key": True, "value": False}
     assert np.isfinite(store_layer(ComposedLayer(side, side), bias, "BF16").tensors["k_proj.bias"]).all()
-    with pytest.raises(RequestError, match=r"k_proj\.weight .* that float16 cannot hold; choose --dtype bfloat16"):
+    with pytest.raises(RequestError, match=r"k_proj\.weight .* that float16 cannot hold; choose `dtype` bfloat16"):
         store_layer(ComposedLayer(side, side), bias, "F16")

@@ -178,10 +178,12 @@ def test_a_profile_comes_back_from_its_file(tmp_path):
 def test_an_explicit_list_is_followed(tmp_path):
     source, file = stock_checkpoint(tmp_path / "source"), tmp_path / "widths.json"
 
-    def planned(**layer):
+    def planned(layers="all", **layer):
         file.write_text(json.dumps({"layers": [{"layer": 1, "key_components": 1.5, "value_components": 4} | layer]}))
-        return make_plan(source, Recipe(kv_ratio=0.5, budget=str(file)))
+        return make_plan(source, Recipe(kv_ratio=0.5, budget=str(file), layers=layers))
 
+    with pytest.raises(RequestError, match=r"layer 1 1\.5 key components, and its keys stay as they are"):
+        planned(layers="0")
     plan = planned()
     assert (plan.layers[1].spec.key.components, plan.layers[1].spec.value) == (1.5, plan.layers[1].before.value)
     assert plan.layers[0].spec.key.components == 2
@@ -198,7 +200,7 @@ def test_paper_budgets_choose_layers(tmp_path):
         assert [layer.compressed for layer in by_budget.layers] == [layer.compressed for layer in by_layers.layers]
         assert not by_budget.decisions.measures_budget
     assert not make_plan(source, Recipe(kv_ratio=0.5, budget="full")).decisions.measures_budget
-    with pytest.raises(RequestError, match="--layers"):
+    with pytest.raises(RequestError, match="`layers`"):
         make_plan(source, Recipe(kv_ratio=0.5, budget="half", layers="1"))
 
 
@@ -206,10 +208,10 @@ def test_paper_budgets_choose_layers(tmp_path):
     ("settings", "said"),
     [
         ({"fit": "weights"}, "reads no text"),
-        ({"kv_groups": 2}, "--kv-groups"),
-        ({"split": "even"}, "--split even"),
-        ({"sequences": 1}, "--sequences 1"),
-        ({"key_components": 2}, "--key-components"),
+        ({"kv_groups": 2}, "`kv_groups`"),
+        ({"split": "even"}, "`split` even"),
+        ({"sequences": 1}, "`sequences` 1"),
+        ({"key_components": 2}, "`key_components`"),
     ],
 )
 def test_a_measured_budget_is_the_default_where_nothing_speaks_against_it(tmp_path, settings, said):
