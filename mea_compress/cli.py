@@ -194,6 +194,8 @@ def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path 
     """Return a file for a result, before the hours that the result takes."""
     if file is not None and str(file) != "-" and not os.access(file.parent, os.W_OK | os.X_OK):
         raise click.BadParameter(f"{file.parent} is no directory that this user may write to")
+    if file is not None and file.exists() and not file.is_file():
+        raise click.BadParameter(f"{file} is no file; name one, or - for standard output")
     return file
 
 
@@ -297,7 +299,9 @@ def _batch_option(function: Function) -> Function:
 
 
 def _show(result: Shown, json_file: Path | None = None) -> None:
-    """Print what a verb of the package returned; see `_print`."""
+    """Print what a verb of the package returned; see `_print`. Of processes that a launcher has started, one does."""
+    if not is_first_process():
+        return
     _print(result.report(), result.to_json(), json_file)
 
 
@@ -412,8 +416,7 @@ def compress(source: Path, out: Path, recipe: str | None, resume: bool, **flags:
     from mea_compress.compression import compress as compress_checkpoint
 
     result = compress_checkpoint(source, out, recipe=load_recipe(recipe, flags), resume=resume)
-    if is_first_process():
-        _show(result)
+    _show(result)
 
 
 @cli.command()
@@ -428,8 +431,7 @@ def heal(checkpoint: Path, teacher: Path, out: Path | None, resume: bool, **flag
 
     settings = given_settings(from_flags(HealRecipe, flags))
     result = heal_checkpoint(checkpoint, teacher=teacher, out=out, resume=resume, **settings)
-    if is_first_process():  # of those that a launcher has started, one prints
-        _show(result)
+    _show(result)
 
 
 @cli.command()
@@ -690,7 +692,7 @@ def _builtin(name: str) -> Path:
     "--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything."
 )
 def demo(out: Path, steps: int | None, device: str, seed: int) -> None:
-    """Train a small model on text every machine has, compress it to half its cache, heal it, and compare the three."""
+    """Train a small model on text every machine has, compress it in two ways, heal both, and compare."""
     from mea_compress.demo.run import run_demo
 
     click.echo(run_demo(out, steps=steps, device=device, seed=seed))

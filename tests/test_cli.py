@@ -127,6 +127,10 @@ class TestCommands:
         message = refused(command, "SRC", *more.get(command, []), "--json", tmp_path / "nowhere" / "result.json")
         assert f"{tmp_path / 'nowhere'} is no directory that this user may write to" in message and calls == []
 
+    def test_a_result_does_not_replace_a_device(self, calls):
+        message = refused("inspect", "SRC", "--json", os.devnull)
+        assert f"{os.devnull} is no file; name one, or - for standard output" in message and calls == []
+
     def test_heal(self, calls):
         assert "steps" in done("heal", "OUT", "--teacher", "SRC", "--learning-rate", "1e-4")
         expected = {"steps": HealRecipe().steps, "out": None, "learning_rate": 1e-4, "teacher": Path("SRC")}
@@ -168,7 +172,7 @@ class TestCommands:
         assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
         assert calls[0][1][:2] == (Path("SRC"), Path("B"))
         shared = {"bos": "always", "device": "cpu", "text": (str(text),), "progress": True}
-        healing = {"seed": 4, "steps": 3, "teacher": Path("SRC")} | shared
+        healing = {"seed": 4, "steps": 3, "teacher": Path("SRC"), "resume": False} | shared
         assert calls[1][1:] == ((Path("B"),), healing)
         measuring = {"reference": Path("SRC"), "limit": 2} | shared
         assert calls[2][1:] == ((Path("B"),), measuring)

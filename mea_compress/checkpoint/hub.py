@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 
 from mea_compress.checkpoint.untrusted import printable_path
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+", re.ASCII)
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+WANTED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")  # they go with what is made of it
 # Other formats of the same weights lie in folders of their own (original, onnx), Mistral's beside them.
 UNWANTED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.tiktoken", "*/*.txt", "consolidated*.safetensors")
 
@@ -74,8 +75,7 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
             "repository and revision; check the path or id, or try again with a network"
         )
     except Exception as error:  # of the hub, the network, the disk
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        problem = f"the download failed ({reason}); try again"
+        problem = f"the download failed ({first_line(error)}); try again"
     else:
         return Path(path)
     raise RequestError(f"{printable_path(os.fspath(name))}: {problem}")

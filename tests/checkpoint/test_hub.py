@@ -238,6 +238,7 @@ def hub(source):
         "additional_chat_templates/tools.jinja": b"{{ tools }}",
         "tokenizer.model": b"pieces",
         "README.md": b"# Name",
+        "LICENSE.txt": b"Apache",
     }
     asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, files, asked))
@@ -276,7 +277,6 @@ def test_from_a_server_and_again_without_it(hub, source, tmp_path):
         "modeling_own.py",
         "consolidated.safetensors",
         "original/model.safetensors",
-        "README.md",
     }
     assert kept == set(asked) == files.keys() - left
     for name in kept:
