@@ -11,3 +11,8 @@ class DiskFullError(RequestError):
 
 class VerificationError(Exception):
     """An emitted checkpoint does not do what it should: a defect of this program, nothing the user did."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, without a full stop, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mea_compress.checkpoint.hub import local_directory
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
 from mea_compress.modeling import multimodal_classes, register
 
 if TYPE_CHECKING:
@@ -67,13 +67,18 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreT
     register()
     try:
         # Transformers would make one of no words for a family whose tokenizer has a class of its own.
-        if not any(any(path.glob(name)) for name in _VOCABULARIES):
+        if not has_vocabulary(path):
             raise FileNotFoundError("it has no vocabulary")
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise RequestError(
-            f"the tokenizer of {path} cannot be loaded ({_first_line(error)}): copy the tokenizer's files there"
+            f"the tokenizer of {path} cannot be loaded ({first_line(error)}): copy the tokenizer's files there"
         ) from error
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Return whether a checkpoint directory has files of a tokenizer."""
+    return any(any(directory.glob(name)) for name in _VOCABULARIES)
 
 
 def load_model(
@@ -115,7 +120,7 @@ def load_model(
         )
     except Exception as error:
         raise RequestError(
-            f"the model of {path} cannot be loaded ({_first_line(error)}): give a checkpoint that transformers loads"
+            f"the model of {path} cannot be loaded ({first_line(error)}): give a checkpoint that transformers loads"
         ) from error
     model, info = loaded
     missing = info["missing_keys"]
@@ -158,9 +163,7 @@ def load(
     """
     checkpoint = local_directory(checkpoint)
     model = load_model(checkpoint, dtype, device)
-    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-    has_tokenizer = any((Path(checkpoint) / name).is_file() for name in names)
-    return model, load_tokenizer(checkpoint) if has_tokenizer else None
+    return model, load_tokenizer(checkpoint) if has_vocabulary(checkpoint) else None
 
 
 def _checkpoint_directory(path: Path | str) -> Path:
@@ -172,10 +175,6 @@ def _checkpoint_directory(path: Path | str) -> Path:
     if not (path / "config.json").is_file():
         raise RequestError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

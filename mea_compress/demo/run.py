@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mea_compress.checkpoint.files import write_json
+from mea_compress.checkpoint.files import write_json, write_text
 from mea_compress.errors import RequestError
 from mea_compress.recipe import load_recipe
 from mea_compress.report.tables import format_bytes, table
@@ -153,7 +153,9 @@ def _write_texts(size: Size, train_text: Path, held_out_text: Path) -> list[str]
     train, held_out = split_documents(library_documents(size.text_bytes), size.held_out_share)
     for path, documents in ((train_text, train), (held_out_text, held_out)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_text(path, "\n\n".join(documents) + "\n")
+        text = "\n\n".join(documents) + "\n"
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
     return train
 
 
@@ -202,15 +204,6 @@ def _read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a text so that it is whole or not there, and leave one that is the same alone."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode())
-    os.replace(partial, path)
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> str:

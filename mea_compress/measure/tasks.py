@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -80,10 +80,9 @@ def find_tasks(names: Sequence[str], task_dir: Path | str | None = None) -> Task
         try:
             manager.load([name])
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RequestError(
-                f"the task {name} cannot be loaded ({reason}): its data set must be reachable on the hub or cached, "
-                "or be files of your own with `task_dir`"
+                f"the task {name} cannot be loaded ({first_line(error)}): its data set must be reachable on the hub or "
+                "cached, or be files of your own with `task_dir`"
             ) from error
     return manager
 

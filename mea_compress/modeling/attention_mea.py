@@ -653,7 +653,7 @@ class MeaAttention(nn.Module):
         )
 
     def _logits(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation, mask: Any
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotation: Rotation
     ) -> torch.Tensor:
         """Queries (B, Hq, Q, d), scaled, in float32 or wider, against what is cached: (B, Hq, Q, T)."""
         shape, composition = queries.shape, self.key_composition
@@ -723,7 +723,7 @@ class MeaAttention(nn.Module):
         scaled = queries.to(wide) * self.scaling
         output = self._fused(scaled, keys, values, mask)  # (B, 1, rows, W)
         if output is None:
-            logits = self._logits(scaled, keys, values, rotation, mask)
+            logits = self._logits(scaled, keys, values, rotation)
             weights = softmax(add_mask(logits, mask)).to(values.dtype)  # (B, Hq, Q, T)
             if self.value_composition is None:
                 values = self._plain_heads(values)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
 from mea_compress.text.documents import DATASET, PIECE, Chat, Piece, last_word, record_pieces, safe_cut
 
 ANY_TEXT = "give a text file, .jsonl or .parquet, a directory of them, or dataset:NAME"
@@ -78,7 +78,7 @@ def reason_of(error: Exception) -> str:
     """Return what an error says, in a line."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _not_utf8(place: str) -> RequestError:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from mea_compress.errors import RequestError
+from mea_compress.errors import RequestError, first_line
 from mea_compress.loading import check_sequence_length
 from mea_compress.text.documents import PIECE, Chat, Documents, Piece, Text, documents_of, safe_cut, spread_order
 
@@ -108,8 +108,7 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, opened: bool = Fal
 
 def template_refusal(chat: Chat, error: Exception) -> RequestError:
     """Return what to raise where a chat template has raised an error."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return RequestError(f"the chat template refuses {chat.place} ({reason}): correct its messages")
+    return RequestError(f"the chat template refuses {chat.place} ({first_line(error)}): correct its messages")
 
 
 @dataclass
