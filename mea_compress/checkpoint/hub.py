@@ -15,8 +15,8 @@ from mea_compress.errors import RequestError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+", re.ASCII)
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-WANTED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")  # they go with what is made of it
+_DOCUMENTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")  # they go with what is made of a checkpoint
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *_DOCUMENTS)
 # Other formats of the same weights lie in folders of their own (original, onnx), Mistral's beside them.
 UNWANTED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.tiktoken", "*/*.txt", "consolidated*.safetensors")
 
