@@ -5,8 +5,12 @@ class RequestError(Exception):
     """The request was wrong: the message says in one sentence what, and what to do about it (exit status 2)."""
 
 
-class DiskFullError(RequestError):
-    """The disk or quota is full: what is finished is worth keeping, so that the run can go on when there is room."""
+class WritingError(RequestError):
+    """The place refuses what is written: what is finished is worth keeping, so that the run can go on."""
+
+
+class DiskFullError(WritingError):
+    """The disk or quota is full."""
 
 
 class VerificationError(Exception):

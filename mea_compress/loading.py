@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mea_compress.checkpoint.hub import local_directory
+from mea_compress.checkpoint.vocabulary import has_vocabulary
 from mea_compress.errors import RequestError, first_line
 from mea_compress.modeling import multimodal_classes, register
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_DEFAULT_SEQUENCE = 1024
-# Files that hold the vocabulary of a tokenizer.
-_VOCABULARIES = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken", "*.spm")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -74,11 +73,6 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreT
         raise RequestError(
             f"the tokenizer of {path} cannot be loaded ({first_line(error)}): copy the tokenizer's files there"
         ) from error
-
-
-def has_vocabulary(directory: Path) -> bool:
-    """Return whether a checkpoint directory has files of a tokenizer."""
-    return any(any(directory.glob(name)) for name in _VOCABULARIES)
 
 
 def load_model(

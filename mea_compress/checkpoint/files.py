@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mea_compress.checkpoint.system import exchange_paths
 from mea_compress.checkpoint.untrusted import printable_path
-from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.errors import DiskFullError, WritingError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and of a quota that is used up."""
@@ -31,7 +31,7 @@ _OTHER_PLACE = "choose an output directory that this user may write to"
 
 def refusal(
     error: OSError | ValueError, path: Path, needed: int | None = None, remedy: str = _OTHER_PLACE
-) -> RequestError:
+) -> WritingError:
     """Return the sentence for what went wrong when writing.
 
     Args:
@@ -47,15 +47,15 @@ def refusal(
             f"{printable_path(path)}: the disk or quota is full{size}; free some space and run the same command again"
         )
     if number in DENIED:
-        return RequestError(f"{printable_path(path)}: cannot be written ({os.strerror(number)}); {remedy}")
+        return WritingError(f"{printable_path(path)}: cannot be written ({os.strerror(number)}); {remedy}")
     if number == errno.EFBIG:
         size = "this file has more bytes" if needed is None else f"{needed} bytes are more"
-        return RequestError(
+        return WritingError(
             f"{printable_path(path)}: {size} than this file system or limit allows for one file; "
             "give a smaller shard size"
         )
     reason = os.strerror(number) if number else str(error)
-    return RequestError(
+    return WritingError(
         f"{printable_path(path)}: writing failed ({reason}); choose another output directory or check the disk"
     )
 

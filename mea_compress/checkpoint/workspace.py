@@ -16,20 +16,19 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mea_compress.checkpoint.files import DENIED, FULL, TEMPORARY, refusal, sync, sync_tree, write_json
 from mea_compress.checkpoint.untrusted import printable_path
-from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.errors import RequestError, WritingError
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 # Sections of the manifest that take long to make: a profile and layers; checkpoints for a table, and its rows; the
 # sequences of a distillation, beside which lies how far it has come.
 _RESULTS = ("profile", "layers", "made", "rows", "text")
-_SOON_MADE = ("text",)  # again, compared with what a wrong request is told
 # Fsync finished layers at most this often (seconds).
 _SYNC_INTERVAL = 5.0
 
@@ -53,7 +52,7 @@ class Workspace:
         self._lock = threading.Lock()
         self._unsynced: list[Path] = []
         self._saved = time.monotonic()
-        self._kept = _results_in(manifest)
+        self._keeps_results = _has_results(manifest)
 
     @property
     def path(self) -> Path:
@@ -84,19 +83,12 @@ class Workspace:
             if time.monotonic() - self._saved > _SYNC_INTERVAL:
                 self._save()
 
-    def flush(self, but_for: Collection[str] = ()) -> bool:
-        """Save what was committed for later, if the disk allows it.
-
-        Args:
-            but_for: Sections that do not count.
-
-        Returns:
-            Whether there is a result to go on from.
-        """
+    def flush(self) -> bool:
+        """Save what was committed for later, if the disk allows it; return whether there is a result to go on from."""
         with self._lock, contextlib.suppress(OSError, RequestError):
             if self._unsynced:
                 self._save()
-        return bool(self._kept - set(but_for))
+        return self._keeps_results
 
     def _save(self) -> None:
         # In this order, so that after a power cut the manifest names nothing that is not there.
@@ -107,7 +99,7 @@ class Workspace:
         sync(self.work)
         write_json(self.work / MANIFEST, self.manifest)
         self._unsynced.clear()
-        self._kept = _results_in(self.manifest)
+        self._keeps_results = _has_results(self.manifest)
         self._saved = time.monotonic()
 
     def result_of(self, section: str, key: str) -> Any:
@@ -151,8 +143,8 @@ class FollowedWorkspace(Workspace):
         self._unsynced.clear()
 
 
-def _results_in(manifest: Mapping[str, Any]) -> set[str]:
-    return {section for section in _RESULTS if manifest.get(section)}
+def _has_results(manifest: Mapping[str, Any]) -> bool:
+    return any(manifest.get(section) for section in _RESULTS)
 
 
 def check_free(out: Path, source: Path) -> None:
@@ -214,8 +206,8 @@ def already_published(out: Path) -> bool:
 def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
     """Open the workspace of OUT, new or taken up again.
 
-    What is finished is left for ``--resume``, whatever ends the block early. A request that turns out wrong before
-    anything is leaves nothing behind.
+    A request that turns out wrong leaves nothing behind; an interruption, and a place that is full or refuses what is
+    written, leave what is finished, for ``--resume``.
 
     Args:
         out: The output directory, not there yet.
@@ -248,22 +240,14 @@ def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iter
             raise KeyboardInterrupt(
                 f"interrupted; {printable_path(work)} keeps what is finished: add --resume to go on"
             ) from None
-        except DiskFullError as error:
+        except WritingError as error:
             if workspace.flush():
-                raise DiskFullError(f"{error} (add --resume, {printable_path(work)} keeps what is finished)") from None
+                raise type(error)(f"{error} (add --resume, {printable_path(work)} keeps what is finished)") from None
             _discard(work, topmost)
             raise
-        except RequestError as error:
-            kept = workspace.flush(but_for=_SOON_MADE)
-            if taken_up:
-                raise
-            if kept:
-                told = f"{error} ({printable_path(work)} keeps what is finished, for --resume)"
-                raise type(error)(told) from None
-            _discard(work, topmost)
-            raise
-        except Exception:
-            if not workspace.flush() and not taken_up:  # nothing to go on from
+        except Exception as error:
+            # Nothing to go on from: a wrong request, or a defect before the first layer was finished.
+            if not taken_up and (isinstance(error, RequestError) or not workspace.flush()):
                 _discard(work, topmost)
             raise
 

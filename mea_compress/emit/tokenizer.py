@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.checkpoint.files import write_json, write_text
+from mea_compress.checkpoint.vocabulary import has_vocabulary
 from mea_compress.errors import RequestError, first_line
-from mea_compress.loading import has_vocabulary
 from mea_compress.modeling import register
 
 if TYPE_CHECKING:

@@ -158,7 +158,7 @@ def export(
     windows = [layer_window(source, layer) for layer in range(source.config.num_hidden_layers)]
     cost = export_cost(source, form, DTYPE_BITS[source.dtype] // 8, windows)
     if resume and (already_published(out) or (out / REPORT).is_file()):
-        asked = {"format": format, "weights": weights, "balanced": balance}
+        asked = {"format": format, "weights": weights, "balance": balance}
         return ExportResult(out, form, cost, _finished(out, asked), model_type, format, balance, weights)
     check_free(out, checkpoint)
     bases: Sequence[HeadBasis | None] = [None] * len(windows)
@@ -203,12 +203,12 @@ def _finished(out: Path, asked: dict[str, Any]) -> dict[str, float]:
     """
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        made = {name: report.get(name) for name in asked}
+        made = {name: report.get("balanced" if name == "balance" else name) for name in asked}
         if made == asked:
             return report["verification"]
     except (OSError, ValueError, KeyError, AttributeError):
         made = {}
-    differ = ", ".join(name for name in asked if made.get(name) != asked[name])
+    differ = ", ".join(f"`{name}`" for name in asked if made.get(name) != asked[name])
     raise RequestError(f"{out} is finished and was exported with another {differ}; give another directory")
 
 

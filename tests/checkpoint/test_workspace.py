@@ -19,7 +19,7 @@ from mea_compress.checkpoint.workspace import (
     open_workspace,
     partial_path,
 )
-from mea_compress.errors import DiskFullError, RequestError
+from mea_compress.errors import DiskFullError, RequestError, WritingError
 
 INPUT = {"the source": "a", "the recipe": "b", "a library version": {"torch": "1", "numpy": "2"}}
 
@@ -114,18 +114,18 @@ def test_a_wrong_request_leaves_nothing_not_even_directories_above(tmp_path):
         pytest.raises(RequestError, match="no"),
         open_workspace(tmp_path / "a" / "b" / "out", INPUT, resume=False) as workspace,
     ):
-        workspace.commit("text", "tokens", 1)  # soon made again
+        workspace.commit("layers", "0", 1)
         raise RequestError("no")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_refused_late_keeps_what_is_finished(tmp_path):
+def test_a_place_that_refuses_keeps_what_is_finished(tmp_path):
     with (
-        pytest.raises(RequestError, match=r"^no \(.*out.partial keeps what is finished, for --resume\)$"),
+        pytest.raises(WritingError, match=r"cannot be written .*--resume, .*out\.partial keeps what is finished\)$"),
         open_workspace(tmp_path / "out", INPUT, resume=False) as workspace,
     ):
         workspace.commit_later("0", tmp_path, layers=1)
-        raise RequestError("no")
+        raise OSError(errno.EACCES, "Permission denied", "file")
     with open_workspace(tmp_path / "out", INPUT, resume=True) as workspace:
         assert workspace.result_of("layers", "0") == 1
 

@@ -199,7 +199,7 @@ def test_heads_that_are_copies_or_zero_are_no_trouble(kind, fit):
 def test_frequency_keys_want_a_key_norm_without_zeros():
     heads = make_heads(key_norm=True)
     heads = replace(heads, key_norm=heads.key_norm * (np.arange(HEAD_DIM) != 3))
-    with pytest.raises(RequestError, match="choose --key-composition head"):
+    with pytest.raises(RequestError, match="choose `key_composition` head"):
         surgery(heads, "frequency", "key", 2, "weights")
 
 

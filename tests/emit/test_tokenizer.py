@@ -80,7 +80,7 @@ def test_a_tokenizer_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("mea_compress.emit.tokenizer._behaves", lambda *_: False)
     with pytest.raises(RequestError, match=r"source: the tokenizer, a Qwen2Tokenizer, .* save_pretrained"):
         compress(source, tmp_path / "out", recipe=WHOLE, progress=False)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_refreshing_a_checkpoint_of_010_mends_its_tokenizer(tmp_path):

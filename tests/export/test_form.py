@@ -185,7 +185,7 @@ def test_sliding_windows_and_norms_are_not_written_as_llama(tmp_path):
 
 def test_groups_must_divide(tmp_path):
     stock_checkpoint(tmp_path / "source")
-    with pytest.raises(RequestError, match=r"--kv-groups 4 does not divide .* choose one of 1, 2"):
+    with pytest.raises(RequestError, match=r"`kv_groups` 4 does not divide .* choose one of 1, 2"):
         make_plan(tmp_path / "source", Recipe(kv_ratio=0.5, kv_groups=4, **HEAD))
     with pytest.raises(RequestError, match="cannot divide the one latent"):
         make_plan(

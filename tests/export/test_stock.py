@@ -250,10 +250,10 @@ def test_a_finished_export_is_returned_to_a_run_that_is_resumed(tmp_path):
     first = export(out, tmp_path / "export", progress=False)
     again = export(out, tmp_path / "export", resume=True, progress=False)
     assert again.to_json() == first.to_json()
-    with pytest.raises(RequestError, match="was exported with another format;"):
+    with pytest.raises(RequestError, match="was exported with another `format`;"):
         export(out, tmp_path / "export", format="llama", resume=True, progress=False)
     (tmp_path / "export" / "export.json").write_text("{")
-    with pytest.raises(RequestError, match="was exported with another format, weights, balanced;"):
+    with pytest.raises(RequestError, match="was exported with another `format`, `weights`, `balance`;"):
         export(out, tmp_path / "export", resume=True, progress=False)
 
 
