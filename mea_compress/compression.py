@@ -117,6 +117,7 @@ def compress(
     check_space(out, plan.costs.disk_bytes + other_bytes(plan.source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
         deadline = deadline_of(plan.recipe)
+        raise_trim_threshold()
         plan = _allocated(plan, workspace, progress)
         from_first_process((_decided(plan), workspace.manifest))
         plan = _fit_and_write(plan, workspace, progress, deadline)
@@ -162,6 +163,7 @@ def _take_part(plan: Plan, out: Path) -> CompressionResult:
     decided, manifest = from_first_process(None)
     plan = replace(plan, **decided)
     workspace, deadline = FollowedWorkspace(out, manifest), deadline_of(plan.recipe)
+    raise_trim_threshold()
     if plan.decisions.needs_calibration:
         fit_layers(plan, workspace, False, deadline=deadline)
     if plan.decisions.healing_steps:
@@ -230,7 +232,6 @@ def _fit_and_write(plan: Plan, workspace: Workspace, progress: bool, deadline: f
         with writing_concurrently(plan, workspace, progress) as stored:
             from mea_compress.fit.layers import fit_layers, reserve_one_blas_thread  # while files are being copied
 
-            raise_trim_threshold()
             with reserve_one_blas_thread():
                 fit_layers(plan, workspace, False, stored)
             import mea_compress.emit.verification  # noqa: F401 - loaded while files are still being written

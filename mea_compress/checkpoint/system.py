@@ -46,8 +46,8 @@ def trim_heap() -> None:
 def raise_trim_threshold() -> None:
     """Have glibc's malloc keep up to 256 MB of freed memory, so that layers of the same sizes find it again.
 
-    Fresh memory is cleared by the system page by page, which takes longer than a weights-only fit computes. It holds
-    for the rest of the process; `trim_heap` returns what is kept.
+    Fresh memory is cleared by the system page by page, which takes longer than a weights-only fit computes, and a
+    fifth of a calibrated one's passes. It holds for the rest of the process; `trim_heap` returns what is kept.
     """
     _call("mallopt", _M_MMAP_THRESHOLD, 32 << 20)
     _call("mallopt", _M_TRIM_THRESHOLD, 256 << 20)

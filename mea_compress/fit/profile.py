@@ -21,6 +21,7 @@ import torch
 from mea_compress.architectures import open_checkpoint
 from mea_compress.checkpoint.files import write_json
 from mea_compress.checkpoint.hub import local_directory
+from mea_compress.checkpoint.system import raise_trim_threshold
 from mea_compress.checkpoint.untrusted import printable_path
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.emit.directory import fingerprint
@@ -253,6 +254,7 @@ def profile(
         }
         commit = Commit(_kept_results(kept, request))
         commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})
+    raise_trim_threshold()
     try:
         result = measure_profile(plan, calibration_tokens(plan, progress), commit, progress)
     except KeyboardInterrupt:

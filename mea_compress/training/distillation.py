@@ -31,7 +31,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
-from mea_compress.measure.metrics import NOTHING, Comparison, compare_models, max_batch_size
+from mea_compress.measure.metrics import (
+    NOTHING,
+    Comparison,
+    compare,
+    compare_models,
+    max_batch_size,
+    predict,
+    predictions,
+)
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
 from mea_compress.processes import from_first_process, is_first_process, process_count
 from mea_compress.training.head_loss import HeadLoss, whole_row
@@ -166,8 +174,10 @@ def distil(
     if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
         _convert_frozen(model, settings.products)
 
+    kept = _may_keep(teacher, looked_at, settings.products)
+
     def look() -> float:
-        total = measure(model, teacher, looked_at, settings.products, judged)
+        total = measure(model, teacher, looked_at, settings.products, judged, kept)
         return from_first_process(total.kl / total.tokens)  # what comes next follows from it, in all of them alike
 
     start = {name: weight.detach().clone() for name, weight in parameters.items()}
@@ -408,6 +418,7 @@ def measure(
     ids: torch.Tensor,
     products: torch.dtype = torch.float32,
     counted: torch.Tensor | None = None,
+    kept: dict[int, torch.Tensor] | None = None,
 ) -> Comparison:
     """Sum the comparisons of sequences, with products in a given dtype.
 
@@ -417,14 +428,33 @@ def measure(
         ids: (N, T), int64, without padding.
         products: Dtype of matrix products.
         counted: Which tokens count when they are predicted, bool (N, T); None for all.
+        kept: What the teacher's head reads of every batch, (B, T, D), by its number: for measurements of the same
+            sequences, each but the first of which takes it from there; see `_may_keep`. None keeps nothing.
     """
     total, size = NOTHING, max_batch_size(ids.shape[1], vocabulary_size(teacher))
     masks = torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
-    for rows, mask in zip(ids.split(size), masks.split(size), strict=True):
+    for index, (rows, mask) in enumerate(zip(ids.split(size), masks.split(size), strict=True)):
         with _autocast(model, products):
-            total += compare_models(model, teacher, rows, mask, padded=False)
+            if kept is None:
+                total += compare_models(model, teacher, rows, mask, padded=False)
+                continue
+            if index not in kept:
+                kept[index] = _hidden(teacher, rows.to(next(teacher.parameters()).device))[0]
+            head = _head(teacher)
+            logits = head(kept[index].to(head.weight.dtype))
+            expected = predictions(logits, rows.to(logits.device), mask.to(logits.device))
+            total += compare(predict(model, rows, mask, padded=False), expected)
     reshard(model, teacher)
     return total
+
+
+def _may_keep(teacher: PreTrainedModel, ids: torch.Tensor, products: torch.dtype) -> dict[int, torch.Tensor] | None:
+    """Return where `measure` may keep what a teacher's head reads of ids (N, T), or None if its head is not all."""
+    if is_sharded(teacher):
+        return None
+    with _autocast(teacher, products):
+        sample = ids[:1, :8].to(next(teacher.parameters()).device)
+        return {} if _head_alone_makes_logits(teacher, sample) else None
 
 
 def _set(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+_SLICE_BYTES = 32 << 20
+"""Of float32 logits that are made at once on a CPU: what is larger gets fresh memory at every use."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Row:
     following: torch.Tensor
     of_text: torch.Tensor | None
     temperature: float
+
+    def slices(self) -> Iterator[Row]:
+        """Yield the positions a slice at a time on a CPU, and all of them elsewhere."""
+        count = len(self.own)
+        size = count if self.own.device.type != "cpu" else max(1, _SLICE_BYTES // (4 * len(self.head.weight)))
+        for first in range(0, count, size):
+            part = slice(first, first + size)
+            of_text = None if self.of_text is None else self.of_text[part]
+            yield replace(
+                self,
+                own=self.own[part],
+                target=self.target[part],
+                of_kl=self.of_kl[part],
+                following=self.following[part],
+                of_text=of_text,
+            )
 
 
 class HeadLoss(torch.autograd.Function):
@@ -89,6 +108,14 @@ class HeadLoss(torch.autograd.Function):
 
 def whole_row(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss over the whole vocabulary, and its gradient of the student's hidden states, (N, D)."""
+    parts = [_whole_slice(part) for part in row.slices()]
+    if not parts:  # nothing of the sequence counts
+        return row.of_kl.new_zeros(()), row.own[:0]
+    losses, gradients = zip(*parts, strict=True)
+    return torch.stack(losses).sum(), torch.cat(gradients)
+
+
+def _whole_slice(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     head, expected, temperature = row.head, row.expected, row.temperature
     logits = nn.functional.linear(row.own.to(head.weight.dtype), head.weight, head.bias)
     expected_logits = nn.functional.linear(row.target.to(expected.weight.dtype), expected.weight, expected.bias)

@@ -43,6 +43,16 @@ def made_up(plan, cost=lambda layer, side, share: (1 + layer) * (1 - share) ** 2
     return Profile(**values | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [({}, [1, 2, 3, 4, 5]), ({"time_limit": 9}, [1, 3, 5]), ({"time_limit": 9, "effort": "fast"}, [1.5, 3, 4.5])],
+)
+def test_a_time_limit_leaves_out_every_other_width(changes, shares, tmp_path):
+    source = stock_checkpoint(tmp_path / "model", "llama", num_key_value_heads=4, head_dim=12)
+    plan = make_plan(source, half(key_composition="latent", value_composition="latent", **changes))
+    assert candidates(plan.layers[0], plan) == dict.fromkeys(("key", "value"), [4 * share / 6 for share in shares])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_dynamic_programming_finds_what_a_search_finds(seed):
     random = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tiny import stock_model
 
 from mea_compress.errors import DiskFullError, RequestError
-from mea_compress.training import distillation
+from mea_compress.training import distillation, head_loss
 from mea_compress.training.distillation import (
     DistillationSettings,
     _head_alone_makes_logits,
@@ -37,8 +37,14 @@ def pair():
     return student, teacher
 
 
+@pytest.fixture(params=[5, 1 << 20])
+def positions_at_once(request, monkeypatch):
+    """How many positions of a sequence have logits at once, of a vocabulary of 64."""
+    monkeypatch.setattr(head_loss, "_SLICE_BYTES", 4 * 64 * request.param)
+
+
 @pytest.mark.parametrize("options", [(2.0, 0.0), (1.0, 0.3), (0.5, 1.0)])
-def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options):
+def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options, positions_at_once):
     student, teacher = pair
     temperature, share = options
     results = []
@@ -59,7 +65,7 @@ def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_what_does_not_count_has_no_part_in_the_loss(pair, share):
+def test_what_does_not_count_has_no_part_in_the_loss(pair, share, positions_at_once):
     student, teacher = pair
     counted = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(5)) < 0.3
     counted[:, 3] = True
@@ -190,6 +196,26 @@ def test_the_loss_in_slices_is_the_plain_loss_with_the_same_gradients(pair):
     assert found.keys() == expected.keys() != set()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_a_teacher_that_is_measured_by_again_runs_once(pair, products):
+    student, teacher = pair
+    counted = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+    expected = measure(student, teacher, IDS, products, counted)
+    kept = distillation._may_keep(teacher, IDS, products)
+    runs = []
+    hook = teacher.model.register_forward_hook(lambda *_: runs.append(None))
+    for _ in range(3):
+        assert measure(student, teacher, IDS, products, counted, kept) == expected
+    hook.remove()
+    assert len(runs) == len(kept) > 0
+
+
+def test_a_teacher_whose_head_is_not_all_is_not_kept(pair):
+    _, teacher = pair
+    teacher.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits / 2))
+    assert distillation._may_keep(teacher, IDS, torch.float32) is None
 
 
 def test_logits_that_the_head_alone_does_not_make_are_made_by_the_model(pair):
