@@ -297,26 +297,26 @@ def _accuracy(score: list[float] | None) -> str | None:
     return f"{100 * score[0]:.1f} ± {100 * (score[1] or 0):.1f}" if score else None
 
 
+def named_paths(values: tuple[str, ...], kind: str, serves: Callable[[Path], bool]) -> dict[str, Path]:
+    """Read NAME=PATH, of a kind such as "FILE with a file that exists"."""
+    paths = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not serves(Path(path)):
+            raise click.BadParameter(f"{value} is not NAME={kind}")
+        paths[name] = Path(path)
+    return paths
+
+
 def named_files(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
     """Read NAME=FILE."""
-    files = {}
-    for value in values:
-        name, equals, file = value.partition("=")
-        if not equals or not Path(file).is_file():
-            raise click.BadParameter(f"{value} is not NAME=FILE with a file that exists")
-        files[name] = Path(file)
-    return files
+    return named_paths(values, "FILE with a file that exists", Path.is_file)
 
 
 def named_directories(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path]:
     """Read NAME=DIRECTORY."""
-    directories = {}
-    for value in values:
-        name, _equals, directory = value.partition("=")
-        if not (Path(directory) / "recipe.yaml").is_file():
-            raise click.BadParameter(f"{value} is not NAME=DIRECTORY with a compression, which has a recipe.yaml")
-        directories[name] = Path(directory)
-    return directories
+    kind = "DIRECTORY with a compression, which has a recipe.yaml"
+    return named_paths(values, kind, lambda path: (path / "recipe.yaml").is_file())
 
 
 def calibration_texts(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Path | None]:

@@ -37,7 +37,7 @@ from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
 from mea_compress.text.reading import text_names
-from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.distillation import DistillationSettings, distil, may_keep, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,8 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     if plan.decisions.needs_calibration:
         settings = replace(settings, rates=_CALIBRATED_RATES)
     texts = _by_text(plan, held_out_ids, shared_origins(plan, workspace))
-    told = {"before": {name: measure(student, teacher, ids, products) for name, ids in texts.items()}}
+    kept_states = {name: may_keep(teacher, ids, products) for name, ids in texts.items()}
+    told = {"before": _measured(student, teacher, texts, products, kept_states)}
     before = sum(told["before"].values(), NOTHING)
     with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
@@ -107,7 +108,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
         for weights in trained.values():
             for weight in weights.values():
                 weight.copy_(weight.to(kept))
-    told["after"] = {name: measure(student, teacher, ids, products) for name, ids in texts.items()}
+    told["after"] = _measured(student, teacher, texts, products, kept_states)
     after = sum(told["after"].values(), NOTHING)
     better = after.kl < before.kl
     if not better:
@@ -145,6 +146,17 @@ def _by_text(plan: Plan, ids: torch.Tensor, origins: torch.Tensor | None) -> dic
     names = text_names(plan.recipe.text)
     own = [names[index] for index in origins[-len(ids) :].tolist()]
     return {name: ids[[index for index, text in enumerate(own) if text == name]] for name in sorted(set(own))}
+
+
+def _measured(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Mapping[str, torch.Tensor],
+    products: torch.dtype,
+    kept: Mapping[str, dict[int, torch.Tensor] | None],
+) -> dict[str, Comparison]:
+    """Return `measure` of the sequences of every text, each with what it keeps of the teacher."""
+    return {name: measure(student, teacher, ids, products, kept=kept[name]) for name, ids in texts.items()}
 
 
 def _row(name: str, told: Mapping[str, Mapping[str, Comparison]]) -> dict[str, Any]:

@@ -179,21 +179,6 @@ def predict(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, padde
     return predictions(logits, ids.to(logits.device), mask.to(logits.device))
 
 
-def compare_logits(
-    logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor
-) -> Comparison:
-    """Compare logits (B, T, V), as `compare` does, with those of a reference, or with text alone where it is None.
-
-    Args:
-        logits: (B, T, V), any floating dtype.
-        reference: (B, T, V) or None.
-        ids: (B, T), int64; the prediction at t is judged by ids[t + 1].
-        mask: (B, T), bool, False where ids are padding.
-    """
-    expected = None if reference is None else predictions(reference, ids, mask)
-    return compare(predictions(logits, ids, mask), expected)
-
-
 def compare_models(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
@@ -241,7 +226,6 @@ __all__ = [
     "Predictions",
     "check_same_vocabulary",
     "compare",
-    "compare_logits",
     "compare_models",
     "max_batch_size",
     "predict",

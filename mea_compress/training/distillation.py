@@ -65,7 +65,7 @@ _LEAST_GAIN = 0.5
 _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
-_LAST_LOOKS = 3  # as long as measuring all of it takes in the end, and writing what was learnt
+_LAST_LOOKS = 5  # as long as measuring all of it takes in the end, and writing and checking what was learnt
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
@@ -174,7 +174,7 @@ def distil(
     if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
         _convert_frozen(model, settings.products)
 
-    kept = _may_keep(teacher, looked_at, settings.products)
+    kept = may_keep(teacher, looked_at, settings.products)
 
     def look() -> float:
         total = measure(model, teacher, looked_at, settings.products, judged, kept)
@@ -429,7 +429,7 @@ def measure(
         products: Dtype of matrix products.
         counted: Which tokens count when they are predicted, bool (N, T); None for all.
         kept: What the teacher's head reads of every batch, (B, T, D), by its number: for measurements of the same
-            sequences, each but the first of which takes it from there; see `_may_keep`. None keeps nothing.
+            sequences, each but the first of which takes it from there; see `may_keep`. None keeps nothing.
     """
     total, size = NOTHING, max_batch_size(ids.shape[1], vocabulary_size(teacher))
     masks = torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
@@ -448,7 +448,7 @@ def measure(
     return total
 
 
-def _may_keep(teacher: PreTrainedModel, ids: torch.Tensor, products: torch.dtype) -> dict[int, torch.Tensor] | None:
+def may_keep(teacher: PreTrainedModel, ids: torch.Tensor, products: torch.dtype) -> dict[int, torch.Tensor] | None:
     """Return where `measure` may keep what a teacher's head reads of ids (N, T), or None if its head is not all."""
     if is_sharded(teacher):
         return None

@@ -12,11 +12,15 @@ from mea_compress.measure.metrics import (
     NOTHING,
     check_same_vocabulary,
     compare,
-    compare_logits,
     compare_models,
     max_batch_size,
     predictions,
 )
+
+
+def compare_logits(logits, reference, ids, mask):
+    """Compare logits (B, T, V) of a model and of a reference for ids (B, T)."""
+    return compare(predictions(logits, ids, mask), predictions(reference, ids, mask))
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-13), (torch.float32, 2e-7), (torch.bfloat16, 2e-7)])

@@ -50,7 +50,7 @@ def made_up(plan, cost=lambda layer, side, share: (1 + layer) * (1 - share) ** 2
 def test_a_time_limit_leaves_out_every_other_width(changes, shares, tmp_path):
     source = stock_checkpoint(tmp_path / "model", "llama", num_key_value_heads=4, head_dim=12)
     plan = make_plan(source, half(key_composition="latent", value_composition="latent", **changes))
-    assert candidates(plan.layers[0], plan) == dict.fromkeys(("key", "value"), [4 * share / 6 for share in shares])
+    assert candidates(plan.layers[0], plan) == {side: [4 * share / 6 for share in shares] for side in ("key", "value")}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -18,6 +18,7 @@ from mea_compress.training.distillation import (
     _sliced_loss,
     _whole_loss,
     distil,
+    may_keep,
     measure,
 )
 
@@ -203,7 +204,7 @@ def test_a_teacher_that_is_measured_by_again_runs_once(pair, products):
     student, teacher = pair
     counted = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) < 0.7
     expected = measure(student, teacher, IDS, products, counted)
-    kept = distillation._may_keep(teacher, IDS, products)
+    kept = may_keep(teacher, IDS, products)
     runs = []
     hook = teacher.model.register_forward_hook(lambda *_: runs.append(None))
     for _ in range(3):
@@ -215,7 +216,7 @@ def test_a_teacher_that_is_measured_by_again_runs_once(pair, products):
 def test_a_teacher_whose_head_is_not_all_is_not_kept(pair):
     _, teacher = pair
     teacher.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits / 2))
-    assert distillation._may_keep(teacher, IDS, torch.float32) is None
+    assert may_keep(teacher, IDS, torch.float32) is None
 
 
 def test_logits_that_the_head_alone_does_not_make_are_made_by_the_model(pair):
