@@ -47,7 +47,7 @@ def candidates(layer: LayerPlan, plan: Plan) -> dict[str, list[float]]:
     """Return the component heads at which each side of a layer is profiled, ascending: shares of what it caches.
 
     Quarters where the fit is to be fast, sixths otherwise, and of these the first, third and fifth where there is a
-    time limit: what they predict of SmolLM2's best widths is within 3 % of what all do, in two thirds of the time.
+    time limit: what they predict of SmolLM2's best widths is within 4 % of what all do, in two thirds of the time.
 
     Args:
         layer: The layer as it is planned.
