@@ -66,6 +66,7 @@ _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LAST_LOOKS = 5  # as long as measuring all of it takes in the end, and writing and checking what was learnt
+_SURE = 0.94  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
@@ -407,7 +408,7 @@ def _steps_left(settings: DistillationSettings, pace: _Pace) -> int:
     left = settings.deadline - time.monotonic()
     if not pace.steps:
         return from_first_process(settings.steps if left > 0 else 0)
-    left -= (_LOOKS + _LAST_LOOKS) * pace.in_looks / max(1, pace.looks)
+    left = _SURE * left - (_LOOKS + _LAST_LOOKS) * pace.in_looks / max(1, pace.looks)
     return from_first_process(max(0, min(settings.steps, int(left * pace.steps / pace.in_steps))))
 
 
