@@ -62,8 +62,8 @@ _RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Step sizes to choose from, as a share of a tensor's root mean square."""
 _TRIALS = 3  # as many as there mostly are
 _LEAST_GAIN = 0.5
-_TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
+_TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 _LOOKS = 5  # at the held-out text, in the full run
 _LAST_LOOKS = 5  # as long as measuring all of it takes in the end, and writing and checking what was learnt
 _SURE = 0.94  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
