@@ -75,7 +75,8 @@ if TYPE_CHECKING:
 
 PICTURE = "healing.png"
 """The curve, beside the card."""
-_MAX_SAMPLED = 1024
+_SAMPLED = 1024  # sequences
+_MOST_PASSES = 4  # over sampled text; from the second on, what is learnt is more and more that text alone
 _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
@@ -268,7 +269,7 @@ def _sequences(
                 "give more text, or a smaller `sequence_length`"
             )
     else:
-        count = min(trained, _MAX_SAMPLED)
+        count = min(trained, max(_SAMPLED, math.ceil(trained / _MOST_PASSES)))
         count += max(2, min(_MAX_HELD_OUT, count // 8))
         reader = CheckpointReader(asked.teacher)
         what = {

@@ -81,8 +81,8 @@ class WorkBar(Work):
         self.bar.set_description(f"{self.name} layer {layer}: {what}")
 
     def add(self, units: float) -> None:
-        """Count work."""
-        self.bar.update(units)
+        """Count work, of which the bar shows no more than its total: fractions add up to a little more than 1."""
+        self.bar.update(min(units, max(0.0, self.bar.total - self.bar.n)))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

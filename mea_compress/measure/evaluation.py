@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
+from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
     check_ids,
     choose_sequence_length,
@@ -155,6 +156,8 @@ def evaluate(
     tokenizer = load_tokenizer(paths[0])
     original = None if reference is None else load_model(reference, dtype, device)
     everyone = [*models, *([] if original is None else [original])]
+    if dtype is None:
+        _warn_of_slow_products(models[0])
     vocabulary, length = vocabulary_size(models[0]), choose_sequence_length(models[0], sequence_length)
     for path, model in zip([*paths, reference], everyone, strict=False):
         check_same_vocabulary(models[0], model, (paths[0], path or ""))
@@ -228,6 +231,17 @@ def evaluate(
             agreement=agreements[index],
         )
     return evaluations[str(checkpoint)] if isinstance(checkpoint, str | Path) else Evaluations(evaluations)
+
+
+def _warn_of_slow_products(model: PreTrainedModel) -> None:
+    """Say on stderr where a processor only imitates the products of a model in bfloat16."""
+    stored = model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    if stored and fast_products(model.dtype, model.device) != model.dtype:
+        print(
+            "warning: this processor has no products in bfloat16, and imitates them slowly: with dtype float32 "
+            "the same weights are measured several times as fast",
+            file=sys.stderr,
+        )
 
 
 def _check_checkpoints(paths: Sequence[Path | str]) -> None:

@@ -1,6 +1,7 @@
 """The bar of a fit ends where its work ends, a time limit shortens refinement, and an estimate needs one layer."""
 
 import time
+import warnings
 
 import pytest
 from tiny import stock_checkpoint
@@ -138,3 +139,14 @@ def test_an_estimate_grows_with_the_work(tmp_path, monkeypatch):
     healing = seconds(heal=20) - seconds()
     assert seconds(heal=40) - seconds() == pytest.approx(2 * healing) and healing > 20 * 2 * 3 * 16 * 32 / 4096
     assert seconds(fit="weights", heal=20) == pytest.approx(healing)
+
+
+def test_fractions_that_add_up_to_more_than_all_of_it_are_no_warning(capsys):
+    bar = WorkBar("profiling", 1.0, progress=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            bar.add(0.4)
+            bar.bar.refresh()
+    bar.close()
+    assert "100%" in capsys.readouterr().err

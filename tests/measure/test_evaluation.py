@@ -161,6 +161,17 @@ def test_results_stay_off_stdout(tmp_path, text, capsys):
     assert captured.out == "" and "evaluating" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "warns"), [({}, None, True), ({"avx512_bf16": True}, None, False), ({}, "float32", False)]
+)
+def test_where_bfloat16_is_imitated_it_is_said(capabilities, dtype, warns, tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "a")
+    character_tokenizer().save_pretrained(tmp_path / "a")
+    evaluate(tmp_path / "a", text=text, device="cpu", sequence_length=8, dtype=dtype, progress=False)
+    assert ("dtype float32" in capsys.readouterr().err) == warns
+
+
 def test_wrong_requests(tmp_path, text):
     a = save(tmp_path / "a")
     with pytest.raises(RequestError, match=r"vocabulary of 30 .*40"):
