@@ -82,7 +82,7 @@ class WorkBar(Work):
 
     def add(self, units: float) -> None:
         """Count work, of which the bar shows no more than its total: fractions add up to a little more than 1."""
-        self.bar.update(min(units, max(0.0, self.bar.total - self.bar.n)))
+        self.bar.update(min(units, max(0.0, (self.bar.total or 0.0) - self.bar.n)))
 
     def close(self) -> None:
         """Leave the bar as it stands."""
