@@ -66,7 +66,8 @@ def test_batches_of_any_size_give_the_same_folds():
     old = np.zeros((HIDDEN, WIDTH))
     one, other = (regression_of(*task[:3], batch=batch).solve(old) for batch in (12, 1))
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
-    assert one[1] == pytest.approx(other[1], rel=1e-5)
+    # A difference of sums of float32 products that are two hundred times as large, rounded as the processor adds them.
+    assert one[1] == pytest.approx(other[1], rel=1e-4)
 
 
 def test_one_sequence_and_heads_that_send_nothing_change_nothing():
