@@ -209,9 +209,7 @@ def test_projections_that_are_all_zero_stay_finite(name, fit, tmp_path):
     weights[f"model.layers.1.self_attn.{name}.weight"].zero_()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     for keys, values in PAIRS:
-        whole = keys in ("frequency", "joint")  # a measured budget and healing take most of the time, and know no forms
-        steps = {"heal": 2} if whole else {"budget": "uniform", "heal": 0}
-        wanted = recipe(fit=fit, key_composition=keys, value_composition=values, **steps)
+        wanted = recipe(fit=fit, key_composition=keys, value_composition=values, heal=2)
         compress(source, tmp_path / f"{keys}-{values}", recipe=wanted, progress=False)
         for tensor in load_file(tmp_path / f"{keys}-{values}" / "model.safetensors").values():
             assert tensor.isfinite().all()

@@ -62,12 +62,11 @@ def test_an_old_weight_that_does_best_elsewhere_stays():
 
 
 def test_batches_of_any_size_give_the_same_folds():
-    task = rows(0.3)
+    task = rows(1.0)  # with less noise the error is a small difference of sums, which every processor rounds otherwise
     old = np.zeros((HIDDEN, WIDTH))
     one, other = (regression_of(*task[:3], batch=batch).solve(old) for batch in (12, 1))
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
-    # A difference of sums of float32 products that are two hundred times as large, rounded as the processor adds them.
-    assert one[1] == pytest.approx(other[1], rel=1e-4)
+    assert one[1] == pytest.approx(other[1], rel=1e-5)
 
 
 def test_one_sequence_and_heads_that_send_nothing_change_nothing():
