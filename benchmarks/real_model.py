@@ -220,7 +220,7 @@ def measure(row: Row, out: Path, source: Path, options: dict[str, Any], texts: d
 
     @functools.cache
     def load(path: Path) -> Any:
-        return load_model(path, device=options["device"])
+        return load_model(path, options["dtype"], options["device"])
 
     tokenizer = load_tokenizer(source)
     if not row.has("kv_bytes_per_token"):
@@ -376,6 +376,7 @@ def source(out, file, check_python, check_text, json_file):
 @click.option("--peer-python", help="Python of an environment with cacheshrink.")
 @click.option("--keep/--no-keep", default=False, show_default=True, help="Keep the checkpoints of rows that are done.")
 @click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", help="Of the weights while measuring, as float32 where bfloat16 is only imitated.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON of all rows; the table is beside it, as .md.")
 def run_table(work, source, chosen, made, ratios, sequences, tasks, texts, calibration, keep, out, **options):
     """Compress and measure every row, the shares in the order given."""
@@ -387,6 +388,7 @@ def run_table(work, source, chosen, made, ratios, sequences, tasks, texts, calib
     if manual_pages():
         readers["German manual"] = functools.cache(manual_pages)
     measuring = {key: options[key] for key in ("limit", "windows", "task_limit")}
+    measuring |= {"dtype": options["dtype"]} if options["dtype"] else {}
     measuring["texts"] = {name: file.name for name, file in (texts | {"perplexity": options["text_test"]}).items()}
     make = functools.partial(Row, work, measuring)
     rows = [make(ORIGINAL)]

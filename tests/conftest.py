@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items):
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             of = [str(parameters[name]) for name in sorted(_MADE_FOR & parameters.keys())]
             item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *of])))
+
+
+def pytest_collection_finish():
+    """Have no collection of garbage look at the libraries again: accelerate asks for one behind every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

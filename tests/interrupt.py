@@ -5,6 +5,7 @@ interruption; the first entry is the number of file operations of an undisturbed
 """
 
 import errno
+import gc
 import json
 import os
 import random
@@ -133,4 +134,5 @@ if __name__ == "__main__":
     from mea_compress.errors import RequestError
     from mea_compress.recipe import Recipe
 
+    gc.freeze()  # nor need any of them look through it for garbage
     main(*sys.argv[1:])

@@ -27,7 +27,8 @@ def release_directory(version):
     with filelock.FileLock(f"{target}.lock"):
         if not target.is_dir():
             made = target.with_name(target.name + ".partial")
-            command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "-qq"]
+            quick = ("--disable-pip-version-check", "--no-deps", "--no-compile", "-qq")
+            command = [sys.executable, "-m", "pip", "install", *quick]
             wanted = [f"transformers=={version}", *BESIDE.get(version, ())]
             done = subprocess.run([*command, "--target", made, *wanted], capture_output=True, text=True)
             if done.returncode:
