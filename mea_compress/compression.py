@@ -28,7 +28,7 @@ from mea_compress.errors import RequestError, VerificationError
 from mea_compress.layers.read import check_finite
 from mea_compress.planning.budget import predicted_cost
 from mea_compress.planning.decisions import deadline_of
-from mea_compress.planning.plans import inspect_checkpoint, plan_after_fit, plan_budget, plan_source
+from mea_compress.planning.plans import equal_widths, inspect_checkpoint, plan_after_fit, plan_budget, plan_source
 from mea_compress.planning.types import Plan
 from mea_compress.processes import from_first_process, is_first_process, join_processes, process_count
 from mea_compress.recipe import Recipe, budget_file, compression_settings, make_recipe, to_yaml
@@ -118,7 +118,7 @@ def compress(
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
         deadline = deadline_of(plan.recipe)
         raise_trim_threshold()
-        plan = _allocated(plan, workspace, progress)
+        plan = _allocated(plan, workspace, progress, deadline)
         from_first_process((_decided(plan), workspace.manifest))
         plan = _fit_and_write(plan, workspace, progress, deadline)
         config = _write_config(plan, workspace)
@@ -130,6 +130,7 @@ def compress(
             "layers": workspace.manifest.get("fidelity", {}),
             **_budget_fidelity(plan, workspace),
             **workspace.manifest.get("healing", {}),
+            **{name: workspace.manifest[name] for name in ("time_limit",) if name in workspace.manifest},
             "verification": _verified(plan, workspace.path, progress),
         }
         _write_documents(plan, config, fidelity, workspace.path)
@@ -206,8 +207,16 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
-    """Return the plan with the widths and the rotary components that measurements choose before the fit."""
+def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None) -> Plan:
+    """Return the plan with the widths and the rotary components that measurements choose before the fit.
+
+    With a deadline, it measures and fits no more than there is time for.
+    """
+    calibrated = plan.decisions.needs_calibration
+    if plan.decisions.measures_budget and deadline is not None:
+        from mea_compress.fit.time_limit import within_limit
+
+        plan = within_limit(plan, equal_widths(plan), workspace, deadline, progress)
     if plan.decisions.measures_budget:
         from mea_compress.fit.profile import profile_in
         from mea_compress.fit.trial import better_plan
@@ -215,14 +224,16 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool) -> Plan:
         measured = plan_budget(plan, profile_in(plan, workspace, progress))
         assert measured.profile is not None
         predicted = predicted_cost(plan, measured.profile)
-        # As --budget uniform has it, which may divide each layer's share between keys and values.
-        equal = plan_source(plan.source, plan.recipe.model_copy(update={"budget": "uniform"}))
-        equal = replace(equal, recipe=plan.recipe, profile=measured.profile, predicted_kl=predicted)
+        equal = replace(equal_widths(plan), profile=measured.profile, predicted_kl=predicted)
         plan = better_plan({"measured": measured, "uniform": equal}, workspace, progress)
     if plan.decisions.shares_rotary_allocation:
         from mea_compress.fit.allocation import share_rotary_components
 
         plan = share_rotary_components(plan, workspace, progress)
+    if calibrated and deadline is not None:
+        from mea_compress.fit.time_limit import with_less_text
+
+        plan = with_less_text(plan, workspace, deadline, progress)
     return plan
 
 

@@ -24,7 +24,17 @@ from mea_compress.fit.calibration import StatisticsAccumulator, check_tokens
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
-from mea_compress.fit.progress import ATTENTION, MEASURED_TOKENS, MLP, STATISTICS, STEP, TRIAL_TOKENS, FitProgress, Work
+from mea_compress.fit.progress import (
+    ATTENTION,
+    MEASURED_TOKENS,
+    MLP,
+    STATISTICS,
+    STEP,
+    TRIAL_TOKENS,
+    FitProgress,
+    Work,
+    solution_units,
+)
 from mea_compress.fit.refinement import Refined, Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
 from mea_compress.fit.sharing import Share
@@ -371,6 +381,7 @@ class CalibratedFit:
             regression.add_processes()
         old = as_array(weight).astype(np.float64)
         fitted, error = regression.solve(old)
+        self.work.add(solution_units(self.plan))
         if output is not None:
             if fitted is old:
                 return composed, error

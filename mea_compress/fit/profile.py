@@ -29,7 +29,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, profile_units
+from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, comparison_units, profile_units
 from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
@@ -181,6 +181,7 @@ class _Profiler:
         if self.head is None:
             self.head = fit.head_runner()
         own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
+        self.bar.add(comparison_units(plan, len(behind) * len(self.tokens) / fit.batch))
         if not all(isfinite(number) for numbers in (rounding, *costs) for number in numbers):
             raise RequestError(
                 "the model's logits are not all numbers, so no cost can be measured: look for NaN in its weights"

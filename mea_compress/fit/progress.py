@@ -18,11 +18,15 @@ from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
 from mea_compress.planning.budget import candidates
+from mea_compress.planning.plans import equal_widths
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch, largest_layer
 from mea_compress.planning.types import Plan
 
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
 STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
+# Of a regression of o_proj, its solutions for every strength of the ridge, for each channel of the model; and of the
+# next-token distributions of a batch, which cost as many layers as the head has their numbers, and their comparison.
+_SOLUTION, _HEAD = 0.008, 1.4
 # Of a step of distillation: each layer in teacher and student with its gradients, and the logits of both, which cost
 # as many layers as have their numbers.
 _HEAL_LAYER, _HEAL_LOGITS = 4.0, 5.0
@@ -160,14 +164,29 @@ class FitProgress(WorkBar):
         return min(steps, allowed) if allowed > trials else 0
 
 
+def solution_units(plan: Plan) -> float:
+    """Return the work of solving for o_proj once its sums are there."""
+    return _SOLUTION * plan.source.config.hidden_size
+
+
+def comparison_units(plan: Plan, batches: float) -> float:
+    """Return the work of comparing one model's next-token distributions on so many batches."""
+    return batches * _HEAD * _head_layers(plan)
+
+
+def _head_layers(plan: Plan) -> float:
+    """Return how many layers have as many numbers as the language-model head."""
+    return plan.source.config.vocab_size * plan.source.config.hidden_size / largest_layer(plan.source)
+
+
 def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     """Return the work on one layer without its refinement."""
     recipe = plan.recipe
     units = batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0) + MLP + ATTENTION)
     if recipe.fit == "aligned":
-        units += batches * ATTENTION
+        units += batches * ATTENTION + solution_units(plan)
     if plan.decisions.searches_kv_split:
-        units += _TRIALS * trial_batches * ATTENTION
+        units += (1 + _TRIALS) * (trial_batches * ATTENTION + solution_units(plan))
     return units
 
 
@@ -185,8 +204,8 @@ def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batche
     units = (missing[-1] + 1) * batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0))
     for number in missing:
         count = sum(len(counts) for counts in candidates(plan.layers[number], plan).values())
-        units += count * trial_batches * ATTENTION if recipe.fit == "aligned" else 0.0
-        units += (count + 2) * measured * (len(plan.layers) - number - 1)
+        units += count * (trial_batches * ATTENTION + solution_units(plan)) if recipe.fit == "aligned" else 0.0
+        units += (count + 2) * (measured * (len(plan.layers) - number - 1) + comparison_units(plan, measured))
     return units
 
 
@@ -196,15 +215,49 @@ def healing_units(plan: Plan) -> float:
     steps = plan.decisions.healing_steps * healing_batch(length) / max(1, TOKENS_PER_STEP // length)
     if not steps:
         return 0.0
-    source = plan.source
-    logits = source.config.vocab_size * source.config.hidden_size / largest_layer(source)
-    return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * logits)
+    return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * _head_layers(plan))
+
+
+def closed_form_units(plan: Plan, sequences: int) -> float:
+    """Return the work of all layers of a fit on so many sequences, without refinement and distillation."""
+    batches = ceil(sequences / max(1, TOKENS_PER_STEP // plan.decisions.sequence_length))
+    compressed = sum(layer.compressed for layer in plan.layers)
+    layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
+    return compressed * layer + (len(plan.layers) - compressed) * 2.0 * batches
+
+
+def budget_units(measured: Plan, equal: Plan) -> float:
+    """Return the work of measuring a budget.
+
+    Args:
+        measured: A plan that measures one.
+        equal: The same with equal widths, which are tried beside what the profile says.
+    """
+    fitted = max(FITTED_TOKENS, 2 * measured.source.config.hidden_size)
+    parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
+    profiled = [layer.layer for layer in measured.layers if layer.compressed]
+    units = profile_units(measured, profiled, parts, sampled, MEASURED_TOKENS / TOKENS_PER_STEP)
+    return units + len(profiled) * sum(_closed_units(plan, parts, sampled) for plan in (measured, equal))
+
+
+def unit_seconds(plan: Plan) -> float:
+    """Return how long a unit takes on this machine: one batch is run through the first layer to see."""
+    device = resolve_device(plan.recipe.device)
+    kind = BlockRunner if plan.source.at_cache else LayerRunner
+    runner = kind(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
+    length = plan.decisions.sequence_length
+    size = max(1, TOKENS_PER_STEP // length)
+    hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    runner.run(hidden)  # the first takes longer
+    began = time.monotonic()
+    runner.run(hidden)[0].sum().item()  # waits for a GPU
+    return time.monotonic() - began
 
 
 def estimate_seconds(plan: Plan) -> float:
     """Return how long the fit of a plan takes on this machine, without sampling text and writing files.
 
-    One batch is run through the first layer to see; early ends of refinement are not foreseen.
+    Early ends of refinement are not foreseen.
 
     Example:
         >>> from mea_compress import plan
@@ -214,26 +267,9 @@ def estimate_seconds(plan: Plan) -> float:
     decisions, recipe = plan.decisions, plan.recipe
     if not decisions.needs_calibration and not decisions.healing_steps:
         return 0.0
-    device = resolve_device(recipe.device)
-    kind = BlockRunner if plan.source.at_cache else LayerRunner
-    runner = kind(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
-    length = decisions.sequence_length
-    size = max(1, TOKENS_PER_STEP // length)
-    hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    runner.run(hidden)  # the first takes longer
-    began = time.monotonic()
-    runner.run(hidden)[0].sum().item()  # waits for a GPU
-    unit = time.monotonic() - began
-    batches = ceil(decisions.sequences / size)
-    compressed = sum(layer.compressed for layer in plan.layers)
-    layer = _closed_units(plan, batches, min(batches, ceil(TRIAL_TOKENS / TOKENS_PER_STEP)))
-    fit = compressed * (layer + STEP * decisions.refinement_steps) + (len(plan.layers) - compressed) * 2.0 * batches
+    fit = closed_form_units(plan, decisions.sequences)
+    fit += STEP * decisions.refinement_steps * sum(layer.compressed for layer in plan.layers)
     if decisions.measures_budget:
-        fitted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
-        profiled = [layer.layer for layer in plan.layers if layer.compressed]
-        share = MEASURED_TOKENS / TOKENS_PER_STEP
-        parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
-        fit += profile_units(plan, profiled, parts, sampled, share)
-        fit += 2 * compressed * _closed_units(plan, parts, sampled)  # what it says is tried beside equal widths
-    seconds = unit * (fit * decisions.needs_calibration + healing_units(plan))
+        fit += budget_units(plan, equal_widths(plan))
+    seconds = unit_seconds(plan) * (fit * decisions.needs_calibration + healing_units(plan))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

@@ -74,6 +74,12 @@ def plan_source(source: Checkpoint, recipe: Recipe) -> Plan:
     return _with_specs(planned, explicit(planned, read_widths(file)))
 
 
+def equal_widths(plan: Plan) -> Plan:
+    """Return the plan of the same recipe with `budget` uniform, which may divide a layer's share between its sides."""
+    equal = plan_source(plan.source, plan.recipe.model_copy(update={"budget": "uniform"}))
+    return replace(equal, recipe=plan.recipe)
+
+
 def plan_budget(plan: Plan, profile: Profile) -> Plan:
     """Return the plan with the widths that a profile says cost least.
 

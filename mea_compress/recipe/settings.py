@@ -393,8 +393,8 @@ class Recipe(_Settings):
     time_limit: float | None = Field(
         None,
         gt=0,
-        description="Minutes for all of it: healing and refinement are shortened so that it ends in them; results then "
-        "depend on the machine.",
+        description="Minutes for all of it: healing, refinement, calibration text and the measuring of a budget are "
+        "shortened or left out so that it ends in them; results then depend on the machine.",
         json_schema_extra=_group("How to compose", "MINUTES"),
     )
     heal: Heal = Field(
