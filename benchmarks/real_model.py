@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -250,8 +251,16 @@ def run_peer(row: Row, source: Path, options: dict[str, Any], texts: dict[str, C
     asked.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(json.dumps(cut))
     script = Path(__file__).with_name("peer_real_model.py")
-    command = [options["peer_python"], str(script), str(source), str(asked), str(text), str(row.ratio)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as place:
+        for file in source.resolve().iterdir():
+            (Path(place) / file.name).symlink_to(file)
+        config = Path(place) / "tokenizer_config.json"
+        told = json.loads(config.read_text(encoding="utf-8"))
+        config.unlink()
+        # The class of tokenizer.json in the releases of transformers that the peer runs with.
+        config.write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+        command = [options["peer_python"], str(script), place, str(asked), str(text), str(row.ratio)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     asked.unlink()
     if done.returncode:
         raise click.ClickException(f"the peer failed:\n{done.stderr[-2000:]}")

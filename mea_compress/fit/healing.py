@@ -94,13 +94,18 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     kept_states = {name: may_keep(teacher, ids, products) for name, ids in texts.items()}
     told = {"before": _measured(student, teacher, texts, products, kept_states)}
     before = sum(told["before"].values(), NOTHING)
-    with tqdm(total=settings.all_steps, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
+    expected = None if deadline is not None else settings.all_steps
+    with tqdm(total=expected, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
 
         def tick(loss: float) -> None:
             bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
             bar.update(1)
 
-        distillation = distil(student, teacher, training, held_out_ids, settings, tick, workspace.work / "healing")
+        def known(steps: int) -> None:
+            bar.total = steps
+
+        kept_in = workspace.work / "healing"
+        distillation = distil(student, teacher, training, held_out_ids, settings, tick, kept_in, known=known)
         bar.total = bar.n  # trials may have been fewer or more
         bar.refresh()
     kept = torch_dtype(plan.decisions.stored_dtype)

@@ -136,7 +136,7 @@ def fit_layers(
             if calibrated and layer.layer < unfinished[-1]:
                 calibrated.advance(layer.layer, stored_layer)
         if calibrated and measures and stored_layer is not None:
-            kl = calibrated.measure(unfinished[-1], stored_layer, tokens)
+            kl = calibrated.measure(unfinished[-1], stored_layer, tokens[: measured_sequences(tokens)])
             workspace.commit("budget", "kl", kl)
 
 
@@ -270,14 +270,14 @@ class CalibratedFit:
             self.runner = self.runner_of(layer + 1)
 
     def measure(self, layer: int, stored: StoredLayer, tokens: torch.Tensor) -> float:
-        """Return KL(original ‖ compressed) in nats per token on the text that a profile is measured on.
+        """Return KL(original ‖ compressed) in nats per token on sequences that nothing was fitted to.
 
         Args:
             layer: The last layer that is compressed; it was fitted, and not advanced over.
             stored: The layer as it was stored.
-            tokens: The calibration sequences, (N, T).
+            tokens: The first of the calibration sequences, (M, T), of those that were held out.
         """
-        measured = measured_sequences(tokens)
+        measured = len(tokens)
         part = self.share.between(0, measured)
         tokens = tokens[self.share.index[part]]
         self.work.say(layer, "measuring")

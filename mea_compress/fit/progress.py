@@ -18,6 +18,7 @@ from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import LayerRunner, fast_products
 from mea_compress.loading import resolve_device
 from mea_compress.planning.budget import candidates
+from mea_compress.planning.decisions import kept_healing_steps
 from mea_compress.planning.plans import equal_widths
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch, largest_layer
 from mea_compress.planning.types import Plan
@@ -117,7 +118,7 @@ class FitProgress(WorkBar):
         progress: bool = False,
     ) -> None:
         self.deadline = deadline
-        self.behind = healing_units(plan)
+        self.behind = healing_units(plan, kept_healing_steps(plan.recipe, plan.decisions.healing_steps))
         self.began = time.monotonic()
         self.left = unfinished
         self.without_steps = _closed_units(plan, batches, trial_batches)
@@ -209,13 +210,13 @@ def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batche
     return units
 
 
-def healing_units(plan: Plan) -> float:
-    """Return the work of the distillation behind a fit, its trials of step sizes included."""
-    length = plan.decisions.sequence_length
-    steps = plan.decisions.healing_steps * healing_batch(length) / max(1, TOKENS_PER_STEP // length)
+def healing_units(plan: Plan, steps: int) -> float:
+    """Return the work of so many steps of the distillation behind a fit, and of its trials of step sizes."""
     if not steps:
         return 0.0
-    return HEALING_TRIALS * steps * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * _head_layers(plan))
+    length = plan.decisions.sequence_length
+    batches = steps * healing_batch(length) / max(1, TOKENS_PER_STEP // length)
+    return HEALING_TRIALS * batches * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * _head_layers(plan))
 
 
 def closed_form_units(plan: Plan, sequences: int) -> float:
@@ -241,7 +242,7 @@ def budget_units(measured: Plan, equal: Plan) -> float:
 
 
 def unit_seconds(plan: Plan) -> float:
-    """Return how long a unit takes on this machine: one batch is run through the first layer to see."""
+    """Return how long a unit takes on this machine, in seconds: batches are run through the first layer to see."""
     device = resolve_device(plan.recipe.device)
     kind = BlockRunner if plan.source.at_cache else LayerRunner
     runner = kind(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
@@ -249,9 +250,12 @@ def unit_seconds(plan: Plan) -> float:
     size = max(1, TOKENS_PER_STEP // length)
     hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))
     runner.run(hidden)  # the first takes longer
-    began = time.monotonic()
-    runner.run(hidden)[0].sum().item()  # waits for a GPU
-    return time.monotonic() - began
+    found = []
+    for _ in range(3):  # what else the machine does makes some of them slow
+        began = time.monotonic()
+        runner.run(hidden)[0].sum().item()  # waits for a GPU
+        found.append(time.monotonic() - began)
+    return min(found)
 
 
 def estimate_seconds(plan: Plan) -> float:
@@ -271,5 +275,5 @@ def estimate_seconds(plan: Plan) -> float:
     fit += STEP * decisions.refinement_steps * sum(layer.compressed for layer in plan.layers)
     if decisions.measures_budget:
         fit += budget_units(plan, equal_widths(plan))
-    seconds = unit_seconds(plan) * (fit * decisions.needs_calibration + healing_units(plan))
+    seconds = unit_seconds(plan) * (fit * decisions.needs_calibration + healing_units(plan, decisions.healing_steps))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.fit.layers import CalibratedFit, stored_tokens
@@ -18,8 +19,7 @@ from mea_compress.fit.progress import FitProgress
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.types import Plan
 
-if TYPE_CHECKING:
-    import torch
+_OTHERS = 4  # times the text that a profile measures on: what two allocations cost can be close
 
 
 def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool) -> Plan:
@@ -47,14 +47,20 @@ def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool)
 def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool) -> float:
     """Return KL(original ‖ compressed) of a plan's closed form in nats per token, without refinement and healing.
 
+    It is fitted to what a profile's candidates are fitted to, and measured on sequences behind these where there are
+    enough: a profile has chosen its widths by those in front.
+
     Args:
         plan: What to do.
-        tokens: Calibration sequences, (N, T), int64; as many are looked at as of a profile.
+        tokens: Calibration sequences, (N, T), int64.
         title: Of the bar.
         progress: Show it on stderr.
     """
     held_out, fitted = divide_text(plan, tokens)
+    others = tokens[held_out + fitted :][: _OTHERS * held_out]
     tokens = tokens[: held_out + fitted]
+    if len(others) >= held_out:
+        tokens, held_out = torch.cat((others, tokens[held_out:])), len(others)
     decisions = replace(plan.decisions, refinement_steps=0, healing_steps=0)
     plan = replace(plan, decisions=decisions)
     fit = CalibratedFit(plan, tokens, held_out)
@@ -72,7 +78,7 @@ def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool)
             if layer.layer < last:
                 fit.advance(layer.layer, stored)
         assert stored is not None
-        return fit.measure(last, stored, tokens)
+        return fit.measure(last, stored, tokens[:held_out])
 
 
 __all__ = ["better_plan", "closed_form_kl"]

@@ -184,10 +184,16 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
     memory = memory_bytes()
     if memory is not None and healing_bytes(source, layers, length) > _MEMORY_SHARE * memory:
         return 0
-    steps = _HEALING_STEPS[recipe.effort]
+    limited = recipe.time_limit is not None and recipe.effort != "fast"
+    steps = _HEALING_STEPS["best" if limited else recipe.effort]
     if recipe.text is None:  # sampled text is the calibration's
         steps = min(steps, ceil(HEALING_EPOCHS * sequences / healing_batch(length)))
     return steps
+
+
+def kept_healing_steps(recipe: Recipe, steps: int) -> int:
+    """Return how many of the steps of distillation a limit keeps time for: the others have what is left over."""
+    return min(steps, _HEALING_STEPS[recipe.effort]) if recipe.heal == "auto" else steps
 
 
 def stored_dtype(source: Checkpoint, recipe: Recipe) -> str:

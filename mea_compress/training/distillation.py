@@ -114,8 +114,8 @@ class DistillationSettings:
 
     @property
     def trial_steps(self) -> int:
-        """Optimiser steps of one trial."""
-        return max(3, min(20, self.steps // 20))
+        """Optimiser steps of one trial: a deadline may leave few of all the steps, so they are fewer with one."""
+        return max(3, min(20 if self.deadline is None else 12, self.steps // 20))
 
     @property
     def all_steps(self) -> int:
@@ -152,6 +152,7 @@ def distil(
     tick: Callable[[float], object] = lambda loss: None,
     state: Path | None = None,
     counted: tuple[torch.Tensor, torch.Tensor] | None = None,
+    known: Callable[[int], object] = lambda steps: None,
 ) -> Distillation:
     """Distil a model in place; what requires gradients is trained and holds the best weights afterwards.
 
@@ -168,6 +169,7 @@ def distil(
             nothing. It must be of the same model, teacher, sequences and settings.
         counted: Which tokens of the sequences to train on and of those held out count when they are predicted, bool
             (N, T) and (M, T), at least one of each sequence; None for all.
+        known: Called with all optimiser steps, those of trials among them, once it is known how many there are.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
@@ -225,6 +227,7 @@ def distil(
         progress.offer(value, parameters)
         progress.save()
 
+    known(progress.taken + progress.steps)
     if progress.curve[-1][0] < progress.steps:  # otherwise it was through, and something else was stopped behind it
         train(groups, progress.steps, on_step)
     _set(parameters, progress.best_weights)

@@ -78,7 +78,7 @@ def test_the_student_is_the_checkpoint_to_be_and_shares_the_rest(name, tmp_path,
 
     source, ids, seen = stock_family(name, tmp_path / "source"), tokens(2, 12), []
 
-    def stop(student, teacher, *_):
+    def stop(student, teacher, *_, **__):
         seen.append((logits(student, ids, use_cache=False), logits(teacher, ids, use_cache=False)))
         theirs = {id(tensor) for tensor in [*teacher.parameters(), *teacher.buffers()]}
         assert not any(weight.requires_grad for weight in teacher.parameters())

@@ -93,7 +93,7 @@ def test_the_student_is_the_checkpoint_to_be_and_shares_the_rest(case, fit, tmp_
     source = stock_checkpoint(tmp_path / "src", case)
     seen = []
 
-    def stop(student, teacher, training, held_out, *_):
+    def stop(student, teacher, training, held_out, *_, **__):
         ids = torch.arange(3, 27).view(2, 12)
         with torch.no_grad():
             seen.append((student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits, ids))

@@ -79,7 +79,7 @@ def test_distillation_behind_the_fit_comes_before_refinement(tmp_path, monkeypat
     healed = make_plan(stock_checkpoint(tmp_path / "src"), Recipe(**QUICK, refine=100))
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    behind = healing_units(healed)
+    behind = healing_units(healed, healed.decisions.healing_steps)
     batch = healing_batch(healed.decisions.sequence_length) * healed.decisions.sequence_length / TOKENS_PER_STEP
     assert behind > healed.decisions.healing_steps * batch * 3 * len(healed.layers)
     for rest in (40, 400):
@@ -91,6 +91,22 @@ def test_distillation_behind_the_fit_comes_before_refinement(tmp_path, monkeypat
         assert work.steps_allowed(1000, trials=5) == int((rest - 10) / STEP) - 5
     clock[0] = behind + 400
     assert work.steps_allowed(1000, trials=5) == 0
+
+
+def test_a_long_limit_is_used_for_distillation_and_keeps_time_for_refinement(tmp_path):
+    source = stock_checkpoint(tmp_path / "src")
+    shape = {"sequence_length": 32, "kv_ratio": 0.5, "budget": "uniform"}
+
+    def work(**changes):
+        plan = make_plan(source, Recipe(**shape, **changes))
+        return plan.decisions.healing_steps, FitProgress(plan, 2, 1, 110, 2).behind, plan
+
+    steps, behind, plan = work()
+    assert steps == 240 and behind == healing_units(plan, 240)
+    limited, kept, _ = work(time_limit=40)
+    assert limited == work(effort="best")[0] > steps and kept == behind
+    assert work(time_limit=40, effort="fast")[0] == 0
+    assert work(time_limit=40, heal=300)[:2] == (300, healing_units(plan, 300))
 
 
 def test_a_deadline_is_counted_from_the_beginning(monkeypatch):

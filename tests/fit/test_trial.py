@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 from tiny import stock_checkpoint
 
+import mea_compress.fit.layers as fitting
 from mea_compress.compression import compress
-from mea_compress.fit import trial
+from mea_compress.fit import profile, trial
+from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
 MEASURED = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "measured", "refine": 0, "heal": 0}
@@ -51,3 +54,28 @@ def test_the_better_one_is_taken_and_an_interrupted_run_does_not_try_again(bette
     expected = compress(source, tmp_path / "expected", recipe=Recipe(**MEASURED), progress=False).plan
     assert [layer.spec for layer in result.plan.layers] == [layer.spec for layer in expected.layers]
     assert result.plan.predicted_kl == expected.predicted_kl > 0 and math.isfinite(result.plan.predicted_kl)
+
+
+@pytest.mark.parametrize(("sequences", "fitted"), [(22, 16), (48, 4)])
+def test_a_trial_is_measured_on_text_that_no_profile_has_seen(sequences, fitted, tmp_path, monkeypatch):
+    """Widths were chosen by what is in front, and what lies behind is fair to both; little text has nothing there."""
+    seen, real = [], trial.CalibratedFit
+
+    class Seen(real):
+        def __init__(self, plan, tokens, held_out):
+            super().__init__(plan, tokens, held_out)
+            seen.append((tokens, held_out))
+
+    monkeypatch.setattr(trial, "CalibratedFit", Seen)
+    monkeypatch.setattr(profile, "FITTED_TOKENS", fitted * 32)
+    monkeypatch.setattr(fitting, "MEASURED_TOKENS", 4 * 32)
+    source = stock_checkpoint(tmp_path / "src")
+    plan = make_plan(source, Recipe(**MEASURED | {"sequences": sequences}))
+    tokens = fitting.calibration_tokens(plan, progress=False)
+    found = trial.closed_form_kl(plan, tokens, "", progress=False)
+    ((used, held_out),) = seen
+    assert torch.equal(used[held_out:], tokens[4 : 4 + fitted])
+    assert torch.equal(used[:held_out], tokens[4 + fitted : 4 + fitted + 16]) if sequences == 48 else held_out == 4
+    if sequences == 22:
+        assert torch.equal(used, tokens[: 4 + fitted])
+    assert 0 < found < 10
