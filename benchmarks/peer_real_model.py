@@ -1,9 +1,9 @@
 """One row of `real_model.py` for cacheshrink, run by the Python of an environment that has it, geoopt and datasets.
 
-    python peer_real_model.py CHECKPOINT WINDOWS.json CALIBRATION.txt RATIO
+    python peer_real_model.py CHECKPOINT WINDOWS.json CALIBRATION.txt RATIO DTYPE
 
-WINDOWS.json maps `perplexity` and the name of each text to lists of token ids. Prints one JSON object. Nothing of
-mea-compress is imported.
+DTYPE, `auto` for the checkpoint's own, is that of the caches in other rows. WINDOWS.json maps `perplexity` and the name
+of each text to lists of token ids. Prints one JSON object. Nothing of mea-compress is imported.
 """
 
 import json
@@ -38,7 +38,7 @@ def compare(original, compressed, rows):
     return figures
 
 
-def main(checkpoint: str, windows: str, calibration: str, ratio: float) -> None:
+def main(checkpoint: str, windows: str, calibration: str, ratio: float, dtype: str) -> None:
     with open(windows, encoding="utf-8") as file:
         rows = json.load(file)
     with open(calibration, encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def main(checkpoint: str, windows: str, calibration: str, ratio: float) -> None:
     compressed, seconds = convert(checkpoint, ratio, [piece for piece in pieces if piece.strip()], LENGTH)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     original = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    stored = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").dtype  # the cache's type, as in other rows
+    stored = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).dtype  # the cache's type, as in other rows
     widths = [module.d_latent for module in compressed.modules() if hasattr(module, "d_latent")]
     figures = {
         "compression": {"seconds": round(seconds, 1), "peak_bytes": peak},
@@ -59,4 +59,4 @@ def main(checkpoint: str, windows: str, calibration: str, ratio: float) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], float(sys.argv[4]))
+    main(*sys.argv[1:4], float(sys.argv[4]), sys.argv[5])

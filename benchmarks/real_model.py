@@ -260,7 +260,7 @@ def run_peer(row: Row, source: Path, options: dict[str, Any], texts: dict[str, C
         # The class of tokenizer.json in the releases of transformers that the peer runs with.
         config.write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
         command = [options["peer_python"], str(script), place, str(asked), str(text), str(row.ratio)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, options["dtype"] or "auto"], capture_output=True, text=True, check=False)
     asked.unlink()
     if done.returncode:
         raise click.ClickException(f"the peer failed:\n{done.stderr[-2000:]}")
