@@ -32,7 +32,7 @@ from mea_compress.layers.read import read_projection
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import load_model, resolve_device, seeded
 from mea_compress.measure.metrics import NOTHING, Comparison
-from mea_compress.planning.decisions import HEALING_EPOCHS
+from mea_compress.planning.decisions import HEALING_EPOCHS, kept_healing_steps
 from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
@@ -173,8 +173,9 @@ def _training(plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
     """Return the sequences to train on: others than the calibration's, and these too where there are not enough."""
     calibrated = plan.decisions.sequences if plan.decisions.needs_calibration else 0
     others = tokens[calibrated:]
-    wanted = plan.decisions.healing_steps * healing_batch(plan.decisions.sequence_length)
-    return others if len(others) >= wanted else torch.cat((others, tokens[:calibrated]))[:wanted]
+    steps, batch = plan.decisions.healing_steps, healing_batch(plan.decisions.sequence_length)
+    enough, wanted = kept_healing_steps(plan.recipe, steps) * batch, steps * batch
+    return others if len(others) >= enough else torch.cat((others, tokens[:calibrated]))[:wanted]
 
 
 def make_student(

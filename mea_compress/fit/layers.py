@@ -486,7 +486,8 @@ def calibration_tokens(plan: Plan, progress: bool, origins: list[int] | None = N
                 "shows; several kinds of text, or none so that it is sampled from the model, keep more of the rest",
                 file=sys.stderr,
             )
-        if len(tokens) > count:  # what lies at the front of a text is no fair sample of it
+        # What lies at the front of a text is no fair sample of it; a limit of time may leave some out later.
+        if len(tokens) > count or recipe.time_limit is not None:
             order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))
             tokens, texts = tokens[order], [texts[index] for index in order]
         if origins is not None:

@@ -37,6 +37,8 @@ TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
 MEASURED_TOKENS = 1 << 11
 """Tokens that costs are measured on, of a profile and of the whole."""
+TRIED_TOKENS = 1 << 13
+"""Tokens that two allocations of the cache are tried on: what they cost can be close."""
 FITTED_TOKENS = 1 << 14
 """Tokens that a profile's candidates are fitted to; a model wider than half of these takes more."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
@@ -227,25 +229,32 @@ def closed_form_units(plan: Plan, sequences: int) -> float:
     return compressed * layer + (len(plan.layers) - compressed) * 2.0 * batches
 
 
-def budget_units(measured: Plan, equal: Plan) -> float:
+def budget_units(measured: Plan, equal: Plan, sequences: int) -> float:
     """Return the work of measuring a budget.
 
     Args:
         measured: A plan that measures one.
         equal: The same with equal widths, which are tried beside what the profile says.
+        sequences: As many as there are.
     """
-    fitted = max(FITTED_TOKENS, 2 * measured.source.config.hidden_size)
+    there = sequences * measured.decisions.sequence_length
+    fitted = min(there, max(FITTED_TOKENS, 2 * measured.source.config.hidden_size))
     parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
     profiled = [layer.layer for layer in measured.layers if layer.compressed]
     units = profile_units(measured, profiled, parts, sampled, MEASURED_TOKENS / TOKENS_PER_STEP)
-    return units + len(profiled) * sum(_closed_units(plan, parts, sampled) for plan in (measured, equal))
+    tried = min(there, fitted + TRIED_TOKENS)
+    parts, compared = ceil(tried / TOKENS_PER_STEP), (tried - fitted) / TOKENS_PER_STEP
+    for plan in (measured, equal):
+        units += len(profiled) * _closed_units(plan, parts, sampled) + 2 * comparison_units(plan, compared)
+    return units
 
 
 def unit_seconds(plan: Plan) -> float:
-    """Return how long a unit takes on this machine, in seconds: batches are run through the first layer to see."""
+    """Return how long a unit takes on this machine, in seconds: batches are run through a layer to see."""
     device = resolve_device(plan.recipe.device)
     kind = BlockRunner if plan.source.at_cache else LayerRunner
-    runner = kind(plan.source, 0, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
+    number = next((layer.layer for layer in plan.layers if layer.compressed), 0)  # others may have no attention
+    runner = kind(plan.source, number, device=device, products=fast_products(torch_dtype(plan.source.dtype), device))
     length = plan.decisions.sequence_length
     size = max(1, TOKENS_PER_STEP // length)
     hidden = torch.randn(size, length, plan.source.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -274,6 +283,6 @@ def estimate_seconds(plan: Plan) -> float:
     fit = closed_form_units(plan, decisions.sequences)
     fit += STEP * decisions.refinement_steps * sum(layer.compressed for layer in plan.layers)
     if decisions.measures_budget:
-        fit += budget_units(plan, equal_widths(plan))
+        fit += budget_units(plan, equal_widths(plan), decisions.sequences)
     seconds = unit_seconds(plan) * (fit * decisions.needs_calibration + healing_units(plan, decisions.healing_steps))
     return seconds if recipe.time_limit is None else min(seconds, 60 * recipe.time_limit)

@@ -13,8 +13,9 @@ from math import ceil
 
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.fit.layers import stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, budget_units, closed_form_units, unit_seconds
+from mea_compress.fit.progress import FITTED_TOKENS, MEASURED_TOKENS, budget_units, closed_form_units, unit_seconds
 from mea_compress.planning.types import Plan
+from mea_compress.processes import process_count
 
 _SECTION = "time_limit"
 # Shares of the time that is left. On SmolLM2-135M (40 minutes, two cores, half of the cache) measuring takes 21 % with
@@ -40,8 +41,8 @@ def within_limit(measured: Plan, equal: Plan, workspace: Workspace, deadline: fl
         return measured
     told = workspace.result_of(_SECTION, "budget")
     if told is None:
-        stored_tokens(measured, workspace, progress)  # text that is sampled takes its time before any is counted
-        seconds, left = unit_seconds(measured) * budget_units(measured, equal), deadline - time.monotonic()
+        there = _sequences(measured, workspace, progress)  # text that is sampled takes its time before any is counted
+        seconds, left = unit_seconds(measured) * budget_units(measured, equal, there), deadline - time.monotonic()
         told = "measured"
         if seconds > _BUDGET_SHARE * left:
             told = f"equal widths, for measuring others takes {seconds / 60:.1f} of {max(0.0, left) / 60:.1f} minutes"
@@ -55,7 +56,7 @@ def within_limit(measured: Plan, equal: Plan, workspace: Workspace, deadline: fl
 def with_less_text(plan: Plan, workspace: Workspace, deadline: float, progress: bool) -> Plan:
     """Return the plan with as many calibration sequences as there is time to fit the closed form of all layers to.
 
-    They are no fewer than a profile's candidates are fitted to; a number that the recipe names stays.
+    They are about as many as a profile has at least; a number that the recipe names stays.
 
     Args:
         plan: What is to be fitted, its widths decided.
@@ -68,14 +69,20 @@ def with_less_text(plan: Plan, workspace: Workspace, deadline: float, progress: 
         return plan
     sequences = workspace.result_of(_SECTION, "sequences")
     if sequences is None:
-        stored_tokens(plan, workspace, progress)
+        there = _sequences(plan, workspace, progress)
         follows = decisions.healing_steps or decisions.refinement_steps
         left = (_CLOSED_SHARE if follows else _ALONE_SHARE) * (deadline - time.monotonic())
-        wanted = unit_seconds(plan) * closed_form_units(plan, decisions.sequences)
-        least = ceil(max(FITTED_TOKENS, 2 * plan.source.config.hidden_size) / decisions.sequence_length)
-        sequences = min(decisions.sequences, max(least, int(decisions.sequences * left / wanted)))
+        wanted = unit_seconds(plan) * closed_form_units(plan, there) / process_count()  # which share the sequences
+        tokens = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size) + MEASURED_TOKENS
+        least = ceil(tokens / decisions.sequence_length) + process_count()
+        sequences = min(there, max(least, int(there * left / wanted)))
         workspace.commit(_SECTION, "sequences", sequences)
     return replace(plan, decisions=replace(decisions, sequences=sequences))
+
+
+def _sequences(plan: Plan, workspace: Workspace, progress: bool) -> int:
+    """Return how many calibration sequences there are: a text may have fewer than were decided on."""
+    return min(plan.decisions.sequences, len(stored_tokens(plan, workspace, progress)))
 
 
 __all__ = ["with_less_text", "within_limit"]

@@ -15,11 +15,9 @@ import torch
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.fit.layers import CalibratedFit, stored_tokens
 from mea_compress.fit.profile import divide_text
-from mea_compress.fit.progress import FitProgress
+from mea_compress.fit.progress import TRIED_TOKENS, FitProgress
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.types import Plan
-
-_OTHERS = 4  # times the text that a profile measures on: what two allocations cost can be close
 
 
 def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool) -> Plan:
@@ -57,7 +55,7 @@ def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool)
         progress: Show it on stderr.
     """
     held_out, fitted = divide_text(plan, tokens)
-    others = tokens[held_out + fitted :][: _OTHERS * held_out]
+    others = tokens[held_out + fitted :][: TRIED_TOKENS // tokens.shape[1]]
     tokens = tokens[: held_out + fitted]
     if len(others) >= held_out:
         tokens, held_out = torch.cat((others, tokens[held_out:])), len(others)

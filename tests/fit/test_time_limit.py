@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
+from letters import character_tokenizer
 from tiny import contents, stock_checkpoint
 
+import mea_compress.fit.layers as fitting
 from mea_compress.compression import compress
 from mea_compress.fit import time_limit, trial
 from mea_compress.fit.progress import budget_units, closed_form_units
@@ -21,7 +24,8 @@ SEQUENCES, LEAST = 64, 16
 def source(tmp_path, monkeypatch):
     """A checkpoint, and a calibration that is small beside it."""
     monkeypatch.setattr(decisions, "_CALIBRATION_TOKENS", SEQUENCES * 32)
-    monkeypatch.setattr(time_limit, "FITTED_TOKENS", LEAST * 32)
+    monkeypatch.setattr(time_limit, "FITTED_TOKENS", (LEAST - 3) * 32)
+    monkeypatch.setattr(time_limit, "MEASURED_TOKENS", 2 * 32)  # and one for the process
     return stock_checkpoint(tmp_path / "src")
 
 
@@ -40,7 +44,7 @@ def test_a_budget_is_measured_where_a_share_of_the_time_is_enough(joint, source,
     methods = {"key_composition": "joint", "value_composition": "joint"} if joint else {}
     recipe = Recipe(**LIMITED, **methods)
     plan = make_plan(source, recipe)
-    share = 0.3 * 3600 / budget_units(plan, equal_widths(plan))
+    share = 0.3 * 3600 / budget_units(plan, equal_widths(plan), SEQUENCES)
     for factor, measured in ((0.9, True), (1.1, False)):
         unit(factor * share)
         out = tmp_path / f"{factor}"
@@ -107,3 +111,27 @@ def test_without_a_limit_nothing_is_decided_by_the_clock(source, tmp_path, unit)
     result = compress(source, tmp_path / "out", recipe=recipe, progress=False)
     assert told(tmp_path / "out") is None and result.plan.decisions.sequences == SEQUENCES
     assert result.plan.profile is not None
+
+
+def test_several_processes_share_the_text(source, tmp_path, unit, monkeypatch):
+    recipe = Recipe(**LIMITED, budget="uniform")
+    whole = 0.9 * 3600 / closed_form_units(make_plan(source, recipe), SEQUENCES)
+    unit(2.001 * whole)
+    alone = compress(source, tmp_path / "alone", recipe=recipe, progress=False)
+    monkeypatch.setattr(time_limit, "process_count", lambda: 2)
+    both = compress(source, tmp_path / "both", recipe=recipe, progress=False)
+    assert alone.fidelity["time_limit"]["sequences"] == pytest.approx(SEQUENCES // 2 - 1, abs=1)
+    assert both.fidelity["time_limit"]["sequences"] == pytest.approx(SEQUENCES - 1, abs=1)
+
+
+def test_a_short_text_is_counted_as_it_is_and_shuffled(source, tmp_path, unit):
+    character_tokenizer().save_pretrained(source)
+    (tmp_path / "text.txt").write_text("".join(f"the {word} fox\n" * 25 for word in ("quick", "brown", "lazy", "red")))
+    unit(1e-9)
+    recipe = Recipe(**LIMITED | {"text": [tmp_path / "text.txt"]}, budget="uniform")
+    result = compress(source, tmp_path / "out", recipe=recipe, progress=False)
+    rows = fitting.calibration_tokens(make_plan(source, recipe), progress=False)
+    unlimited = make_plan(source, recipe.model_copy(update={"time_limit": None}))
+    in_order = fitting.calibration_tokens(unlimited, progress=False)
+    assert result.plan.decisions.sequences == told(tmp_path / "out")["sequences"] == len(rows) < SEQUENCES
+    assert sorted(rows.tolist()) == sorted(in_order.tolist()) and not torch.equal(rows, in_order)

@@ -69,6 +69,7 @@ def test_a_trial_is_measured_on_text_that_no_profile_has_seen(sequences, fitted,
     monkeypatch.setattr(trial, "CalibratedFit", Seen)
     monkeypatch.setattr(profile, "FITTED_TOKENS", fitted * 32)
     monkeypatch.setattr(fitting, "MEASURED_TOKENS", 4 * 32)
+    monkeypatch.setattr(trial, "TRIED_TOKENS", 16 * 32)
     source = stock_checkpoint(tmp_path / "src")
     plan = make_plan(source, Recipe(**MEASURED | {"sequences": sequences}))
     tokens = fitting.calibration_tokens(plan, progress=False)
