@@ -213,10 +213,11 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float
     With a deadline, it measures and fits no more than there is time for.
     """
     calibrated = plan.decisions.needs_calibration
+    equal = equal_widths(plan) if plan.decisions.measures_budget else plan
     if plan.decisions.measures_budget and deadline is not None:
         from mea_compress.fit.time_limit import within_limit
 
-        plan = within_limit(plan, equal_widths(plan), workspace, deadline, progress)
+        plan = within_limit(plan, equal, workspace, deadline, progress)
     if plan.decisions.measures_budget:
         from mea_compress.fit.profile import profile_in
         from mea_compress.fit.trial import better_plan
@@ -224,7 +225,7 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float
         measured = plan_budget(plan, profile_in(plan, workspace, progress))
         assert measured.profile is not None
         predicted = predicted_cost(plan, measured.profile)
-        equal = replace(equal_widths(plan), profile=measured.profile, predicted_kl=predicted)
+        equal = replace(equal, profile=measured.profile, predicted_kl=predicted)
         plan = better_plan({"measured": measured, "uniform": equal}, workspace, progress)
     if plan.decisions.shares_rotary_allocation:
         from mea_compress.fit.allocation import share_rotary_components
