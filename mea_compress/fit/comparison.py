@@ -6,8 +6,8 @@ import torch
 
 from mea_compress.layers.runner import HeadRunner, batches
 
-# Tokens whose distributions over the vocabulary are in memory at once.
-_TOKENS = 512
+# Tokens whose distributions over the vocabulary are in memory at once: of more of them less stays in the caches.
+_TOKENS = 128
 
 
 def compare_streams(

@@ -29,7 +29,7 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, comparison_units, profile_units
+from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, comparison_units, profile_units, rounds
 from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
@@ -153,10 +153,12 @@ class _Profiler:
         self.plan, self.tokens = plan, tokens[:measured]
         self.fit = CalibratedFit(plan, tokens, measured)
         self.head: Any = None
+        self.final: torch.Tensor | None = None  # what the original's last layer sends for the measured text, (M, T, D)
         self.resident: dict[int, LayerRunner] = {}
         self.keeps_layers = 4 * largest_layer(plan.source) * len(plan.layers) <= _RESIDENT_BYTES
         parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
-        self.fit.work = self.bar = WorkBar("profiling", profile_units(plan, missing, parts, sampled, share), progress)
+        units = profile_units(plan, missing, parts, sampled, share, self.fit.products)
+        self.fit.work = self.bar = WorkBar("profiling", units, progress)
 
     def profile(self, layer: LayerPlan) -> dict[str, Any]:
         """Measure every candidate of the present layer."""
@@ -176,17 +178,21 @@ class _Profiler:
             sent.append(torch.cat([runner.run(fit.compressed[part])[0].cpu() for part in held]))
         assert fit.following is not None
         original = torch.cat([fit.following[part] for part in held])  # (M, T, D)
-        noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
-        behind = self._above(layer.layer, torch.stack([original, original * (1 + _NOISE * noise), *sent]))
+        if rounds(fit.products):
+            noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
+            sent.insert(0, original * (1 + _NOISE * noise))
+        behind = self._above(layer.layer, torch.stack([original, *sent] if self.final is None else sent))
+        if self.final is None:
+            self.final, behind = behind[0].clone(), behind[1:]
         if self.head is None:
             self.head = fit.head_runner()
-        own, (rounding, *costs) = compare_streams(self.head, self.tokens, behind[0], behind[1:])
-        self.bar.add(comparison_units(plan, len(behind) * len(self.tokens) / fit.batch))
-        if not all(isfinite(number) for numbers in (rounding, *costs) for number in numbers):
+        own, costs = compare_streams(self.head, self.tokens, self.final, behind)
+        self.bar.add(comparison_units(plan, (1 + len(behind)) * len(self.tokens) / fit.batch))
+        if not all(isfinite(number) for numbers in costs for number in numbers):
             raise RequestError(
                 "the model's logits are not all numbers, so no cost can be measured: look for NaN in its weights"
             )
-        floor = rounding[0]
+        floor = costs.pop(0)[0] if rounds(fit.products) else 0.0
         points = [
             ProfilePoint(layer.layer, side, count, kl - floor, cross_entropy - own)
             for (side, count), (kl, cross_entropy) in zip(wanted, costs, strict=True)

@@ -193,7 +193,14 @@ def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     return units
 
 
-def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batches: int, measured: float) -> float:
+def rounds(products: torch.dtype) -> bool:
+    """Return whether roundings of products make a KL that counts: in float32 it is 1e-9, in bfloat16 7e-4."""
+    return products.itemsize < 4
+
+
+def profile_units(
+    plan: Plan, missing: Sequence[int], batches: int, trial_batches: int, measured: float, products: torch.dtype
+) -> float:
     """Return the work of a profile.
 
     Args:
@@ -202,13 +209,16 @@ def profile_units(plan: Plan, missing: Sequence[int], batches: int, trial_batche
         batches: Batches of the text that candidates are fitted to.
         trial_batches: Those of them that o_proj is fitted again to.
         measured: Batches that costs are measured on, part of one as well.
+        products: What matrix products are computed in.
     """
     recipe = plan.recipe
-    units = (missing[-1] + 1) * batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0))
+    units = measured * (len(plan.layers) - missing[0] - 1)  # of the original
+    units += (missing[-1] + 1) * batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0))
     for number in missing:
         count = sum(len(counts) for counts in candidates(plan.layers[number], plan).values())
         units += count * (trial_batches * ATTENTION + solution_units(plan)) if recipe.fit == "aligned" else 0.0
-        units += (count + 2) * (measured * (len(plan.layers) - number - 1) + comparison_units(plan, measured))
+        count += rounds(products)
+        units += count * measured * (len(plan.layers) - number - 1) + comparison_units(plan, (count + 1) * measured)
     return units
 
 
@@ -241,7 +251,9 @@ def budget_units(measured: Plan, equal: Plan, sequences: int) -> float:
     fitted = min(there, max(FITTED_TOKENS, 2 * measured.source.config.hidden_size))
     parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
     profiled = [layer.layer for layer in measured.layers if layer.compressed]
-    units = profile_units(measured, profiled, parts, sampled, MEASURED_TOKENS / TOKENS_PER_STEP)
+    device = resolve_device(measured.recipe.device)
+    products = fast_products(torch_dtype(measured.source.dtype), device)
+    units = profile_units(measured, profiled, parts, sampled, MEASURED_TOKENS / TOKENS_PER_STEP, products)
     tried = min(there, fitted + TRIED_TOKENS)
     parts, compared = ceil(tried / TOKENS_PER_STEP), (tried - fitted) / TOKENS_PER_STEP
     for plan in (measured, equal):
