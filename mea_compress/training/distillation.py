@@ -65,8 +65,8 @@ _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 _LOOKS = 5  # at the held-out text, in the full run
-_LAST_LOOKS = 5  # as long as measuring all of it takes in the end, and writing and checking what was learnt
-_SURE = 0.94  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
+_LAST_LOOKS = 4  # as long as measuring all of it takes in the end, and writing and checking what was learnt
+_SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _LOOK_TOKENS = 1 << 13
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
