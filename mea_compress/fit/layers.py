@@ -27,6 +27,7 @@ from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
 from mea_compress.fit.progress import (
     ATTENTION,
     MEASURED_TOKENS,
+    MEASURED_WINDOW,
     MLP,
     STATISTICS,
     STEP,
@@ -136,7 +137,7 @@ def fit_layers(
             if calibrated and layer.layer < unfinished[-1]:
                 calibrated.advance(layer.layer, stored_layer)
         if calibrated and measures and stored_layer is not None:
-            kl = calibrated.measure(unfinished[-1], stored_layer, tokens[: measured_sequences(tokens)])
+            kl = calibrated.measure(unfinished[-1], stored_layer, measured_windows(tokens))
             workspace.commit("budget", "kl", kl)
 
 
@@ -275,13 +276,15 @@ class CalibratedFit:
         Args:
             layer: The last layer that is compressed; it was fitted, and not advanced over.
             stored: The layer as it was stored.
-            tokens: The first of the calibration sequences, (M, T), of those that were held out.
+            tokens: The first of the calibration sequences, of those that were held out, or the beginning of each of
+                them: (M, T').
         """
-        measured = len(tokens)
+        measured, length = tokens.shape
         part = self.share.between(0, measured)
         tokens = tokens[self.share.index[part]]
         self.work.say(layer, "measuring")
-        original, compressed = self._targets()[part], self.runner_of(layer, stored).run(self.compressed[part])[0].cpu()
+        original = self._targets()[part][:, :length]
+        compressed = self.runner_of(layer, stored).run(self.compressed[part][:, :length])[0].cpu()
         for above in range(layer + 1, len(self.plan.layers)):
             runner = self.runner_of(above)
             original, compressed = (runner.run(stream)[0].cpu() for stream in (original, compressed))
@@ -546,7 +549,16 @@ def measured_sequences(tokens: torch.Tensor) -> int:
             "a budget is measured on a calibration sequence that nothing is fitted to, and there is only one; give "
             "`sequences` 2 or more, a longer `text`, a smaller `sequence_length`, or `budget` uniform"
         )
-    return max(1, min(MEASURED_TOKENS // length, count // 4))
+    return max(1, min(MEASURED_TOKENS // min(length, MEASURED_WINDOW), count // 4))
+
+
+def measured_windows(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the tokens (M, T') of the calibration sequences (N, T) that costs are measured on.
+
+    Raises:
+        RequestError: There are too few sequences to hold one out.
+    """
+    return tokens[: measured_sequences(tokens), :MEASURED_WINDOW]
 
 
 def healing_sequences(plan: Plan) -> int:

@@ -28,14 +28,21 @@ from mea_compress.emit.directory import fingerprint
 from mea_compress.errors import RequestError
 from mea_compress.fit.closed_form import compose
 from mea_compress.fit.comparison import compare_streams
-from mea_compress.fit.layers import CalibratedFit, calibration_tokens, check_finite, measured_sequences, stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, WorkBar, comparison_units, profile_units, rounds
+from mea_compress.fit.layers import (
+    CalibratedFit,
+    calibration_tokens,
+    check_finite,
+    measured_sequences,
+    measured_windows,
+    stored_tokens,
+)
+from mea_compress.fit.progress import FITTED_TOKENS, MEASURED_WINDOW, WorkBar, comparison_units, profile_units, rounds
 from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
 from mea_compress.planning.plans import plan_source
 from mea_compress.planning.profiles import Profile, ProfilePoint
-from mea_compress.planning.sizes import largest_layer
+from mea_compress.planning.sizes import TOKENS_PER_STEP, largest_layer
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.recipe import Recipe, make_recipe, to_yaml
 from mea_compress.text.reading import text_state
@@ -88,7 +95,7 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
         layers=len(plan.layers),
         heads=source.heads,
         head_dim=source.head_dim,
-        tokens=measured * (tokens.shape[1] - 1),
+        tokens=measured_windows(tokens)[:, 1:].numel(),
         cross_entropy=results[0]["cross_entropy"],
         floor=sum(result["floor"] for result in results) / len(results),
         points=tuple(ProfilePoint(**point) for result in results for point in result["points"]),
@@ -150,13 +157,14 @@ class _Profiler:
     """
 
     def __init__(self, plan: Plan, tokens: torch.Tensor, measured: int, missing: Sequence[int], progress: bool) -> None:
-        self.plan, self.tokens = plan, tokens[:measured]
+        self.plan, self.tokens = plan, tokens[:measured, :MEASURED_WINDOW]  # (M, T')
+        self.batch = max(1, TOKENS_PER_STEP // self.tokens.shape[1])
         self.fit = CalibratedFit(plan, tokens, measured)
         self.head: Any = None
-        self.final: torch.Tensor | None = None  # what the original's last layer sends for the measured text, (M, T, D)
+        self.final: torch.Tensor | None = None  # what the original's last layer sends for the measured text, (M, T', D)
         self.resident: dict[int, LayerRunner] = {}
         self.keeps_layers = 4 * largest_layer(plan.source) * len(plan.layers) <= _RESIDENT_BYTES
-        parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.fit.batch
+        parts, sampled, share = len(list(self.fit.parts())), len(self.fit.sample), measured / self.batch
         units = profile_units(plan, missing, parts, sampled, share, self.fit.products)
         self.fit.work = self.bar = WorkBar("profiling", units, progress)
 
@@ -165,9 +173,9 @@ class _Profiler:
         fit, plan = self.fit, self.plan
         fit.compressed = fit.original.copy()
         statistics = fit.pass_original(layer.layer, with_statistics=plan.recipe.fit != "weights")
-        sent = []  # what the layer sends for the measured text, one (M, T, D) for each candidate
+        sent = []  # what the layer sends for the measured text, one (M, T', D) for each candidate
         wanted = [(side, count) for side, counts in candidates(layer, plan).items() for count in counts]
-        held = list(batches(fit.held_out, fit.batch))
+        held, length = list(batches(fit.held_out, self.batch)), self.tokens.shape[1]
         for side, count in wanted:
             composed, _ = compose(plan, with_side(layer, side, count), statistics)
             check_finite(composed, layer.layer)
@@ -175,9 +183,9 @@ class _Profiler:
                 composed, _ = fit.regress(layer.layer, composed, fit.sample)
             bias = plan.source.config.mea["bias"]
             runner = fit.runner_of(layer.layer, store_layer(composed, bias, plan.decisions.stored_dtype))
-            sent.append(torch.cat([runner.run(fit.compressed[part])[0].cpu() for part in held]))
+            sent.append(torch.cat([runner.run(fit.compressed[part][:, :length])[0].cpu() for part in held]))
         assert fit.following is not None
-        original = torch.cat([fit.following[part] for part in held])  # (M, T, D)
+        original = torch.cat([fit.following[part][:, :length] for part in held])  # (M, T', D)
         if rounds(fit.products):
             noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(layer.layer))
             sent.insert(0, original * (1 + _NOISE * noise))
@@ -187,7 +195,7 @@ class _Profiler:
         if self.head is None:
             self.head = fit.head_runner()
         own, costs = compare_streams(self.head, self.tokens, self.final, behind)
-        self.bar.add(comparison_units(plan, (1 + len(behind)) * len(self.tokens) / fit.batch))
+        self.bar.add(comparison_units(plan, (1 + len(behind)) * len(self.tokens) / self.batch))
         if not all(isfinite(number) for numbers in costs for number in numbers):
             raise RequestError(
                 "the model's logits are not all numbers, so no cost can be measured: look for NaN in its weights"
@@ -205,15 +213,15 @@ class _Profiler:
         self.fit.advance(layer, None)
 
     def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the last layer sends where a layer sends (C, M, T, D)."""
-        rows = hidden.flatten(0, 1)  # (C M, T, D)
+        """Return what the last layer sends where a layer sends (C, M, T', D)."""
+        rows = hidden.flatten(0, 1)  # (C M, T', D)
         for above in range(layer + 1, len(self.plan.layers)):
             runner = self.resident.get(above) or self.fit.runner_of(above)
             if self.keeps_layers:
                 self.resident[above] = runner
-            for part in batches(len(rows), self.fit.batch):
+            for part in batches(len(rows), self.batch):
                 rows[part] = runner.run(rows[part])[0].cpu()
-                self.bar.add(len(rows[part]) / self.fit.batch)
+                self.bar.add(len(rows[part]) / self.batch)
         self.resident.pop(layer, None)
         return rows.unflatten(0, hidden.shape[:2])
 

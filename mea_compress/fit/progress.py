@@ -37,6 +37,8 @@ TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
 MEASURED_TOKENS = 1 << 11
 """Tokens that costs are measured on, of a profile and of the whole."""
+MEASURED_WINDOW = 1 << 8
+"""Tokens of each sequence that costs are measured on: many sequences differ less from other text than a few do."""
 TRIED_TOKENS = 1 << 13
 """Tokens that two allocations of the cache are tried on: what they cost can be close."""
 FITTED_TOKENS = 1 << 14

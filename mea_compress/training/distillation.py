@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +192,7 @@ def distil(
         here = state if on_step else None
         _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
 
-    pace = _Pace()
+    pace = progress.pace
     if settings.learning_rate is None:
         tried = None
         while progress.begun is None and (tried := _next_rate(settings.rates, progress)) is not None:
@@ -253,6 +253,7 @@ class _Progress:
         self.losses: list[float] = []
         self.steps: int | None = None
         self.taken = 0
+        self.pace = _Pace()
         # The weights that the full run begins with, once that is known, and the file that has them.
         self.begun: Mapping[str, torch.Tensor] | None = None
         self._begun_file: str | None = None
@@ -280,6 +281,7 @@ class _Progress:
         progress.best_value, progress.found, progress.steps = kept["best_value"], kept["found"], kept["steps"]
         progress.curve, progress.taken = [(step, value) for step, value in kept["curve"]], kept["taken"]
         progress.losses = kept["losses"]
+        progress.pace = _Pace(**kept.get("pace", {}))
         progress._offered = False
         return progress
 
@@ -317,6 +319,7 @@ class _Progress:
             "losses": self.losses,
             "steps": self.steps,
             "taken": self.taken,
+            "pace": asdict(self.pace),
         }
         write_text(directory / _PROGRESS, json.dumps(record))  # JSON of Python has infinity
         for old in directory.glob("best-*.safetensors"):
@@ -378,11 +381,14 @@ def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
     return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
 
 
+@dataclass
 class _Pace:
-    """How long steps and looks at held-out text have taken in this process, in seconds."""
+    """How long the steps of trials, and looks at held-out text, have taken in seconds."""
 
-    def __init__(self) -> None:
-        self.steps, self.in_steps, self.looks, self.in_looks = 0, 0.0, 0, 0.0
+    steps: int = 0
+    in_steps: float = 0.0
+    looks: int = 0
+    in_looks: float = 0.0
 
     @contextmanager
     def of_steps(self, count: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 python compress_here.py DIRECTORY
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ CASES = {
     ),
     "images": ("llava", {"sequence_length": 32, "sequences": 10}),
 }
+gc.collect()
+gc.freeze()  # accelerate looks for garbage behind every training
 place = Path(sys.argv[1])
 found = {}
 for name, (case, options) in CASES.items():

@@ -30,22 +30,45 @@ def kl(source, out, ids):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def with_one_side(source, out, plan, point):
+    """What compressing a point's side alone comes to."""
+    counts = [{"layer": layer.layer, "key_components": 2, "value_components": 2} for layer in plan.layers]
+    for count in counts:
+        for side in ("key", "value"):
+            count[f"{side}_components"] = plan.source.config.num_key_value_heads
+    counts[point.layer][f"{point.side}_components"] = point.components
+    file = out.with_suffix(".json")
+    file.write_text(json.dumps({"layers": counts}))
+    return mc.compress(source, out, recipe=plan.recipe, budget=str(file), progress=False)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_cost_is_that_of_a_checkpoint_with_this_side_compressed(case, tmp_path):
     source = stock_checkpoint(tmp_path / "source", case)
     profile = mc.profile(source, progress=False, **WEIGHTS)
-    recipe = Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS)
-    plan = make_plan(source, recipe)
+    plan = make_plan(source, Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS))
     ids = calibration_tokens(plan, progress=False)
     ids = ids[: measured_sequences(ids)]
-    heads = plan.source.config.num_key_value_heads
     point = next(point for point in profile.points if (point.layer, point.side) == (0, "key"))
-    file = tmp_path / "widths.json"
-    layers = [{"layer": 0, "key_components": point.components, "value_components": heads}]
-    layers += [{"layer": layer.layer, "key_components": heads, "value_components": heads} for layer in plan.layers[1:]]
-    file.write_text(json.dumps({"layers": layers}))
-    mc.compress(source, tmp_path / "out", recipe=recipe, budget=str(file), progress=False)
+    with_one_side(source, tmp_path / "out", plan, point)
     assert point.kl == pytest.approx(kl(source, tmp_path / "out", ids), rel=2e-3, abs=1e-7)
+
+
+def test_costs_are_measured_on_the_beginnings_of_many_sequences(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "source")
+    for module in (fit_layers, profiling):
+        monkeypatch.setattr(module, "MEASURED_WINDOW", 12)
+    monkeypatch.setattr(fit_layers, "MEASURED_TOKENS", 3 * 12)
+    profile = mc.profile(source, progress=False, **WEIGHTS)
+    plan = make_plan(source, Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS))
+    ids = calibration_tokens(plan, progress=False)[:3, :12]
+    assert profile.tokens == ids[:, 1:].numel()
+    point = next(point for point in profile.points if (point.layer, point.side) == (profile.layers - 1, "value"))
+    with_one_side(source, tmp_path / "out", plan, point)
+    assert point.kl == pytest.approx(kl(source, tmp_path / "out", ids), rel=2e-3, abs=1e-7)
+    options = {**QUICK, "kv_ratio": 0.5, "budget": "measured", "refine": 0, "heal": "0"}
+    whole = mc.compress(source, tmp_path / "whole", progress=False, **options)
+    assert whole.fidelity["budget"]["measured_kl"] == pytest.approx(kl(source, tmp_path / "whole", ids), rel=1e-2)
 
 
 @pytest.fixture

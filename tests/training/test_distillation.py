@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +273,27 @@ def test_with_little_time_left_steps_are_not_spent_on_trials(left, trials, pair,
     assert done.steps == min(20, left)
     assert done.all_steps == done.steps + trials * settings.trial_steps
     assert (done.curve[-1][1] < done.curve[0][1]) == (left > 0)
+
+
+def test_a_run_that_was_stopped_behind_its_trials_knows_their_pace(pair, tmp_path, monkeypatch):
+    student, teacher = pair
+    settings = DistillationSettings(2000, 8, rates=(0.003, 0.01, 0.02), deadline=time.monotonic() + 10**6)
+    paces, steps_left, trial = [], distillation._steps_left, settings.trial_steps
+
+    def stopped(settings, pace):
+        paces.append(copy.copy(pace))
+        if pace.steps == 2 * trial:  # one in the middle and one above it
+            raise KeyboardInterrupt
+        return steps_left(settings, pace)
+
+    monkeypatch.setattr(distillation, "_steps_left", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distil(copy.deepcopy(student), teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    resumed = []
+    monkeypatch.setattr(distillation, "_steps_left", lambda settings, pace: resumed.append(copy.copy(pace)) or 5)
+    done = distil(student, teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
+    assert resumed == paces[-1:] and resumed[0].in_steps > 0 and resumed[0].looks == 2
+    assert done.steps == 5 and done.all_steps == 5 + 2 * trial
 
 
 @pytest.mark.parametrize("rates", [{"rates": (1e3, 1e30)}, {"learning_rate": 1e3}])
