@@ -36,7 +36,15 @@ from mea_compress.fit.layers import (
     measured_windows,
     stored_tokens,
 )
-from mea_compress.fit.progress import FITTED_TOKENS, MEASURED_WINDOW, WorkBar, comparison_units, profile_units, rounds
+from mea_compress.fit.progress import (
+    FITTED_TOKENS,
+    MEASURED_TOKENS,
+    MEASURED_WINDOW,
+    WorkBar,
+    comparison_units,
+    profile_units,
+    rounds,
+)
 from mea_compress.layers.runner import LayerRunner, batches
 from mea_compress.layers.store import store_layer
 from mea_compress.planning.budget import candidates, with_side
@@ -266,6 +274,7 @@ def profile(
             "source": fingerprint(plan.source.reader, plan.source.raw_config),
             "recipe": to_yaml(plan.recipe),
             "text": text_state(plan.recipe.text) if plan.recipe.text else None,
+            "measured": [MEASURED_TOKENS, MEASURED_WINDOW],
         }
         commit = Commit(_kept_results(kept, request))
         commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})
