@@ -204,7 +204,17 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
         "the calibration text": text_state(text) if text else None,
         "the budget": None if budget is None else budget.read_text(encoding="utf-8"),
         "a library version": versions(),
+        "what a profile is measured on": _measured_on(plan),
     }
+
+
+def _measured_on(plan: Plan) -> list[int] | None:
+    """Return the tokens that costs are measured on, in all and of a sequence; None where none are."""
+    if not plan.decisions.measures_budget:
+        return None
+    from mea_compress.fit.progress import MEASURED_TOKENS, measured_window
+
+    return [MEASURED_TOKENS, measured_window(plan)]
 
 
 def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None) -> Plan:

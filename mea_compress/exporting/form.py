@@ -15,6 +15,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.architectures import Checkpoint
+from mea_compress.architectures.rope import length_dependent_rope
 from mea_compress.errors import RequestError
 from mea_compress.modeling.section_mea import cached_width, side_form, uniform_components
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("stock", "llama", "gguf")
-# RoPE types whose frequencies do not depend on how long a sequence is.
-_LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 # The frequency of a channel that RoPE leaves alone; its wavelength must be a finite float32.
 _NO_ROTATION = 1e-30
 _SERVE = "serve the compressed checkpoint itself with trust_remote_code"
@@ -140,7 +139,7 @@ def stock_form(source: Checkpoint, layers: Sequence[Mapping[str, Any]], target: 
 def _exportable(source: Checkpoint, components: float) -> str:
     """Return the options with which this model can be exported at about this many component heads."""
     llama_only = not source.family.stock_export
-    if source.config.mea["qk_norm"] or _length_dependent_rope(source) or (llama_only and _slides(source)):
+    if source.config.mea["qk_norm"] or length_dependent_rope(source.config) or (llama_only and _slides(source)):
         return _pooled(source, components)
     return f"{_WIDE} and export with --format llama" if llama_only else _WIDE
 
@@ -210,7 +209,7 @@ def _check_target(source: Checkpoint, form: StockForm, target: str, components: 
     """Raise if the class that the format is written for cannot hold the form."""
     if target not in FORMATS:
         raise RequestError(f"there is no export format {target!r}; choose one of {', '.join(FORMATS)}")
-    if not form.keeps_rope and (kind := _length_dependent_rope(source)):
+    if not form.keeps_rope and (kind := length_dependent_rope(source.config)):
         raise RequestError(
             f"the rotary frequencies of this checkpoint change with the length of the sequence (rope_type {kind}) and "
             f"cannot be written down for wider heads; compress with {_pooled(source, components)}, or {_SERVE}"
@@ -261,15 +260,6 @@ def rotary(source: Checkpoint) -> tuple[torch.Tensor, float]:
     rotating = module.inv_freq.double().clamp(min=_NO_ROTATION)
     rest = torch.full((source.head_dim // 2 - len(rotating),), _NO_ROTATION, dtype=torch.float64)
     return torch.cat((rotating, rest)), float(module.attention_scaling)
-
-
-def _length_dependent_rope(source: Checkpoint) -> str | None:
-    """Return the RoPE type if its frequencies change with the length of the sequence, else None."""
-    parameters = source.config.rope_parameters or {}
-    kind = parameters.get("rope_type", "default")
-    if kind == "longrope" and parameters["short_factor"] == parameters["long_factor"]:
-        return None
-    return None if kind in _LENGTH_INDEPENDENT_ROPE else kind
 
 
 def export_cost(source: Checkpoint, form: StockForm, itemsize: int, windows: Sequence[int | None]) -> ExportCost:

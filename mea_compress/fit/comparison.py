@@ -6,8 +6,8 @@ import torch
 
 from mea_compress.layers.runner import HeadRunner, batches
 
-# Tokens whose distributions over the vocabulary are in memory at once: of more of them less stays in the caches.
-_TOKENS = 128
+# Tokens whose distributions over the vocabulary are in memory at once; of fewer more stays in a processor's caches.
+_TOKENS, _TOKENS_ON_CPU = 512, 128
 
 
 def compare_streams(
@@ -27,7 +27,7 @@ def compare_streams(
     labels = tokens[:, 1:].flatten()
     streams = [one[:, :-1].flatten(0, 1) for one in (original, *others)]  # (N, D) each
     sums = torch.zeros(len(streams), 2, dtype=torch.float64)
-    for part in batches(len(labels), _TOKENS):
+    for part in batches(len(labels), _TOKENS_ON_CPU if head.device.type == "cpu" else _TOKENS):
         expected = head.log_probabilities(streams[0][part])  # (N, V)
         probabilities, chosen = expected.exp(), labels[part, None].to(expected.device)
         for index, stream in enumerate(streams):

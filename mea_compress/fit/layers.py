@@ -26,14 +26,14 @@ from mea_compress.fit.comparison import compare_streams
 from mea_compress.fit.observation import CacheAccumulator, CacheStatistics
 from mea_compress.fit.progress import (
     ATTENTION,
-    MEASURED_TOKENS,
-    MEASURED_WINDOW,
     MLP,
     STATISTICS,
     STEP,
     TRIAL_TOKENS,
     FitProgress,
     Work,
+    measured_count,
+    measured_window,
     solution_units,
 )
 from mea_compress.fit.refinement import Refined, Refiner, Settings
@@ -137,7 +137,7 @@ def fit_layers(
             if calibrated and layer.layer < unfinished[-1]:
                 calibrated.advance(layer.layer, stored_layer)
         if calibrated and measures and stored_layer is not None:
-            kl = calibrated.measure(unfinished[-1], stored_layer, measured_windows(tokens))
+            kl = calibrated.measure(unfinished[-1], stored_layer, measured_tokens(plan, tokens))
             workspace.commit("budget", "kl", kl)
 
 
@@ -526,7 +526,7 @@ def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
     Raises:
         RequestError: There are too few sequences to hold one out.
     """
-    held_out = measured_sequences(tokens) if plan.profile is not None else 0
+    held_out = measured_sequences(plan, tokens) if plan.profile is not None else 0
     if not plan.decisions.refinement_steps:
         return held_out
     if len(tokens) < 2:
@@ -537,28 +537,27 @@ def choosing_sequences(plan: Plan, tokens: torch.Tensor) -> int:
     return max(1, held_out, min(_HELD_OUT, max(1, _HELD_OUT_TOKENS // tokens.shape[1]), len(tokens) // 4))
 
 
-def measured_sequences(tokens: torch.Tensor) -> int:
+def measured_sequences(plan: Plan, tokens: torch.Tensor) -> int:
     """Return how many of the calibration sequences (N, T), at the front, costs are measured on.
 
     Raises:
         RequestError: There are too few sequences to hold one out.
     """
-    count, length = tokens.shape
-    if count < 2:
+    if len(tokens) < 2:
         raise RequestError(
             "a budget is measured on a calibration sequence that nothing is fitted to, and there is only one; give "
             "`sequences` 2 or more, a longer `text`, a smaller `sequence_length`, or `budget` uniform"
         )
-    return max(1, min(MEASURED_TOKENS // min(length, MEASURED_WINDOW), count // 4))
+    return measured_count(plan, len(tokens))
 
 
-def measured_windows(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the tokens (M, T') of the calibration sequences (N, T) that costs are measured on.
+def measured_tokens(plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what costs are measured on, the beginnings of calibration sequences: of (N, T) (M, T').
 
     Raises:
         RequestError: There are too few sequences to hold one out.
     """
-    return tokens[: measured_sequences(tokens), :MEASURED_WINDOW]
+    return tokens[: measured_sequences(plan, tokens), : measured_window(plan)]
 
 
 def healing_sequences(plan: Plan) -> int:

@@ -33,15 +33,15 @@ from mea_compress.fit.layers import (
     calibration_tokens,
     check_finite,
     measured_sequences,
-    measured_windows,
+    measured_tokens,
     stored_tokens,
 )
 from mea_compress.fit.progress import (
     FITTED_TOKENS,
     MEASURED_TOKENS,
-    MEASURED_WINDOW,
     WorkBar,
     comparison_units,
+    measured_window,
     profile_units,
     rounds,
 )
@@ -103,7 +103,7 @@ def measure_profile(plan: Plan, tokens: torch.Tensor, commit: Commit, progress: 
         layers=len(plan.layers),
         heads=source.heads,
         head_dim=source.head_dim,
-        tokens=measured_windows(tokens)[:, 1:].numel(),
+        tokens=measured_tokens(plan, tokens)[:, 1:].numel(),
         cross_entropy=results[0]["cross_entropy"],
         floor=sum(result["floor"] for result in results) / len(results),
         points=tuple(ProfilePoint(**point) for result in results for point in result["points"]),
@@ -140,7 +140,7 @@ def divide_text(plan: Plan, tokens: torch.Tensor) -> tuple[int, int]:
         RequestError: There are too few.
     """
     count, length = tokens.shape
-    measured = measured_sequences(tokens)
+    measured = measured_sequences(plan, tokens)
     wanted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
     return measured, min(ceil(wanted / length), count - measured)
 
@@ -165,7 +165,7 @@ class _Profiler:
     """
 
     def __init__(self, plan: Plan, tokens: torch.Tensor, measured: int, missing: Sequence[int], progress: bool) -> None:
-        self.plan, self.tokens = plan, tokens[:measured, :MEASURED_WINDOW]  # (M, T')
+        self.plan, self.tokens = plan, tokens[:measured, : measured_window(plan)]  # (M, T')
         self.batch = max(1, TOKENS_PER_STEP // self.tokens.shape[1])
         self.fit = CalibratedFit(plan, tokens, measured)
         self.head: Any = None
@@ -274,7 +274,7 @@ def profile(
             "source": fingerprint(plan.source.reader, plan.source.raw_config),
             "recipe": to_yaml(plan.recipe),
             "text": text_state(plan.recipe.text) if plan.recipe.text else None,
-            "measured": [MEASURED_TOKENS, MEASURED_WINDOW],
+            "measured": [MEASURED_TOKENS, measured_window(plan)],
         }
         commit = Commit(_kept_results(kept, request))
         commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})

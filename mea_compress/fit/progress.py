@@ -13,6 +13,7 @@ from math import ceil
 import torch
 from tqdm.auto import tqdm
 
+from mea_compress.architectures.rope import length_dependent_rope
 from mea_compress.checkpoint import torch_dtype
 from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import LayerRunner, fast_products
@@ -37,13 +38,24 @@ TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
 MEASURED_TOKENS = 1 << 11
 """Tokens that costs are measured on, of a profile and of the whole."""
-MEASURED_WINDOW = 1 << 8
+_MEASURED_WINDOW = 1 << 9
 """Tokens of each sequence that costs are measured on: many sequences differ less from other text than a few do."""
 TRIED_TOKENS = 1 << 13
 """Tokens that two allocations of the cache are tried on: what they cost can be close."""
 FITTED_TOKENS = 1 << 14
 """Tokens that a profile's candidates are fitted to; a model wider than half of these takes more."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
+
+
+def measured_window(plan: Plan) -> int:
+    """Return how many tokens of a sequence costs are measured on: all where rotary frequencies follow its length."""
+    length = plan.decisions.sequence_length
+    return length if length_dependent_rope(plan.source.config) else min(length, _MEASURED_WINDOW)
+
+
+def measured_count(plan: Plan, sequences: int) -> int:
+    """Return how many of the sequences that there are costs are measured on."""
+    return max(1, min(MEASURED_TOKENS // measured_window(plan), sequences // 4))
 
 
 class Work:
@@ -249,9 +261,11 @@ def budget_units(measured: Plan, equal: Plan, sequences: int) -> float:
         equal: The same with equal widths, which are tried beside what the profile says.
         sequences: As many as there are.
     """
-    there = sequences * measured.decisions.sequence_length
+    length = measured.decisions.sequence_length
+    there = sequences * length
     fitted = min(there, max(FITTED_TOKENS, 2 * measured.source.config.hidden_size))
-    parts, sampled = ceil(fitted / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
+    read = min(there, fitted + measured_count(measured, sequences) * length)
+    parts, sampled = ceil(read / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
     profiled = [layer.layer for layer in measured.layers if layer.compressed]
     device = resolve_device(measured.recipe.device)
     products = fast_products(torch_dtype(measured.source.dtype), device)

@@ -13,14 +13,7 @@ from math import ceil
 
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.fit.layers import stored_tokens
-from mea_compress.fit.progress import (
-    FITTED_TOKENS,
-    MEASURED_TOKENS,
-    MEASURED_WINDOW,
-    budget_units,
-    closed_form_units,
-    unit_seconds,
-)
+from mea_compress.fit.progress import FITTED_TOKENS, budget_units, closed_form_units, measured_count, unit_seconds
 from mea_compress.planning.types import Plan
 from mea_compress.processes import process_count
 
@@ -81,7 +74,8 @@ def with_less_text(plan: Plan, workspace: Workspace, deadline: float, progress: 
         left = (_CLOSED_SHARE if follows else _ALONE_SHARE) * (deadline - time.monotonic())
         wanted = unit_seconds(plan) * closed_form_units(plan, there) / process_count()  # which share the sequences
         fitted, length = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size), decisions.sequence_length
-        least = ceil(fitted / length) + MEASURED_TOKENS // min(length, MEASURED_WINDOW) + process_count()
+        measured = measured_count(plan, there)
+        least = max(ceil(fitted / length) + measured + process_count(), 4 * measured)  # costs keep their sequences
         sequences = min(there, max(least, int(there * left / wanted)))
         workspace.commit(_SECTION, "sequences", sequences)
     return replace(plan, decisions=replace(decisions, sequences=sequences))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from mea_compress.checkpoint.workspace import Workspace
-from mea_compress.fit.layers import CalibratedFit, stored_tokens
+from mea_compress.fit.layers import CalibratedFit, measured_tokens, stored_tokens
 from mea_compress.fit.profile import divide_text
 from mea_compress.fit.progress import TRIED_TOKENS, FitProgress
 from mea_compress.layers.store import store_layer
@@ -56,9 +56,9 @@ def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool)
     """
     held_out, fitted = divide_text(plan, tokens)
     others = tokens[held_out + fitted :][: TRIED_TOKENS // tokens.shape[1]]
-    tokens = tokens[: held_out + fitted]
-    if len(others) >= held_out:
-        tokens, held_out = torch.cat((others, tokens[held_out:])), len(others)
+    tokens, measured = tokens[: held_out + fitted], measured_tokens(plan, tokens)
+    if others.numel() >= measured.numel():
+        tokens, held_out, measured = torch.cat((others, tokens[held_out:])), len(others), others
     decisions = replace(plan.decisions, refinement_steps=0, healing_steps=0)
     plan = replace(plan, decisions=decisions)
     fit = CalibratedFit(plan, tokens, held_out)
@@ -76,7 +76,7 @@ def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool)
             if layer.layer < last:
                 fit.advance(layer.layer, stored)
         assert stored is not None
-        return fit.measure(last, stored, tokens[:held_out])
+        return fit.measure(last, stored, measured)
 
 
 __all__ = ["better_plan", "closed_form_kl"]

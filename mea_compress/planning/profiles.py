@@ -49,7 +49,7 @@ class Profile(Shown):
         tokens: Predictions that costs are averaged over.
         cross_entropy: Of the original on them, in nats per token.
         floor: KL that any change of the weights makes, however small: the noise of the arithmetic, which is taken off
-            the points.
+            the points; 0 where products are in float32.
         points: What was measured.
     """
 

@@ -121,8 +121,10 @@ def profile_report(profile: Mapping[str, Any]) -> str:
     about = (
         f"KL in nats per token when one side of one layer alone is compressed to so many component heads of "
         f"{profile['heads']}: {profile['key_composition']} keys, {profile['value_composition']} values, fit "
-        f"{profile['fit']}, {profile['tokens']:,} tokens. Rounding makes {profile['floor']:.2g}, taken off."
+        f"{profile['fit']}, {profile['tokens']:,} tokens."
     )
+    if profile["floor"]:
+        about += f" Rounding makes {profile['floor']:.2g}, taken off."
     return "\n\n".join([about, table(rows, ["layer", *heading])])
 
 

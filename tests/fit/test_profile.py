@@ -12,7 +12,8 @@ import mea_compress as mc
 from mea_compress.errors import RequestError
 from mea_compress.fit import layers as fit_layers
 from mea_compress.fit import profile as profiling
-from mea_compress.fit.layers import calibration_tokens, measured_sequences
+from mea_compress.fit import progress
+from mea_compress.fit.layers import calibration_tokens, measured_tokens
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
@@ -32,10 +33,8 @@ def kl(source, out, ids):
 
 def with_one_side(source, out, plan, point):
     """What compressing a point's side alone comes to."""
-    counts = [{"layer": layer.layer, "key_components": 2, "value_components": 2} for layer in plan.layers]
-    for count in counts:
-        for side in ("key", "value"):
-            count[f"{side}_components"] = plan.source.config.num_key_value_heads
+    heads = plan.source.config.num_key_value_heads
+    counts = [{"layer": layer.layer, "key_components": heads, "value_components": heads} for layer in plan.layers]
     counts[point.layer][f"{point.side}_components"] = point.components
     file = out.with_suffix(".json")
     file.write_text(json.dumps({"layers": counts}))
@@ -48,7 +47,7 @@ def test_a_cost_is_that_of_a_checkpoint_with_this_side_compressed(case, tmp_path
     profile = mc.profile(source, progress=False, **WEIGHTS)
     plan = make_plan(source, Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS))
     ids = calibration_tokens(plan, progress=False)
-    ids = ids[: measured_sequences(ids)]
+    ids = measured_tokens(plan, ids)
     point = next(point for point in profile.points if (point.layer, point.side) == (0, "key"))
     with_one_side(source, tmp_path / "out", plan, point)
     assert point.kl == pytest.approx(kl(source, tmp_path / "out", ids), rel=2e-3, abs=1e-7)
@@ -56,9 +55,8 @@ def test_a_cost_is_that_of_a_checkpoint_with_this_side_compressed(case, tmp_path
 
 def test_costs_are_measured_on_the_beginnings_of_many_sequences(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "source")
-    for module in (fit_layers, profiling):
-        monkeypatch.setattr(module, "MEASURED_WINDOW", 12)
-    monkeypatch.setattr(fit_layers, "MEASURED_TOKENS", 3 * 12)
+    monkeypatch.setattr(progress, "_MEASURED_WINDOW", 12)
+    monkeypatch.setattr(progress, "MEASURED_TOKENS", 3 * 12)
     profile = mc.profile(source, progress=False, **WEIGHTS)
     plan = make_plan(source, Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS))
     ids = calibration_tokens(plan, progress=False)[:3, :12]
@@ -94,7 +92,8 @@ def test_a_cost_at_the_cache_is_that_of_a_checkpoint_with_this_side_compressed(f
     assert plan.decisions.measures_budget
     assert not make_plan(source, Recipe(kv_ratio=0.5, **settings)).decisions.measures_budget
     tokens = calibration_tokens(plan, progress=False)
-    ids, fitted = tokens[: measured_sequences(tokens)], tokens[measured_sequences(tokens) :]
+    ids = measured_tokens(plan, tokens)
+    fitted = tokens[len(ids) :]
     layers = [layer.layer for layer in plan.layers if layer.compressed]
     point = next(point for point in profile.points if (point.layer, point.side) == (layers[0], "value"))
     counts = [{"layer": layer, "key_components": 2, "value_components": 2} for layer in layers]
@@ -145,20 +144,34 @@ def test_costs_do_not_depend_on_the_layers_measured_before(tmp_path):
     """What the original makes of the text is kept from the first of them on."""
     source = stock_checkpoint(tmp_path / "source")
     of_all, of_last = (mc.profile(source, layers=layers, progress=False, **QUICK) for layers in ("all", "1"))
-    both = [(point, other) for other in of_last.points for point in of_all.points if point == other]
-    assert len(both) == len(of_last.points) >= 6
+    last = [point for point in of_all.points if point.layer == 1]
+    assert len(last) == len(of_last.points) >= 6
+    for point, other in zip(last, of_last.points, strict=True):
+        assert (point.side, point.components) == (other.side, other.components)
+        assert point.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-8)
 
 
 def test_the_noise_of_rounded_products_is_taken_off(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "source")
-    exact = mc.profile(source, progress=False, **WEIGHTS)
+    assert mc.profile(source, progress=False, **WEIGHTS).floor == 0
     monkeypatch.setattr(fit_layers, "fast_products", lambda dtype, device: torch.bfloat16)
-    rounded = mc.profile(source, progress=False, **WEIGHTS)
-    assert exact.floor == 0 < rounded.floor < 1e-3
-    largest = max(point.kl for point in exact.points)
-    for point, other in zip(exact.points, rounded.points, strict=True):
-        assert (point.layer, point.side, point.components) == (other.layer, other.side, other.components)
-        assert other.kl == pytest.approx(point.kl, abs=0.02 * largest)
+    found = mc.profile(source, progress=False, **WEIGHTS)
+    monkeypatch.setattr(profiling, "rounds", lambda products: False)
+    with_noise = mc.profile(source, progress=False, **WEIGHTS)
+    assert with_noise.floor == 0 < found.floor < 1e-3
+    taken = [noisy.kl - point.kl for noisy, point in zip(with_noise.points, found.points, strict=True)]
+    assert min(taken) > 0 and sum(taken) / len(taken) == pytest.approx(found.floor, rel=0.1)
+
+
+@pytest.mark.parametrize(("rope", "window"), [({}, 12), ({"rope_type": "dynamic", "factor": 2.0}, 32)])
+def test_the_beginnings_of_sequences_have_the_frequencies_of_the_whole(rope, window, tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] |= rope
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(progress, "_MEASURED_WINDOW", 12)
+    plan = make_plan(source, Recipe(kv_ratio=0.5, **QUICK))
+    assert progress.measured_window(plan) == window
 
 
 def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch):
@@ -193,9 +206,7 @@ def test_compress_measures_chooses_and_says_what_came_of_it(tmp_path):
     assert result.plan.bytes_after <= result.plan.bytes_before // 2
     plan = result.plan
     ids = calibration_tokens(plan, progress=False)
-    assert budget["measured_kl"] == pytest.approx(
-        kl(source, tmp_path / "out", ids[: measured_sequences(ids)]), rel=1e-2
-    )
+    assert budget["measured_kl"] == pytest.approx(kl(source, tmp_path / "out", measured_tokens(plan, ids)), rel=1e-2)
     data = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert mc.Profile.from_json(data["profile"]) == plan.profile
 
