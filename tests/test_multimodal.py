@@ -163,11 +163,11 @@ def outs(tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         source, whole, half = (directory / part for part in ("source", "whole", "half"))
         stock_checkpoint(name, source)
-        common = {"split": "even", "sequences": 6, "sequence_length": 48, "progress": False}
+        common = {"split": "even", "sequences": 6, "sequence_length": 48, "refine": 2, "progress": False}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fit_layers, "calibration_tokens", lambda *_: tokens(6, 48, 1))
             mc.compress(source, whole, kv_ratio=1.0, heal=0, **common)
-            result = mc.compress(source, half, kv_ratio=0.5, refine=2, heal=2, **common)
+            result = mc.compress(source, half, kv_ratio=0.5, heal=2, **common)
         return SimpleNamespace(source=source, whole=whole, half=half, result=result)
 
     return make
