@@ -227,6 +227,24 @@ def test_what_came_of_it_is_measured_where_that_was_interrupted(tmp_path, monkey
     assert resumed.fidelity["budget"]["measured_kl"] == whole.fidelity["budget"]["measured_kl"] > 0
 
 
+def test_what_was_measured_on_other_text_is_not_gone_on_with(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "source")
+    options = {"kv_ratio": 0.5, "refine": 0, "heal": "0", "progress": False, **QUICK}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling._Profiler, "advance", interrupted)  # behind the first layer
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            mc.compress(source, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_MEASURED_WINDOW", 16)
+        with pytest.raises(RequestError, match="what a profile is measured on changed since the interrupted run"):
+            mc.compress(source, tmp_path / "out", resume=True, **options)
+    assert mc.compress(source, tmp_path / "out", resume=True, **options).fidelity["budget"]["measured_kl"] > 0
+
+
 def test_one_sequence_is_too_little(tmp_path):
     source = stock_checkpoint(tmp_path / "source")
     with pytest.raises(RequestError, match="only one"):

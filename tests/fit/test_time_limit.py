@@ -70,6 +70,16 @@ def test_a_budget_that_is_asked_for_is_measured(source, tmp_path, unit):
     assert told(tmp_path / "out") is None
 
 
+def test_the_text_that_is_left_has_the_sequences_that_costs_are_measured_on(source, tmp_path, unit, monkeypatch):
+    """A quarter of what there is at most, as for a profile that had more."""
+    monkeypatch.setattr(time_limit, "FITTED_TOKENS", 32)
+    monkeypatch.setattr(progress, "MEASURED_TOKENS", 8 * 32)
+    unit(1e6)
+    result = compress(source, tmp_path / "out", recipe=Recipe(**LIMITED, budget="uniform"), progress=False)
+    assert told(tmp_path / "out")["sequences"] == 4 * 8
+    assert progress.measured_count(result.plan, 4 * 8) == progress.measured_count(result.plan, SEQUENCES) == 8
+
+
 @pytest.mark.parametrize(("more", "share"), [({}, 0.9), ({"refine": 1}, 0.2), ({"heal": 1}, 0.2)])
 def test_the_closed_form_is_fitted_to_as_much_text_as_there_is_time_for(more, share, source, tmp_path, unit):
     recipe = Recipe(**LIMITED | more, budget="uniform")
