@@ -209,12 +209,12 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
 
 
 def _measured_on(plan: Plan) -> list[int] | None:
-    """Return the tokens that costs are measured on, in all and of a sequence; None where none are."""
+    """Return `measured_on` where a budget is measured, else None."""
     if not plan.decisions.measures_budget:
         return None
-    from mea_compress.fit.progress import MEASURED_TOKENS, measured_window
+    from mea_compress.fit.progress import measured_on
 
-    return [MEASURED_TOKENS, measured_window(plan)]
+    return measured_on(plan)
 
 
 def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float | None) -> Plan:

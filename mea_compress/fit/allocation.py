@@ -14,7 +14,7 @@ from mea_compress.compositions.base import configured, side_choice
 from mea_compress.compositions.frequency import allocate_components
 from mea_compress.compositions.groups import cluster, divided
 from mea_compress.fit.layers import CalibratedFit, stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS
+from mea_compress.fit.progress import fitted_tokens
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.layers.read import read_heads
@@ -54,8 +54,7 @@ def _energies(plan: Plan, layers: list[LayerPlan], workspace: Workspace, progres
                 bar.update(1)
             return found
         tokens = stored_tokens(plan, workspace, progress)
-        wanted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
-        stream = CalibratedFit(plan, tokens[: ceil(wanted / tokens.shape[1])], 0)
+        stream = CalibratedFit(plan, tokens[: ceil(fitted_tokens(plan) / tokens.shape[1])], 0)
         found = []
         for layer in plan.layers[: layers[-1].layer + 1]:
             stream.compressed = stream.original.copy()

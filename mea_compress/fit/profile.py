@@ -37,10 +37,10 @@ from mea_compress.fit.layers import (
     stored_tokens,
 )
 from mea_compress.fit.progress import (
-    FITTED_TOKENS,
-    MEASURED_TOKENS,
     WorkBar,
     comparison_units,
+    fitted_tokens,
+    measured_on,
     measured_window,
     profile_units,
     rounds,
@@ -141,8 +141,7 @@ def divide_text(plan: Plan, tokens: torch.Tensor) -> tuple[int, int]:
     """
     count, length = tokens.shape
     measured = measured_sequences(plan, tokens)
-    wanted = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size)
-    return measured, min(ceil(wanted / length), count - measured)
+    return measured, min(ceil(fitted_tokens(plan) / length), count - measured)
 
 
 def profile_in(plan: Plan, workspace: Workspace, progress: bool) -> Profile:
@@ -274,7 +273,7 @@ def profile(
             "source": fingerprint(plan.source.reader, plan.source.raw_config),
             "recipe": to_yaml(plan.recipe),
             "text": text_state(plan.recipe.text) if plan.recipe.text else None,
-            "measured": [MEASURED_TOKENS, measured_window(plan)],
+            "measured": measured_on(plan),
         }
         commit = Commit(_kept_results(kept, request))
         commit.save = lambda layer, result: write_json(kept, {"request": request, "layers": commit.results})

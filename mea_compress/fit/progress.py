@@ -36,15 +36,25 @@ HEALING_TRIALS = 1.15
 """All steps of a distillation, those of the trials of step sizes among them, for each of the full run."""
 TRIAL_TOKENS = 1 << 13
 """Tokens that the ways to divide a layer's budget are tried on."""
-MEASURED_TOKENS = 1 << 11
+_MEASURED_TOKENS = 1 << 11
 """Tokens that costs are measured on, of a profile and of the whole."""
 _MEASURED_WINDOW = 1 << 9
 """Tokens of each sequence that costs are measured on: many sequences differ less from other text than a few do."""
 TRIED_TOKENS = 1 << 13
 """Tokens that two allocations of the cache are tried on: what they cost can be close."""
-FITTED_TOKENS = 1 << 14
+_FITTED_TOKENS = 1 << 14
 """Tokens that a profile's candidates are fitted to; a model wider than half of these takes more."""
 _TRIALS = 4  # other ways to divide a layer's budget, which see a part of the text
+
+
+def fitted_tokens(plan: Plan) -> int:
+    """Return how many tokens a profile's candidates are fitted to, as far as there are so many."""
+    return max(_FITTED_TOKENS, 2 * plan.source.config.hidden_size)
+
+
+def measured_on(plan: Plan) -> list[int]:
+    """Return the tokens that costs are measured on, in all and of a sequence: what kept costs must have in common."""
+    return [_MEASURED_TOKENS, measured_window(plan)]
 
 
 def measured_window(plan: Plan) -> int:
@@ -55,7 +65,7 @@ def measured_window(plan: Plan) -> int:
 
 def measured_count(plan: Plan, sequences: int) -> int:
     """Return how many of the sequences that there are costs are measured on."""
-    return max(1, min(MEASURED_TOKENS // measured_window(plan), sequences // 4))
+    return max(1, min(_MEASURED_TOKENS // measured_window(plan), sequences // 4))
 
 
 class Work:
@@ -263,13 +273,13 @@ def budget_units(measured: Plan, equal: Plan, sequences: int) -> float:
     """
     length = measured.decisions.sequence_length
     there = sequences * length
-    fitted = min(there, max(FITTED_TOKENS, 2 * measured.source.config.hidden_size))
+    fitted = min(there, fitted_tokens(measured))
     read = min(there, fitted + measured_count(measured, sequences) * length)
     parts, sampled = ceil(read / TOKENS_PER_STEP), TRIAL_TOKENS // TOKENS_PER_STEP
     profiled = [layer.layer for layer in measured.layers if layer.compressed]
     device = resolve_device(measured.recipe.device)
     products = fast_products(torch_dtype(measured.source.dtype), device)
-    units = profile_units(measured, profiled, parts, sampled, MEASURED_TOKENS / TOKENS_PER_STEP, products)
+    units = profile_units(measured, profiled, parts, sampled, _MEASURED_TOKENS / TOKENS_PER_STEP, products)
     tried = min(there, fitted + TRIED_TOKENS)
     parts, compared = ceil(tried / TOKENS_PER_STEP), (tried - fitted) / TOKENS_PER_STEP
     for plan in (measured, equal):

@@ -13,14 +13,15 @@ from math import ceil
 
 from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.fit.layers import stored_tokens
-from mea_compress.fit.progress import FITTED_TOKENS, budget_units, closed_form_units, measured_count, unit_seconds
+from mea_compress.fit.progress import budget_units, closed_form_units, fitted_tokens, measured_count, unit_seconds
 from mea_compress.planning.types import Plan
 from mea_compress.processes import process_count
 
 _SECTION = "time_limit"
-# Shares of the time that is left. On SmolLM2-135M (40 minutes, two cores, half of the cache) measuring takes 21 % with
-# joint keys and values, whose closed form is a fifth closer for it; with frequency and latent ones it takes 34 %, and
-# equal widths end closer (KL 0.203 and 0.217). The closed form takes 18 %.
+# Shares of the time that is left. On SmolLM2-135M (40 minutes, two cores, half of the cache) measuring takes a fifth
+# with joint keys and values, whose closed form is a fifth closer for it or more (`budget` of their rows in
+# benchmarks/results/smollm2.json); with frequency and latent ones it took a third, and equal widths end closer
+# (KL 0.203 and 0.217).
 _BUDGET_SHARE, _CLOSED_SHARE = 0.3, 0.2
 _ALONE_SHARE = 0.9  # of a closed form that nothing follows
 
@@ -73,9 +74,8 @@ def with_less_text(plan: Plan, workspace: Workspace, deadline: float, progress: 
         follows = decisions.healing_steps or decisions.refinement_steps
         left = (_CLOSED_SHARE if follows else _ALONE_SHARE) * (deadline - time.monotonic())
         wanted = unit_seconds(plan) * closed_form_units(plan, there) / process_count()  # which share the sequences
-        fitted, length = max(FITTED_TOKENS, 2 * plan.source.config.hidden_size), decisions.sequence_length
-        measured = measured_count(plan, there)
-        least = max(ceil(fitted / length) + measured + process_count(), 4 * measured)  # costs keep their sequences
+        fitted, measured = ceil(fitted_tokens(plan) / decisions.sequence_length), measured_count(plan, there)
+        least = max(fitted + measured + process_count(), 4 * measured)  # costs keep their sequences
         sequences = min(there, max(least, int(there * left / wanted)))
         workspace.commit(_SECTION, "sequences", sequences)
     return replace(plan, decisions=replace(decisions, sequences=sequences))

@@ -56,7 +56,7 @@ def test_a_cost_is_that_of_a_checkpoint_with_this_side_compressed(case, tmp_path
 def test_costs_are_measured_on_the_beginnings_of_many_sequences(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "source")
     monkeypatch.setattr(progress, "_MEASURED_WINDOW", 12)
-    monkeypatch.setattr(progress, "MEASURED_TOKENS", 3 * 12)
+    monkeypatch.setattr(progress, "_MEASURED_TOKENS", 3 * 12)
     profile = mc.profile(source, progress=False, **WEIGHTS)
     plan = make_plan(source, Recipe(kv_ratio=0.5, budget="uniform", **WEIGHTS))
     ids = calibration_tokens(plan, progress=False)[:3, :12]

@@ -24,8 +24,8 @@ SEQUENCES, LEAST = 64, 16
 def source(tmp_path, monkeypatch):
     """A checkpoint, and a calibration that is small beside it."""
     monkeypatch.setattr(decisions, "_CALIBRATION_TOKENS", SEQUENCES * 32)
-    monkeypatch.setattr(time_limit, "FITTED_TOKENS", (LEAST - 3) * 32)
-    monkeypatch.setattr(progress, "MEASURED_TOKENS", 2 * 32)  # and one for the process
+    monkeypatch.setattr(progress, "_FITTED_TOKENS", (LEAST - 3) * 32)
+    monkeypatch.setattr(progress, "_MEASURED_TOKENS", 2 * 32)  # and one for the process
     return stock_checkpoint(tmp_path / "src")
 
 
@@ -72,8 +72,8 @@ def test_a_budget_that_is_asked_for_is_measured(source, tmp_path, unit):
 
 def test_the_text_that_is_left_has_the_sequences_that_costs_are_measured_on(source, tmp_path, unit, monkeypatch):
     """A quarter of what there is at most, as for a profile that had more."""
-    monkeypatch.setattr(time_limit, "FITTED_TOKENS", 32)
-    monkeypatch.setattr(progress, "MEASURED_TOKENS", 8 * 32)
+    monkeypatch.setattr(progress, "_FITTED_TOKENS", 32)
+    monkeypatch.setattr(progress, "_MEASURED_TOKENS", 8 * 32)
     unit(1e6)
     result = compress(source, tmp_path / "out", recipe=Recipe(**LIMITED, budget="uniform"), progress=False)
     assert told(tmp_path / "out")["sequences"] == 4 * 8

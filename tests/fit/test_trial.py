@@ -9,7 +9,7 @@ from tiny import stock_checkpoint
 
 import mea_compress.fit.layers as fitting
 from mea_compress.compression import compress
-from mea_compress.fit import profile, progress, trial
+from mea_compress.fit import progress, trial
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 
@@ -67,8 +67,8 @@ def test_a_trial_is_measured_on_text_that_no_profile_has_seen(sequences, fitted,
             seen.append((tokens, held_out))
 
     monkeypatch.setattr(trial, "CalibratedFit", Seen)
-    monkeypatch.setattr(profile, "FITTED_TOKENS", fitted * 32)
-    monkeypatch.setattr(progress, "MEASURED_TOKENS", 4 * 32)
+    monkeypatch.setattr(progress, "_FITTED_TOKENS", fitted * 32)
+    monkeypatch.setattr(progress, "_MEASURED_TOKENS", 4 * 32)
     monkeypatch.setattr(trial, "TRIED_TOKENS", 16 * 32)
     source = stock_checkpoint(tmp_path / "src")
     plan = make_plan(source, Recipe(**MEASURED | {"sequences": sequences}))
@@ -89,9 +89,9 @@ def test_a_trial_on_a_profile_s_text_reads_as_much_of_it(sequences, shape, tmp_p
     monkeypatch.setattr(
         trial.CalibratedFit, "measure", lambda fit, *args: (seen.append(args[2].shape), measure(fit, *args))[1]
     )
-    monkeypatch.setattr(profile, "FITTED_TOKENS", 18 * 32)
+    monkeypatch.setattr(progress, "_FITTED_TOKENS", 18 * 32)
     monkeypatch.setattr(progress, "_MEASURED_WINDOW", 16)
-    monkeypatch.setattr(progress, "MEASURED_TOKENS", 4 * 16)
+    monkeypatch.setattr(progress, "_MEASURED_TOKENS", 4 * 16)
     monkeypatch.setattr(trial, "TRIED_TOKENS", 8 * 32)
     plan = make_plan(stock_checkpoint(tmp_path / "src"), Recipe(**MEASURED | {"sequences": sequences}))
     found = trial.closed_form_kl(plan, fitting.calibration_tokens(plan, progress=False), "", progress=False)
