@@ -236,7 +236,8 @@ def _allocated(plan: Plan, workspace: Workspace, progress: bool, deadline: float
         assert measured.profile is not None
         predicted = predicted_cost(plan, measured.profile)
         equal = replace(equal, profile=measured.profile, predicted_kl=predicted)
-        plan = better_plan({"measured": measured, "uniform": equal}, workspace, progress)
+        plans = {"measured": measured, "uniform": equal}
+        plan = better_plan(plans, workspace, progress, believe_profile=deadline is not None)
     if plan.decisions.shares_rotary_allocation:
         from mea_compress.fit.allocation import share_rotary_components
 

@@ -6,7 +6,7 @@ small model they do not, and widths that are cheap one by one can cost more toge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from mea_compress.layers.store import store_layer
 from mea_compress.planning.types import Plan
 
 
-def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool) -> Plan:
+def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool, believe_profile: bool = False) -> Plan:
     """Return the plan whose closed form says what is closest to the original, on text that nothing is fitted to.
 
     What each of them costs is committed to the workspace as the result ``trial`` of ``budget``, in nats per token.
@@ -29,17 +29,24 @@ def better_plan(plans: Mapping[str, Plan], workspace: Workspace, progress: bool)
         plans: By their names; of one source and recipe, with calibration.
         workspace: Keeps the calibration text, and what an earlier run has found.
         progress: Show bars on stderr.
+        believe_profile: Do not try a plan that costs more by its profile's prediction than another did in its trial:
+            layers cost more together than one by one, if anything, and equal widths are not chosen by the prediction.
 
     Raises:
         RequestError: As `fit_layers`.
     """
     found = dict(workspace.result_of("budget", "trial") or {})
     for name, plan in plans.items():
-        if name not in found:
+        if name not in found and not (believe_profile and _is_predicted_above(plan, found.values())):
             tokens = stored_tokens(plan, workspace, progress)[: plan.decisions.sequences]
             found[name] = closed_form_kl(plan, tokens, f"trying the {name} budget,", progress)
             workspace.commit("budget", "trial", dict(found))
-    return plans[min(plans, key=lambda name: found[name])]
+    return plans[min(found, key=lambda name: found[name])]
+
+
+def _is_predicted_above(plan: Plan, found: Collection[float]) -> bool:
+    """Return whether a profile predicts a higher KL of a plan than one of those found."""
+    return plan.predicted_kl is not None and any(kl < plan.predicted_kl for kl in found)
 
 
 def closed_form_kl(plan: Plan, tokens: torch.Tensor, title: str, progress: bool) -> float:

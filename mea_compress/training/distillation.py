@@ -65,9 +65,9 @@ _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
 _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 _LOOKS = 5  # at the held-out text, in the full run
-_LAST_LOOKS = 4  # as long as measuring all of it takes in the end, and writing and checking what was learnt
+_LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
-_LOOK_TOKENS = 1 << 13
+_LOOK_TOKENS = 1 << 13  # with a deadline half of them: looks were a tenth of 40 minutes
 _PROGRESS, _TRAINED = "progress.json", "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
 _ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what families call their attention blocks
@@ -116,6 +116,11 @@ class DistillationSettings:
     def trial_steps(self) -> int:
         """Optimiser steps of one trial: a deadline may leave few of all the steps, so they are fewer with one."""
         return max(3, min(20 if self.deadline is None else 12, self.steps // 20))
+
+    @property
+    def look_tokens(self) -> int:
+        """Tokens of the held-out text in one look."""
+        return _LOOK_TOKENS if self.deadline is None else _LOOK_TOKENS // 2
 
     @property
     def all_steps(self) -> int:
@@ -172,7 +177,7 @@ def distil(
         known: Called with all optimiser steps, those of trials among them, once it is known how many there are.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    looked_at = held_out[: max(1, _LOOK_TOKENS // held_out.shape[1])]
+    looked_at = held_out[: max(1, settings.look_tokens // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
     if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
         _convert_frozen(model, settings.products)

@@ -50,10 +50,37 @@ def test_the_better_one_is_taken_and_an_interrupted_run_does_not_try_again(bette
         compress(source, tmp_path / "out", recipe=Recipe(**MEASURED), progress=False)
     result = compress(source, tmp_path / "out", recipe=Recipe(**MEASURED), progress=False, resume=True)
     assert tried == ["measured", "uniform", "uniform"] and result.fidelity["budget"]["chosen"] == better
-    monkeypatch.setattr(trial, "better_plan", lambda plans, *_: plans[better])
+    monkeypatch.setattr(trial, "better_plan", lambda plans, *_, **__: plans[better])
     expected = compress(source, tmp_path / "expected", recipe=Recipe(**MEASURED), progress=False).plan
     assert [layer.spec for layer in result.plan.layers] == [layer.spec for layer in expected.layers]
     assert result.plan.predicted_kl == expected.predicted_kl > 0 and math.isfinite(result.plan.predicted_kl)
+
+
+@pytest.mark.parametrize(("measured", "tried"), [(0.9, 1), (1.1, 2)])
+def test_with_a_limit_equal_widths_are_tried_where_measured_ones_cost_more_than_these_were_to(
+    measured, tried, tmp_path, monkeypatch
+):
+    """A trial that costs less than the profile predicts of equal widths is enough, and without a limit it is not."""
+    source, seen, kept = stock_checkpoint(tmp_path / "src"), [], {}
+
+    def kl(plan, tokens, title, progress):
+        seen.append(plan.predicted_kl)
+        return kept["equal"] * measured if "measured" in title else kept["equal"] * 1.05
+
+    better = trial.better_plan
+
+    def keep(plans, *args, **kwargs):
+        kept["equal"] = plans["uniform"].predicted_kl
+        return better(plans, *args, **kwargs)
+
+    monkeypatch.setattr(trial, "closed_form_kl", kl)
+    monkeypatch.setattr(trial, "better_plan", keep)
+    _, told = budget_of(source, tmp_path / "limited", time_limit=60)
+    assert len(seen) == tried and told["chosen"] == ("measured" if measured < 1 else "uniform")
+    assert ("uniform_trial_kl" in told) == (tried == 2)
+    seen.clear()
+    _, told = budget_of(source, tmp_path / "unlimited")
+    assert len(seen) == 2 and told["chosen"] == ("measured" if measured < 1 else "uniform")
 
 
 @pytest.mark.parametrize(("sequences", "fitted"), [(22, 16), (48, 4)])
