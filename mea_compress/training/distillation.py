@@ -63,6 +63,9 @@ _RATES = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 _TRIALS = 3  # as many as there mostly are
 _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
+_LONGER, _RAISED = 4, 3
+"""A run that is four times as long as a trial takes the step size that it found, a longer one more, as the root of its
+length, up to three times as much (`benchmarks/NOTES.md`)."""
 _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
 _LOOKS = 5  # at the held-out text, in the full run
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
@@ -215,10 +218,10 @@ def distil(
             progress.offer(value, parameters)
             progress.save()
         _set(parameters, start)
-        rate = _choose_rate(settings.rates, progress)
-        groups = _group(parameters, rate)
         if progress.steps is None:
             progress.steps = _steps_left(settings, pace) if tried is None or progress.gained else 0
+        rate = _rate_of_run(_choose_rate(settings.rates, progress), progress.steps, settings)
+        groups = _group(parameters, rate)
     else:
         rate, progress.steps = None, settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
@@ -384,6 +387,20 @@ def _choose_rate(rates: Sequence[float], progress: _Progress) -> float:
     if not gain > 0:
         return best
     return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
+
+
+def _rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> float:
+    """Return the step size of a run of so many steps where trials have chosen one: what larger steps upset, more mend.
+
+    Args:
+        rate: What was chosen, or the only one there is, which is taken as it is.
+        steps: Of the full run.
+        settings: With the steps of a trial and the largest step size.
+    """
+    if len(settings.rates) == 1:
+        return rate
+    factor = math.sqrt(steps / (_LONGER * settings.trial_steps))
+    return min(rate * min(max(1.0, factor), _RAISED), settings.rates[-1])
 
 
 @dataclass

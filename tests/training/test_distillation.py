@@ -258,7 +258,9 @@ def test_the_full_run_goes_on_from_the_best_trial(pair, monkeypatch):
 
     monkeypatch.setattr(distillation, "_run", watched)
     done = distil(student, teacher, IDS[:16], IDS[16:], DistillationSettings(20, 8, rates=(1e-6, 0.01, 1e3)))
-    assert done.rate == 0.01 and len(starts) == 3  # in the middle, above it, and the full run
+    assert (
+        done.rate == pytest.approx(0.01 * math.sqrt(20 / (4 * 3))) and len(starts) == 3
+    )  # in the middle, above it, and the full run
     for name, weight in starts[2].items():
         assert torch.equal(weight, ends[0][name]) and torch.equal(starts[1][name], starts[0][name]), name
     assert any(not torch.equal(starts[0][name], weight) for name, weight in starts[2].items())
@@ -294,6 +296,18 @@ def test_a_run_that_was_stopped_behind_its_trials_knows_their_pace(pair, tmp_pat
     done = distil(student, teacher, IDS[:16], IDS[16:], settings, state=tmp_path / "state")
     assert resumed == paces[-1:] and resumed[0].in_steps > 0 and resumed[0].looks == 2
     assert done.steps == 5 and done.all_steps == 5 + 2 * trial
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "taken"),
+    [(12, 0.01, 0.01), (80, 0.01, 0.01), (320, 0.01, 0.02), (720, 0.01, 0.03), (9999, 0.01, 0.03), (720, 0.02, 0.05)],
+)
+def test_a_longer_run_takes_larger_steps_than_its_trials(steps, rate, taken):
+    """As the root of its length in fours of a trial, thrice at most, and never above them all."""
+    settings = DistillationSettings(9999, 8, rates=(0.01, 0.02, 0.05))
+    assert settings.trial_steps == 20
+    assert distillation._rate_of_run(rate, steps, settings) == pytest.approx(taken)
+    assert distillation._rate_of_run(rate, steps, DistillationSettings(9999, 8, rates=(rate,))) == rate
 
 
 @pytest.mark.parametrize("rates", [{"rates": (1e3, 1e30)}, {"learning_rate": 1e3}])
