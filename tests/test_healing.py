@@ -15,6 +15,7 @@ from letters import character_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from mea_compress import healing
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
@@ -99,6 +100,27 @@ def test_logits_are_made_of_a_sequence_at_a_time(tmp_path, teacher, monkeypatch)
     monkeypatch.setattr(distillation, "_whole_loss", lambda *a, **o: pytest.fail("of all of them at once"))
     heal(student, teacher=teacher, match_attention=0.5, top_logits=8, **SETTINGS | {"steps": 2})
     assert len(seen) == 2 and all(arguments[-3:] == (8, 0.0, 0.5) for arguments in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_a_teacher_is_not_run_in_products_that_a_processor_imitates(dtype, products, tmp_path, teacher, monkeypatch):
+    """In 16 bits on a CPU that is made for float32 alone, a teacher's pass takes several times as long."""
+    tiny_llama().to(dtype).save_pretrained(tmp_path / "half")
+    character_tokenizer().save_pretrained(tmp_path / "half")
+    student, seen, distil = make_student(tmp_path / "student", dtype), [], healing.distil
+
+    def watched(model, original, *args):
+        seen.append((original.dtype, args[2].products))
+        return distil(model, original, *args)
+
+    monkeypatch.setattr(
+        healing, "fast_products", lambda stored, device: products if stored == torch.bfloat16 else torch.float32
+    )
+    monkeypatch.setattr(healing, "distil", watched)
+    heal(student, teacher=tmp_path / "half", **SETTINGS | {"steps": 2})
+    taken = products if dtype == torch.bfloat16 else torch.float32
+    assert seen == [(taken, taken)]
 
 
 def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):

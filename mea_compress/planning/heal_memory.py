@@ -13,8 +13,9 @@ def heal_weight_bytes(
     """Return the memory of weights, gradients and optimiser.
 
     Every process has all of both models; see `sharded_heal_weight_bytes` for those that share them out. The original
-    stays as it is stored. What is trained is float32 with its gradient, Adam's two moments, where it began and the best
-    so far, and once more as products take it; the other linear maps are as products take them, and embeddings float32.
+    stays as it is stored, or is float32 on a processor that only imitates products in 16 bits. What is trained is
+    float32 with its gradient, Adam's two moments, where it began and the best so far, and once more as products take
+    it; the other linear maps are as products take them, and embeddings float32.
     While the student is loaded, all of it is float32.
 
     Args:
