@@ -567,6 +567,8 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
             if model.dtype != torch.float64:
                 model.float()  # what was frozen before may learn now
             training_of.begin(stage)
+            if mesh is None:
+                training_of.share(teacher_model, products)
             here = place / f"training-{index}-{stage}" if place else None
             distillation = distil(model, teacher_model, training, held_out, part, tick, here, counted)
             first = sum(one.steps for one in done)

@@ -15,8 +15,8 @@ def heal_weight_bytes(
     Every process has all of both models; see `sharded_heal_weight_bytes` for those that share them out. The original
     stays as it is stored, or is float32 on a processor that only imitates products in 16 bits. What is trained is
     float32 with its gradient, Adam's two moments, where it began and the best so far, and once more as products take
-    it; the other linear maps are as products take them, and embeddings float32.
-    While the student is loaded, all of it is float32.
+    it; all else is the original's, but for embeddings where they have to be float32. While the student is loaded, all
+    of it is float32.
 
     Args:
         original: Weights of the original.
@@ -29,7 +29,7 @@ def heal_weight_bytes(
     teacher = itemsize * original
     loading = teacher + _FLOAT32 * compressed
     copies = 6 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0) + (_FLOAT32 if processes > 1 else 0)
-    frozen = itemsize * (compressed - trained - embeddings) + _FLOAT32 * embeddings
+    frozen = _FLOAT32 * embeddings if itemsize < _FLOAT32 else 0
     return max(loading, teacher + frozen + copies * trained)
 
 

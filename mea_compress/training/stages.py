@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mea_compress.architectures.geometry import beside_language
@@ -74,6 +75,25 @@ class Stages:
         self.largest = max(self.largest, sum(parameter.numel() for parameter in parameters.values()))
         adapted = [f"{target}.weight" for target in self._targets]
         self.trained |= {name for name in parameters if "lora_" not in name} | set(adapted)
+
+    def share(self, teacher: PreTrainedModel, products: torch.dtype) -> None:
+        """Let the student have its original's tensors where they equal its own and no stage trains them.
+
+        Args:
+            teacher: The original, whose weights nothing trains.
+            products: What matrix products are computed in: linear maps are shared if the original has them so, and
+                everything else in the dtype that it has in the student.
+        """
+        originals = dict(teacher.named_parameters(remove_duplicate=False))
+        learning = {id(weight) for name, weight in self.model.named_parameters() if name in self.trained}
+        for path, module in self.model.named_modules():
+            narrow = products != torch.float32 and isinstance(module, nn.Linear)
+            for name, weight in module.named_parameters(path, recurse=False):
+                own = originals.get(name)
+                if own is None or own.shape != weight.shape or weight.requires_grad or id(weight) in learning:
+                    continue
+                if own.dtype == (products if narrow else weight.dtype) and torch.equal(weight, own.to(weight.dtype)):
+                    weight.data = own.data
 
     def end(self) -> None:
         """Merge what adapters have learnt into the weights that they stand beside; names are what they were."""
