@@ -258,9 +258,7 @@ def test_the_full_run_goes_on_from_the_best_trial(pair, monkeypatch):
 
     monkeypatch.setattr(distillation, "_run", watched)
     done = distil(student, teacher, IDS[:16], IDS[16:], DistillationSettings(20, 8, rates=(1e-6, 0.01, 1e3)))
-    assert (
-        len(starts) == 3
-    )  # in the middle, above it, and the full run, nearly seven times as long as one of three steps
+    assert len(starts) == 3  # in the middle, above it, and the full run
     assert done.rate == pytest.approx(0.01 * math.sqrt(20 / (4 * 3)))
     for name, weight in starts[2].items():
         assert torch.equal(weight, ends[0][name]) and torch.equal(starts[1][name], starts[0][name]), name
