@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.architectures.families import MEA_PREFIX, find_family, language_settings
@@ -45,7 +44,7 @@ from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
-from mea_compress.layers.runner import fast_products
+from mea_compress.layers.runner import fast_products, reading_dtype
 from mea_compress.loading import (
     check_ids,
     choose_sequence_length,
@@ -69,6 +68,7 @@ from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
 from mea_compress.training.distillation import DistillationSettings, distil, measure
 from mea_compress.training.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.training.stages import Stages, parse_stages
+from mea_compress.training.step_bar import step_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -520,8 +520,9 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     teacher_model, _ = load(teacher) if mesh is None else in_turns(partial(load, teacher))
     model, products = load(student) if mesh is None else in_turns(partial(load, student))
     teacher_model.requires_grad_(False)
-    if mesh is None and products == torch.float32 and target.type == "cpu" and teacher_model.dtype.itemsize == 2:
-        teacher_model = teacher_model.float()  # this processor only imitates its products, in several times the time
+    if mesh is None:
+        original: Any = teacher_model
+        teacher_model = original.to(reading_dtype(original.dtype, target))
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))
@@ -556,13 +557,8 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     done: list[HealingStage] = []
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
-    with tqdm(total=total, desc="healing", unit="step", disable=not asked.progress, file=sys.stderr) as bar:
-
-        def tick(loss: float) -> None:
-            bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
-            bar.update(1)
-
-        place = from_first_process(None if state is None else state.work)
+    place = from_first_process(None if state is None else state.work)
+    with step_bar(total, asked.progress) as bar:
         for index, (stage, part) in enumerate(zip(stages, parts, strict=True)):
             if model.dtype != torch.float64:
                 model.float()  # what was frozen before may learn now
@@ -570,7 +566,9 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
             if mesh is None:
                 training_of.share(teacher_model, products)
             here = place / f"training-{index}-{stage}" if place else None
-            distillation = distil(model, teacher_model, training, held_out, part, tick, here, counted)
+            known = partial(bar.known, later=sum(one.all_steps for one in parts[index + 1 :]))
+            distillation = distil(model, teacher_model, training, held_out, part, bar.tick, here, counted, known)
+            bar.through()
             first = sum(one.steps for one in done)
             curve += [(first + step, value) for step, value in distillation.curve if step or not index]
             losses += distillation.losses

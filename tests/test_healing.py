@@ -21,6 +21,7 @@ from mea_compress.compression import compress
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.healing import HealingResult, heal
 from mea_compress.healing import _publish as publish
+from mea_compress.layers import runner
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.training import distillation
 
@@ -114,9 +115,10 @@ def test_a_teacher_is_not_run_in_products_that_a_processor_imitates(dtype, produ
         seen.append((original.dtype, args[2].products))
         return distil(model, original, *args)
 
-    monkeypatch.setattr(
-        healing, "fast_products", lambda stored, device: products if stored == torch.bfloat16 else torch.float32
-    )
+    for module in (healing, runner):
+        monkeypatch.setattr(
+            module, "fast_products", lambda stored, device: products if stored == torch.bfloat16 else torch.float32
+        )
     monkeypatch.setattr(healing, "distil", watched)
     heal(student, teacher=tmp_path / "half", **SETTINGS | {"steps": 2})
     taken = products if dtype == torch.bfloat16 else torch.float32

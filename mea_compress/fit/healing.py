@@ -8,7 +8,6 @@ written.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from mea_compress.checkpoint import CheckpointReader, NewTensor, as_array, as_tensor, torch_dtype, write_checkpoint
 from mea_compress.checkpoint.system import trim_heap
@@ -29,7 +27,7 @@ from mea_compress.fit.block_student import make_block_student
 from mea_compress.fit.layers import held_out_sequences, shared_origins, shared_tokens
 from mea_compress.fit.refinement import trainable_parameters
 from mea_compress.layers.read import read_projection
-from mea_compress.layers.runner import fast_products
+from mea_compress.layers.runner import fast_products, reading_dtype
 from mea_compress.loading import load_model, resolve_device, seeded
 from mea_compress.measure.metrics import NOTHING, Comparison
 from mea_compress.planning.decisions import HEALING_EPOCHS, kept_healing_steps
@@ -38,6 +36,7 @@ from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
 from mea_compress.text.reading import text_names
 from mea_compress.training.distillation import DistillationSettings, distil, may_keep, measure
+from mea_compress.training.step_bar import step_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +83,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     stored = torch_dtype(plan.source.dtype)
     products = fast_products(stored, device)
     wide = torch.float64 if stored == torch.float64 else torch.float32
-    teacher = load_model(plan.source.reader.directory, products if products != torch.float32 else wide, device)
+    teacher = load_model(plan.source.reader.directory, reading_dtype(stored, device), device)
     make = make_block_student if plan.source.at_cache else make_student
     student, trained = make(plan, workspace, teacher, wide)
     settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
@@ -94,20 +93,9 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     kept_states = {name: may_keep(teacher, ids, products) for name, ids in texts.items()}
     told = {"before": _measured(student, teacher, texts, products, kept_states)}
     before = sum(told["before"].values(), NOTHING)
-    expected = None if deadline is not None else settings.all_steps
-    with tqdm(total=expected, desc="healing", unit="step", disable=not progress, file=sys.stderr) as bar:
-
-        def tick(loss: float) -> None:
-            bar.set_postfix(kl=f"{loss:.4f}", refresh=False)
-            bar.update(1)
-
-        def known(steps: int) -> None:
-            bar.total = steps
-
-        kept_in = workspace.work / "healing"
-        distillation = distil(student, teacher, training, held_out_ids, settings, tick, kept_in, known=known)
-        bar.total = bar.n  # trials may have been fewer or more
-        bar.refresh()
+    kept_in = workspace.work / "healing"
+    with step_bar(None if deadline is not None else settings.all_steps, progress) as bar:
+        distillation = distil(student, teacher, training, held_out_ids, settings, bar.tick, kept_in, known=bar.known)
     kept = torch_dtype(plan.decisions.stored_dtype)
     with torch.no_grad():
         for weights in trained.values():

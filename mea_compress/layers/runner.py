@@ -289,6 +289,18 @@ def fast_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def reading_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of a model that is run and not trained: what its products are computed in, at least.
+
+    Where 16-bit products are only imitated, converting every weight in every product takes twice the time.
+
+    Args:
+        dtype: Of the checkpoint; float64 stays.
+        device: To compute on.
+    """
+    return dtype if dtype == torch.float64 else fast_products(dtype, device)
+
+
 def embed(source: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Activations:
     """Return the token embeddings of all sequences, (N, T) -> (N, T, D); only the rows that occur are read."""
     name = "model.embed_tokens.weight"

@@ -160,7 +160,7 @@ def distil(
     tick: Callable[[float], object] = lambda loss: None,
     state: Path | None = None,
     counted: tuple[torch.Tensor, torch.Tensor] | None = None,
-    known: Callable[[int], object] = lambda steps: None,
+    known: Callable[[int, int], object] = lambda steps, done: None,
 ) -> Distillation:
     """Distil a model in place; what requires gradients is trained and holds the best weights afterwards.
 
@@ -177,7 +177,8 @@ def distil(
             nothing. It must be of the same model, teacher, sequences and settings.
         counted: Which tokens of the sequences to train on and of those held out count when they are predicted, bool
             (N, T) and (M, T), at least one of each sequence; None for all.
-        known: Called with all optimiser steps, those of trials among them, once it is known how many there are.
+        known: Called when the run behind the trials begins, with all optimiser steps, those of trials among them, and
+            with how many of these are done.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     looked_at = held_out[: max(1, settings.look_tokens // held_out.shape[1])]
@@ -194,11 +195,9 @@ def distil(
     start = {name: weight.detach().clone() for name, weight in parameters.items()}
     progress = _Progress.resumed(state, start) or _Progress(state, look(), start)
 
-    def train(groups: list[dict[str, Any]], steps: int, on_step: Callable[[int], object] | None = None) -> None:
+    def train(groups: list[dict[str, Any]], steps: int, run: _Run | None = None) -> None:
         _set(parameters, start if progress.begun is None else progress.begun)
-        losses = progress.losses if on_step else []
-        here = state if on_step else None
-        _run(model, teacher, training, groups, settings, steps, tick, losses, on_step, here, learnt)
+        _run(model, teacher, training, groups, settings, steps, tick, learnt, run)
 
     pace = progress.pace
     if settings.learning_rate is None:
@@ -235,11 +234,16 @@ def distil(
         progress.offer(value, parameters)
         progress.save()
 
-    known(progress.taken + progress.steps)
-    if progress.curve[-1][0] < progress.steps:  # otherwise it was through, and something else was stopped behind it
-        train(groups, progress.steps, on_step)
-    _set(parameters, progress.best_weights)
     all_steps = progress.taken + progress.steps
+    if progress.curve[-1][0] < progress.steps:  # otherwise it was through, and something else was stopped behind it
+
+        def begins(step: int) -> None:
+            known(all_steps, progress.taken + step)
+
+        train(groups, progress.steps, _Run(state, progress.losses, on_step, begins))
+    else:
+        known(all_steps, all_steps)
+    _set(parameters, progress.best_weights)
     return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tuple(progress.losses))
 
 
@@ -531,6 +535,24 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index]} | counted
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What is kept and told of the run behind the trials, and of no trial.
+
+    Attributes:
+        state: Directory of checkpoints, one whenever `look` is called, from the last of which training goes on; None
+            keeps none.
+        losses: The loss of every step.
+        look: Called every so often with the steps that are done.
+        begins: Called with the steps that were done before.
+    """
+
+    state: Path | None
+    losses: list[float]
+    look: Callable[[int], object]
+    begins: Callable[[int], object]
+
+
 class _Callback(TrainerCallback):
     """Reports every step, looks at the held-out text every so often, and stops at a loss that is not finite."""
 
@@ -538,24 +560,28 @@ class _Callback(TrainerCallback):
         self,
         steps: int,
         tick: Callable[[float], object],
-        history: list[float],
-        look: Callable[[int], object] | None,
-        saves: bool,
+        run: _Run | None,
     ) -> None:
-        self.tick, self.history, self.look, self.saves = tick, history, look, saves
+        self.tick, self.run = tick, run
         self.looks = {round(steps * (index + 1) / _LOOKS) for index in range(_LOOKS)}
         self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell how far it has come already."""
+        if self.run is not None:
+            self.run.begins(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         loss = sum(self.losses) / len(self.losses)
         self.losses.clear()
-        self.history[state.global_step - 1 :] = [loss]  # steps behind the checkpoint it went on from are done again
+        if self.run is not None:  # steps behind the checkpoint it went on from are done again
+            self.run.losses[state.global_step - 1 :] = [loss]
         self.tick(loss)
         if not math.isfinite(loss):
             control.should_training_stop = True
-        elif self.look is not None and state.global_step in self.looks:
-            self.look(state.global_step)
-            control.should_save = self.saves
+        elif self.run is not None and state.global_step in self.looks:
+            self.run.look(state.global_step)
+            control.should_save = self.run.state is not None
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -860,21 +886,16 @@ def _run(
     settings: DistillationSettings,
     steps: int,
     tick: Callable[[float], object],
-    history: list[float],
-    look: Callable[[int], object] | None = None,
-    state: Path | None = None,
-    counted: torch.Tensor | None = None,
+    counted: torch.Tensor | None,
+    run: _Run | None,
 ) -> None:
-    """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`.
-
-    The loss of every step goes to `history`. With a directory `state`, checkpoints are kept there whenever `look` is
-    called, and training goes on from the last.
-    """
+    """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`; a trial without `run`."""
+    state = None if run is None else run.state
     device = next(model.parameters()).device
     sample = ids[:1, :8].to(device)
     with _autocast(model, settings.products):
         sliced = all(_head_alone_makes_logits(one, sample) for one in (model, teacher))
-    reporter = _Callback(steps, tick, history, look, state is not None)
+    reporter = _Callback(steps, tick, run)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     micro, accumulated = _micro_batch(settings, device, ids.shape[1], sliced, vocabulary_size(teacher))

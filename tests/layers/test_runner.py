@@ -11,7 +11,15 @@ from mea_compress.architectures import open_checkpoint
 from mea_compress.errors import DiskFullError
 from mea_compress.layers import runner as streaming
 from mea_compress.layers.read import read_heads
-from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
+from mea_compress.layers.runner import (
+    Activations,
+    HeadRunner,
+    LayerRunner,
+    batches,
+    embed,
+    fast_products,
+    reading_dtype,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,11 +136,13 @@ def test_products_in_bfloat16_keep_the_stream_in_float32(tmp_path):
         (torch.bfloat16, {"avx2": True}, torch.float32),
         (torch.float32, {"amx_bf16": True}, torch.float32),
         (torch.float16, {"amx_bf16": True}, torch.float32),
+        (torch.float64, {"amx_bf16": True}, torch.float32),
     ],
 )
 def test_products_are_bfloat16_where_model_and_processor_are_made_for_it(dtype, capabilities, products, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert fast_products(dtype, torch.device("cpu")) == products
+    assert reading_dtype(dtype, torch.device("cpu")) == (torch.float64 if dtype == torch.float64 else products)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert fast_products(dtype, torch.device("cpu")) == torch.float32
 
