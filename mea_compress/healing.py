@@ -311,7 +311,7 @@ def heal(
     gradient_checkpointing: bool = False,
     answers_only: bool = False,
     top_logits: int | None = None,
-    match_hidden: float = 0.0,
+    match_hidden: float | None = None,
     match_attention: float = 0.0,
     resume: bool = False,
 ) -> HealingResult:
@@ -349,7 +349,8 @@ def heal(
         answers_only: The text is conversations, and only what their answers predict counts; see `answer_sequences`.
         top_logits: Tokens of the teacher, the likeliest, that the loss tells apart; all others count as one, and only
             a slice of the vocabulary is in memory. None tells all apart.
-        match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size.
+        match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size, when
+            a run begins; it falls as the step size does. None takes 30 where both models tell these outputs.
         match_attention: Weight of the error of the attention blocks' outputs in the loss, measured alike.
         resume: Go on where an interrupted run of the same request stopped.
 
@@ -381,7 +382,7 @@ def heal(
     stages = parse_stages(train)
     if steps < len(stages):
         raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
-    for name, weight in (("match_hidden", match_hidden), ("match_attention", match_attention)):
+    for name, weight in (("match_hidden", match_hidden or 0.0), ("match_attention", match_attention)):
         if not 0 <= weight < math.inf:
             raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
     vocabulary = language_settings(CheckpointReader(student).config()).get("vocab_size")
@@ -574,8 +575,6 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
             losses += distillation.losses
             done.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
     training_of.end()
-    if state is not None:
-        state.commit("made", "training", total)  # worth keeping, should the directory not be writable
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in training_of.trained:

@@ -78,6 +78,8 @@ def heal_step_bytes(
 ) -> int:
     """Return the memory of what a step keeps for its gradients, and of the logits of a sequence.
 
+    The outputs of both models' layers are compared (`match_hidden`), for which the original's are kept.
+
     Args:
         layers: Of the model.
         hidden: Channels of its stream.
@@ -91,7 +93,8 @@ def heal_step_bytes(
     tokens = sequences * length
     layer = itemsize * tokens * (18 * hidden + 8 * inner)
     kept = layers * itemsize * tokens * hidden + layer if checkpointing else layers * layer
-    return kept + 5 * _FLOAT32 * length * vocabulary
+    compared = layers * itemsize * tokens * hidden
+    return kept + compared + 5 * _FLOAT32 * length * vocabulary
 
 
 __all__ = ["heal_step_bytes", "heal_weight_bytes", "sharded_heal_weight_bytes"]

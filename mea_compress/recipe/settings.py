@@ -149,7 +149,7 @@ class HealRecipe(_Settings):
     match_hidden: float | None = Field(
         None,
         ge=0,
-        description="Weight of the error of the layers' outputs in the loss; 0 without it.",
+        description="Weight of the error of the layers' outputs in the loss; 30 without it.",
         json_schema_extra=_group("Training", "X"),
     )
     match_attention: float | None = Field(

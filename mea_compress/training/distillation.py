@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -67,6 +68,9 @@ _LONGER, _RAISED = 4, 3
 """A run that is four times as long as a trial takes the step size that it found, a longer one more, as the root of its
 length, up to three times as much (`benchmarks/NOTES.md`)."""
 _TRIALS_WORTH = 4  # with a deadline: so many times a trial's steps must be left for another trial, once one has gained
+MATCH_HIDDEN = 30.0
+"""What the error of the layers' outputs counts when a run begins, where nothing else is asked for
+(`benchmarks/NOTES.md`)."""
 _LOOKS = 5  # at the held-out text, in the full run
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
@@ -94,7 +98,8 @@ class DistillationSettings:
         cross_entropy: Share of the text's own cross-entropy in the loss.
         gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
         top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
-        match_hidden: Weight of the error of every layer's output in the loss; see `_relative_error`.
+        match_hidden: Weight of the error of every layer's output in the loss, see `_relative_error`, when the run
+            begins; it falls as the step size does. None takes `MATCH_HIDDEN` where both models tell these outputs.
         match_attention: Weight of the error of what every attention block sends to the stream; measured alike.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
             as those of the trials took; None for whenever. Without trials there are all steps, or with `rates` none
@@ -111,7 +116,7 @@ class DistillationSettings:
     cross_entropy: float = 0.0
     gradient_checkpointing: bool = False
     top_logits: int | None = None
-    match_hidden: float = 0.0
+    match_hidden: float | None = None
     match_attention: float = 0.0
     deadline: float | None = None
 
@@ -181,6 +186,9 @@ def distil(
             with how many of these are done.
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if settings.match_hidden is None:
+        told = _tell_the_same_layers(model, teacher, training[:1, :8].to(next(model.parameters()).device))
+        settings = replace(settings, match_hidden=MATCH_HIDDEN if told else 0.0)
     looked_at = held_out[: max(1, settings.look_tokens // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
     if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled
@@ -613,20 +621,27 @@ class _Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.settings, self.sliced, self.per_sequence = student, settings, sliced, per_sequence
+        self.share_of_matching = 1.0
         object.__setattr__(self, "teacher", teacher)
 
     def train(self, mode: bool = True) -> _Loss:
         """Leave dropout off, which the teacher has not: layers are told of training where they are run again alone."""
         return super().train(mode and self.settings.gradient_checkpointing)
 
-    def forward(self, input_ids: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the loss per token of ids (B, T), of which those that count may be given, (B, T)."""
+    def forward(
+        self, input_ids: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss per token of ids (B, T), of which those that count may be given, (B, T).
+
+        Returns:
+            All of it, and without gradients what of it is of predictions, or all of it where that is not finite.
+        """
         loss_of = _sliced_loss if self.sliced else _whole_loss
         teacher: Any = self.teacher
         # By the average of all sequences, so that it does not matter how they are shared out.
         weights = None if counted is None else _weights(counted, len(counted) * (self.per_sequence or 1))
         with _autocast(teacher, self.settings.products):
-            return loss_of(
+            of_predictions, of_states = loss_of(
                 self.student,
                 teacher,
                 input_ids,
@@ -634,9 +649,11 @@ class _Loss(nn.Module):
                 self.settings.cross_entropy,
                 weights,
                 self.settings.top_logits,
-                self.settings.match_hidden,
-                self.settings.match_attention,
+                self.share_of_matching * (self.settings.match_hidden or 0.0),
+                self.share_of_matching * self.settings.match_attention,
             )
+        loss = of_predictions + of_states
+        return loss, of_predictions.detach() if loss.isfinite() else loss.detach()
 
 
 class _Prepared(nn.Module):
@@ -646,7 +663,7 @@ class _Prepared(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.loss(**inputs)
 
 
@@ -656,15 +673,21 @@ class _Distiller(Trainer):
     def __init__(self, reporter: _Callback, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.reporter = reporter
-        self.student: Any = arguments["model"].student
+        self.loss: _Loss = arguments["model"]
+        self.student: Any = self.loss.student
         self.model_accepts_loss_kwargs = False  # the Trainer averages over accumulated micro-batches
+
+    def training_step(self, model: Any, inputs: Any, *more: Any, **named: Any) -> torch.Tensor:
+        """Match less and less: what is inside guides the first steps, the last ones are for what is predicted."""
+        self.loss.share_of_matching = _share_of_peak(self.state.max_steps, self.state.global_step)
+        return super().training_step(model, inputs, *more, **named)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = model(**inputs)
+        loss, told = model(**inputs)
         # Of all processes, for all of them are to stop where one meets a loss that is not finite.
-        self.reporter.losses.append(float(self.accelerator.reduce(loss.detach(), "mean")))
+        self.reporter.losses.append(float(self.accelerator.reduce(told, "mean")))
         return (loss, {}) if return_outputs else loss
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
@@ -743,7 +766,7 @@ def _whole_loss(
     top_logits: int | None = None,
     match_hidden: float = 0.0,
     match_attention: float = 0.0,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
 
     Args:
@@ -756,6 +779,9 @@ def _whole_loss(
         top_logits: Tokens that are told apart; see `top_divergence`.
         match_hidden: Weight of the error of every layer's output; see `_relative_error`.
         match_attention: Weight of the error of every attention block's output.
+
+    Returns:
+        The loss of predictions, and the weighted errors that are to be added to it.
     """
     more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
     with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
@@ -774,9 +800,12 @@ def _whole_loss(
     if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
+    matched = torch.zeros_like(loss)
     if match_hidden:  # behind the embeddings, which come first
-        loss = loss + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
-    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
+        matched = matched + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
+    if match_attention:
+        matched = matched + match_attention * _relative_error(outputs, targets)
+    return loss, matched
 
 
 def _sliced_loss(
@@ -789,7 +818,7 @@ def _sliced_loss(
     top_logits: int | None = None,
     match_hidden: float = 0.0,
     match_attention: float = 0.0,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `_whole_loss` returns, with the logits of one sequence at a time in memory."""
     with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
         target, expected = _hidden(teacher, ids, match_hidden > 0)
@@ -799,9 +828,12 @@ def _sliced_loss(
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
     loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
     loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
+    matched = torch.zeros_like(loss)
     if match_hidden:
-        loss = loss + match_hidden * _relative_error(found[1:], expected[1:])
-    return loss + match_attention * _relative_error(outputs, targets) if match_attention else loss
+        matched = matched + match_hidden * _relative_error(found[1:], expected[1:])
+    if match_attention:
+        matched = matched + match_attention * _relative_error(outputs, targets)
+    return loss, matched
 
 
 def _hidden(
@@ -841,11 +873,14 @@ def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
     others.
     """
-    errors = []
-    for own, other in zip(found, expected, strict=True):
-        own, other = own.float(), other.float()
-        errors.append(((own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)).mean())
+    # Made again for its gradients, so that of a layer no more is kept than its two outputs.
+    errors = [checkpoint(_error_of, *states, use_reentrant=False) for states in zip(found, expected, strict=True)]
     return torch.stack(errors).mean()
+
+
+def _error_of(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    found, expected = found.float(), expected.float()
+    return ((found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:
@@ -869,6 +904,17 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     found = head(_hidden(model, ids)[0].to(head.weight.dtype)).float()
     reshard(model)
     return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
+
+
+@torch.no_grad()
+def _tell_the_same_layers(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Return whether the outputs of layers, which not all families tell, are as many in both models and as large."""
+    shapes = []
+    for one in (model, teacher):
+        states = one(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+        shapes.append([state.shape for state in states[1:]])
+        reshard(one)
+    return shapes[0] == shapes[1] != []
 
 
 def _share_of_peak(steps: int, step: int) -> float:

@@ -14,6 +14,7 @@ from tiny import stock_model
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.training import distillation, head_loss
 from mea_compress.training.distillation import (
+    MATCH_HIDDEN,
     DistillationSettings,
     _head_alone_makes_logits,
     _sliced_loss,
@@ -51,7 +52,7 @@ def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options
     temperature, share = options
     results = []
     for loss_of in (_whole_loss, _sliced_loss):
-        loss = loss_of(student, teacher, IDS[:3], *options)
+        loss = sum(loss_of(student, teacher, IDS[:3], *options))
         loss.backward()
         results.append((loss.item(), gradients(student)))
     with torch.no_grad():
@@ -81,15 +82,15 @@ def test_what_does_not_count_has_no_part_in_the_loss(pair, share, positions_at_o
     found = []
     for sliced in (True, False):
         loss_of = distillation._Loss(student, teacher, settings, sliced, mean)
-        loss = loss_of(IDS, counted)
+        loss, told = loss_of(IDS, counted)
         loss.backward()
         whole = gradients(student)
         # Shared out, whatever counts in a part: the same on average.
-        parts = [loss_of(*part) for part in zip(IDS.split(6), counted.split(6), strict=True)]
+        parts = [loss_of(*part)[0] for part in zip(IDS.split(6), counted.split(6), strict=True)]
         (sum(parts) / 4).backward()
         for name, gradient in gradients(student).items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-6)
-        assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+        assert loss.item() == told.item() == pytest.approx(float(expected), rel=1e-4)
         assert sum(part.item() for part in parts) / 4 == pytest.approx(loss.item(), rel=1e-5)
         found.append(whole)
     for name, gradient in found[0].items():
@@ -108,13 +109,49 @@ def test_the_outputs_of_layers_are_matched_each_token_by_its_own_size(pair):
     assert error > 0 and torch.equal(found[0], expected[0])
     results = []
     for loss_of in (_whole_loss, _sliced_loss):
-        without = loss_of(student, teacher, IDS[:3]).item()
-        loss = loss_of(student, teacher, IDS[:3], match_hidden=3.0)
+        without = sum(loss_of(student, teacher, IDS[:3])).item()
+        loss = sum(loss_of(student, teacher, IDS[:3], match_hidden=3.0))
         loss.backward()
         assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
         results.append(gradients(student))
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-6)
+
+
+def watched_losses(monkeypatch):
+    """Return what is to hold the weight of layers' outputs, the loss of predictions and what is added, step by step."""
+    seen, sliced = [], distillation._sliced_loss
+
+    def watched(*arguments):
+        parts = sliced(*arguments)
+        seen.append((arguments[-2], *map(float, parts)))
+        return parts
+
+    monkeypatch.setattr(distillation, "_sliced_loss", watched)
+    return seen
+
+
+def test_layers_are_matched_less_and_less_and_the_losses_told_are_of_predictions(pair, monkeypatch):
+    seen = watched_losses(monkeypatch)
+    done = distil(*pair, IDS[:16], IDS[16:], DistillationSettings(10, 8, rates=(0.01,)))
+    weights, losses, added = zip(*seen, strict=True)
+    assert weights == tuple(MATCH_HIDDEN * distillation._share_of_peak(10, step) for step in range(10))
+    assert weights[1] > 0.9 * MATCH_HIDDEN and 0 < weights[-1] < 0.1 * MATCH_HIDDEN and min(added) > 0
+    assert done.losses == pytest.approx(losses)
+
+
+def test_layers_that_a_model_does_not_tell_are_not_matched(pair, monkeypatch):
+    forward = type(pair[1]).forward
+
+    def silent(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        output.hidden_states = None
+        return output
+
+    monkeypatch.setattr(type(pair[1]), "forward", silent)
+    seen = watched_losses(monkeypatch)
+    distil(*pair, IDS[:16], IDS[16:], DistillationSettings(3, 8, rates=(0.01,)))
+    assert [(weight, added) for weight, _, added in seen] == [(0, 0)] * 3
 
 
 def attention_outputs(model, ids):
@@ -147,8 +184,8 @@ def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
     assert error > 0
     results, before = [], hooks(*pair)
     for loss_of in (_whole_loss, _sliced_loss):
-        without = loss_of(student, teacher, IDS[:4]).item()
-        loss = loss_of(student, teacher, IDS[:4], match_attention=3.0)
+        without = sum(loss_of(student, teacher, IDS[:4])).item()
+        loss = sum(loss_of(student, teacher, IDS[:4], match_attention=3.0))
         loss.backward()
         assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
         results.append(gradients(student))
@@ -156,7 +193,7 @@ def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
     student.train()
     for micro in (4, 1):  # of four sequences: at once, and one after the other
         for ids in IDS[:4].split(micro):
-            (_sliced_loss(student, teacher, ids, match_attention=3.0) * micro / 4).backward()
+            (sum(_sliced_loss(student, teacher, ids, match_attention=3.0)) * micro / 4).backward()
         results.append(gradients(student))
     for other in results[1:]:
         assert other.keys() == results[0].keys()
@@ -190,7 +227,7 @@ def test_the_loss_in_slices_is_the_plain_loss_with_the_same_gradients(pair):
     student, teacher = pair
     results = []
     for loss_of in (_whole_loss, _sliced_loss):
-        loss = loss_of(student, teacher, IDS[:3])
+        loss = sum(loss_of(student, teacher, IDS[:3]))
         (3 * loss).backward()
         results.append((loss.item(), gradients(student)))
     (whole, expected), (sliced, found) = results
