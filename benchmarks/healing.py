@@ -30,7 +30,7 @@ from mea_compress.measure.evaluation import evaluate
 from mea_compress.report.tables import table
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sequences import token_sequences
-from mea_compress.training.distillation import DistillationSettings, _run
+from mea_compress.training.distillation import MATCH_HIDDEN, DistillationSettings, _run
 from mea_compress.training.stages import Stages
 
 LATENT = {"key_composition": "frequency", "value_composition": "latent"}
@@ -80,8 +80,8 @@ def speed(student: Path, original: Path, options: dict[str, Any], steps: int, ro
 
     def healing(clock: Clock) -> None:
         trained = [weight for weight in students["s"].parameters() if weight.requires_grad]
-        settings = DistillationSettings(every, batch, 1e-5, products=products)
-        _run(students["s"], teacher, ids, [{"params": trained, "lr": 1e-5}], settings, every, clock.tick, [])
+        settings = DistillationSettings(every, batch, 1e-5, products=products, match_hidden=MATCH_HIDDEN)
+        _run(students["s"], teacher, ids, [{"params": trained, "lr": 1e-5}], settings, every, clock.tick)
 
     def tuning(clock: Clock, beside: Any) -> None:
         with torch.autocast(device.type, products, enabled=products != torch.float32):

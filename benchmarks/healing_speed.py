@@ -28,7 +28,7 @@ from mea_compress.compression import compress
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
-from mea_compress.training.distillation import DistillationSettings, _run
+from mea_compress.training.distillation import MATCH_HIDDEN, DistillationSettings, _run
 from mea_compress.training.stages import Stages
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
@@ -125,9 +125,9 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
 
             def heal(clock: Clock, name: str, students=students, teacher=teacher) -> None:
                 trained = [weight for weight in students[name].parameters() if weight.requires_grad]
-                settings = DistillationSettings(all_steps, batch_size, 1e-5)
+                settings = DistillationSettings(all_steps, batch_size, 1e-5, match_hidden=MATCH_HIDDEN)
                 groups = [{"params": trained, "lr": 1e-5}]
-                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick(), [])
+                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
 
             def tune(clock: Clock, teacher: Any, students=students) -> None:
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)

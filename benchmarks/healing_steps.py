@@ -7,7 +7,8 @@ itself as a run of no steps. Runs that the result has already are not done again
     python benchmarks/healing_steps.py SRC HALF --text train.txt --test wiki=test.txt:24 --run 2,0.0015,388,attention \\
         --run 8,lr=0.0004,97,attention --out steps.json
 
-BATCH,RATE,STEPS,TRAIN: RATE is a share of each weight's root mean square, or lr=… the same for all weights.
+BATCH,RATE,STEPS,TRAIN: RATE is a share of each weight's root mean square, or lr=… the same for all weights; a fifth,
+MATCH, is the weight of the layers' outputs in the loss.
 """
 
 import json
@@ -41,16 +42,18 @@ class Run:
     learning_rate: float | None
     steps: int
     train: str | None
+    match_hidden: float | None = None
 
     @classmethod
     def parse(cls, start: str, text: str) -> "Run":
         try:
-            batch, rate, steps, train = text.split(",")
-            given = rate.startswith("lr=")
-            value = float(rate.removeprefix("lr="))
-            return cls(start, int(batch), None if given else value, value if given else None, int(steps), train)
+            batch, rate, steps, train, *match = text.split(",")
+            given, value = rate.startswith("lr="), float(rate.removeprefix("lr="))
+            (matched,) = map(float, match) if match else (None,)
+            sizes = (None, value) if given else (value, None)
+            return cls(start, int(batch), *sizes, int(steps), train, matched)
         except ValueError as error:
-            raise click.BadParameter(f"{text} is no BATCH,RATE,STEPS,TRAIN") from error
+            raise click.BadParameter(f"{text} is no BATCH,RATE,STEPS,TRAIN[,MATCH]") from error
 
 
 def parse_test(text: str) -> tuple[str, Path, int | None]:
@@ -90,7 +93,12 @@ def heal(
         stages = Stages(model)
         stages.begin(run.train)
         settings = DistillationSettings(
-            run.steps, run.batch, run.learning_rate, rates=() if run.rate is None else (run.rate,), products=products
+            run.steps,
+            run.batch,
+            run.learning_rate,
+            rates=() if run.rate is None else (run.rate,),
+            products=products,
+            match_hidden=run.match_hidden,
         )
         began = time.perf_counter()
         done = distil(model, teacher, training[: run.batch * run.steps], held_out, settings)
@@ -103,13 +111,15 @@ def heal(
 def report(result: dict[str, Any]) -> str:
     """Lay the runs out: KL at the end of the curve, and KL and perplexity of every text."""
     names = list(result["setting"]["tests"])
-    heading = ["start", "batch", "rate", "steps", "train", "held out", *names]
+    heading = ["start", "batch", "rate", "steps", "train", "match", "held out", *names]
     rows = []
     for row in result["rows"]:
         rate = f"lr {row['learning_rate']:g}" if row["learning_rate"] else f"{row['rate'] or 0:g}"
         last = f"{row['curve'][-1][1]:.4f}" if row["curve"] else None
         cells = [f"{row['tests'][name]['kl']:.4f} ({row['tests'][name]['perplexity']:.2f})" for name in names]
-        rows.append([row["start"], row["batch"], rate, row["steps"], row["train"], last, *cells])
+        rows.append(
+            [row["start"], row["batch"], rate, row["steps"], row["train"], row.get("match_hidden", 0.0), last, *cells]
+        )
     return table(rows, heading)
 
 
@@ -118,7 +128,7 @@ def report(result: dict[str, Any]) -> str:
 @click.argument("start", type=click.Path(path_type=Path, exists=True))
 @click.option("--text", "texts", multiple=True, required=True, help="To train on; several are mixed.")
 @click.option("--test", "tests", multiple=True, required=True, help="NAME=FILE[:WINDOWS] to measure on.")
-@click.option("--run", "runs", multiple=True, required=True, help="BATCH,RATE,STEPS,TRAIN.")
+@click.option("--run", "runs", multiple=True, required=True, help="BATCH,RATE,STEPS,TRAIN[,MATCH].")
 @click.option("--sequence-length", type=int, default=512, show_default=True)
 @click.option("--test-length", type=int, default=1024, show_default=True)
 @click.option("--held-out", type=int, default=16, show_default=True, help="Sequences.")
@@ -153,7 +163,10 @@ def main(source, start, texts, tests, runs, sequence_length, test_length, held_o
         if kept["setting"] != setting:
             raise click.ClickException(f"{out} has rows of other settings: name another file with --out")
         result |= kept
-    done = [{key: row[key] for key in asdict(wanted[0])} for row in result["rows"]]
+    # Rows of before layers' outputs were matched have no weight of theirs.
+    done = [
+        {"match_hidden": 0.0} | {key: row[key] for key in asdict(wanted[0]) if key in row} for row in result["rows"]
+    ]
     for run in wanted:
         if asdict(run) in done:
             continue

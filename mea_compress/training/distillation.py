@@ -932,8 +932,8 @@ def _run(
     settings: DistillationSettings,
     steps: int,
     tick: Callable[[float], object],
-    counted: torch.Tensor | None,
-    run: _Run | None,
+    counted: torch.Tensor | None = None,
+    run: _Run | None = None,
 ) -> None:
     """Train a model in place on ids (N, T): AdamW without decay, see `_share_of_peak`; a trial without `run`."""
     state = None if run is None else run.state
