@@ -908,13 +908,17 @@ def _head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _tell_the_same_layers(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> bool:
-    """Return whether the outputs of layers, which not all families tell, are as many in both models and as large."""
+    """Return whether the outputs of layers, which not all families tell, are as many in both models and as large.
+
+    They are asked for in both ways that a loss may ask for them: with logits, and without.
+    """
     shapes = []
     for one in (model, teacher):
-        states = one(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states or ()
-        shapes.append([state.shape for state in states[1:]])
+        asked = {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
+        outputs = [one(**asked)] if one.base_model is one else [one(**asked), run_base(one, **asked)]
+        shapes += [[state.shape for state in (getattr(each, "hidden_states", None) or ())[1:]] for each in outputs]
         reshard(one)
-    return shapes[0] == shapes[1] != []
+    return shapes[0] != [] and all(found == shapes[0] for found in shapes)
 
 
 def _share_of_peak(steps: int, step: int) -> float:
