@@ -30,8 +30,9 @@ from mea_compress.measure.evaluation import evaluate
 from mea_compress.report.tables import table
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sequences import token_sequences
-from mea_compress.training.distillation import MATCH_HIDDEN, DistillationSettings, _run
+from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
 from mea_compress.training.stages import Stages
+from mea_compress.training.trainer import train_student
 
 LATENT = {"key_composition": "frequency", "value_composition": "latent"}
 HEAD = {"key_composition": "head", "value_composition": "head"}
@@ -81,7 +82,7 @@ def speed(student: Path, original: Path, options: dict[str, Any], steps: int, ro
     def healing(clock: Clock) -> None:
         trained = [weight for weight in students["s"].parameters() if weight.requires_grad]
         settings = DistillationSettings(every, batch, 1e-5, products=products, match_hidden=MATCH_HIDDEN)
-        _run(students["s"], teacher, ids, [{"params": trained, "lr": 1e-5}], settings, every, clock.tick)
+        train_student(students["s"], teacher, ids, [{"params": trained, "lr": 1e-5}], settings, every, clock.tick)
 
     def tuning(clock: Clock, beside: Any) -> None:
         with torch.autocast(device.type, products, enabled=products != torch.float32):

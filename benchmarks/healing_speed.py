@@ -28,8 +28,9 @@ from mea_compress.compression import compress
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
-from mea_compress.training.distillation import MATCH_HIDDEN, DistillationSettings, _run
+from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
 from mea_compress.training.stages import Stages
+from mea_compress.training.trainer import train_student
 
 HEALING, REFERENCE = "healing", "fine-tuning and a teacher"
 FIRST_STEPS = 2  # of every run, which do not count
@@ -127,7 +128,7 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
                 trained = [weight for weight in students[name].parameters() if weight.requires_grad]
                 settings = DistillationSettings(all_steps, batch_size, 1e-5, match_hidden=MATCH_HIDDEN)
                 groups = [{"params": trained, "lr": 1e-5}]
-                _run(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
+                train_student(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
 
             def tune(clock: Clock, teacher: Any, students=students) -> None:
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)

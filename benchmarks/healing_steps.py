@@ -28,7 +28,8 @@ from mea_compress.loading import load_model, load_tokenizer, resolve_device
 from mea_compress.report.tables import table
 from mea_compress.text.reading import read_documents
 from mea_compress.text.sequences import token_sequences
-from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.distillation import distil, measure
+from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.stages import Stages
 
 

@@ -65,7 +65,8 @@ from mea_compress.text.kept_samples import kept_samples, tokenizer_digest
 from mea_compress.text.reading import TextChoice, read_documents, text_state
 from mea_compress.text.sampling import sample_sequences
 from mea_compress.text.sequences import Bos, sequence_prefix, token_sequences
-from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training.distillation import distil, measure
+from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.training.stages import Stages, parse_stages
 from mea_compress.training.step_bar import step_bar

@@ -7,13 +7,13 @@ import argparse
 import os
 import signal
 
-import mea_compress.training.distillation as distillation
+import mea_compress.training.trainer as trainer
 from mea_compress.healing import heal
 
 
 def kill_at(step):
     """Have the process killed at the end of so many steps from now, those of trials among them."""
-    left, on_step_end = step, distillation._Callback.on_step_end
+    left, on_step_end = step, trainer._Callback.on_step_end
 
     def counted(self, *arguments, **options):
         nonlocal left
@@ -22,7 +22,7 @@ def kill_at(step):
             os.kill(os.getpid(), signal.SIGKILL)
         return on_step_end(self, *arguments, **options)
 
-    distillation._Callback.on_step_end = counted
+    trainer._Callback.on_step_end = counted
 
 
 if __name__ == "__main__":

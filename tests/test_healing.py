@@ -23,7 +23,8 @@ from mea_compress.healing import HealingResult, heal
 from mea_compress.healing import _publish as publish
 from mea_compress.layers import runner
 from mea_compress.measure.evaluation import evaluate
-from mea_compress.training import distillation
+from mea_compress.training import losses, trainer
+from mea_compress.training.settings import MATCH_HIDDEN
 
 
 @pytest.fixture
@@ -96,12 +97,12 @@ def test_healing_in_place_lowers_the_divergence(tmp_path, teacher):
 
 def test_logits_are_made_of_a_sequence_at_a_time(tmp_path, teacher, monkeypatch):
     student, seen = make_student(tmp_path / "student"), []
-    sliced = distillation._sliced_loss
-    monkeypatch.setattr(distillation, "_sliced_loss", lambda *a, **o: (seen.append(a), sliced(*a, **o))[1])
-    monkeypatch.setattr(distillation, "_whole_loss", lambda *a, **o: pytest.fail("of all of them at once"))
+    sliced = losses.sliced_loss
+    monkeypatch.setattr(losses, "sliced_loss", lambda *a, **o: (seen.append(a), sliced(*a, **o))[1])
+    monkeypatch.setattr(losses, "whole_loss", lambda *a, **o: pytest.fail("of all of them at once"))
     heal(student, teacher=teacher, match_attention=0.5, top_logits=8, **SETTINGS | {"steps": 2})
     assert [arguments[-3] for arguments in seen] == [8, 8]
-    assert [arguments[-1] / arguments[-2] for arguments in seen] == pytest.approx([0.5 / distillation.MATCH_HIDDEN] * 2)
+    assert [arguments[-1] / arguments[-2] for arguments in seen] == pytest.approx([0.5 / MATCH_HIDDEN] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -219,19 +220,19 @@ def test_stages_go_on_where_they_were_stopped(tmp_path, teacher, monkeypatch):
     student = composed_student(tmp_path / "student", teacher)
     options = SETTINGS | {"teacher": teacher, "train": "compositions,attention", "steps": 20}
     whole = heal(student, out=tmp_path / "whole", **options)
-    step, count = distillation._Callback.on_step_end, iter(range(100))
+    step, count = trainer._Callback.on_step_end, iter(range(100))
 
     def stop(self, *arguments, **more):
         if next(count) == 15:
             raise KeyboardInterrupt
         return step(self, *arguments, **more)
 
-    monkeypatch.setattr(distillation._Callback, "on_step_end", stop)
+    monkeypatch.setattr(trainer._Callback, "on_step_end", stop)
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         heal(student, out=tmp_path / "out", **options)
     taken = []
     monkeypatch.setattr(
-        distillation._Callback, "on_step_end", lambda *args, **more: (taken.append(1), step(*args, **more))[1]
+        trainer._Callback, "on_step_end", lambda *args, **more: (taken.append(1), step(*args, **more))[1]
     )
     resumed = heal(student, out=tmp_path / "out", resume=True, **options)
     assert len(taken) < 10 and resumed.curve == whole.curve and resumed.losses == whole.losses

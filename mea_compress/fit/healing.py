@@ -35,7 +35,8 @@ from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
 from mea_compress.processes import is_first_process, process_count
 from mea_compress.text.reading import text_names
-from mea_compress.training.distillation import DistillationSettings, distil, may_keep, measure
+from mea_compress.training.distillation import distil, may_keep, measure
+from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.step_bar import step_bar
 
 if TYPE_CHECKING:

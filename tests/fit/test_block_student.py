@@ -17,7 +17,8 @@ from mea_compress.fit import layers as fit_layers
 from mea_compress.fit.block_student import maps_beside_the_cache
 from mea_compress.fit.progress import estimate_seconds
 from mea_compress.loading import load_model
-from mea_compress.training.distillation import DistillationSettings, _Loss
+from mea_compress.training.losses import DistillationLoss
+from mea_compress.training.settings import DistillationSettings
 
 # What is trained beside encoders and decoders: fused projections make keys and values, and stay.
 TRAINED = {
@@ -100,19 +101,19 @@ KILLED = """
 import os, signal, sys
 import torch
 from mea_compress import compress
-from mea_compress.training import distillation
+from mea_compress.training import trials
 from mea_compress.fit import layers
 
 layers.calibration_tokens = lambda *_: torch.randint(3, 64, (40, 24), generator=torch.Generator().manual_seed(1))
 source, out, kill, resume = sys.argv[1:]
 if kill == "kill":
-    write, count = distillation.write_text, []
+    write, count = trials.write_text, []
     def once(*args):
         write(*args)
         count.append(1)
         if len(count) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-    distillation.write_text = once
+    trials.write_text = once
 compress(source, out, kv_ratio=0.5, refine=0, split="even", sequences=16, sequence_length=24, heal=10, progress=False,
          resume=resume == "resume")
 """
@@ -171,5 +172,5 @@ def test_weights_that_another_part_reads_are_not_trained():
 def test_dropout_is_off_in_training_as_it_is_in_the_teacher():
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config).eval()
-    loss = _Loss(model, model, DistillationSettings(1, 1), sliced=False).train()
+    loss = DistillationLoss(model, model, DistillationSettings(1, 1), sliced=False).train()
     assert float(loss(torch.arange(8)[None]).detach().abs()) < 1e-6

@@ -20,8 +20,9 @@ from mea_compress.errors import RequestError
 from mea_compress.fit.refinement import _within_groups
 from mea_compress.healing import heal
 from mea_compress.loading import load_model
-from mea_compress.training import distillation, sharding
-from mea_compress.training.distillation import DistillationSettings, distil, measure
+from mea_compress.training import sharding, trainer
+from mea_compress.training.distillation import distil, measure
+from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.stages import Stages
 
 IDS = torch.randint(3, 29, (28, 16), generator=torch.Generator().manual_seed(1))
@@ -98,7 +99,7 @@ def work(directory: Path, names: list[str]) -> None:
 
     register_optimizer_step_post_hook(check_parts)
     for name in names:
-        distillation.HEALING_MICRO_TOKENS = 32 if name == "small micro-batches" else 1024
+        trainer.HEALING_MICRO_TOKENS = 32 if name == "small micro-batches" else 1024
         curves, found = healed(name, directory, True)
         if os.environ["RANK"] == "0":
             save_file({key: value.clone() for key, value in found.items()}, directory / f"{name}.safetensors")
@@ -119,7 +120,7 @@ def test_a_sharded_student_learns_what_a_whole_one_does(tmp_path, monkeypatch):
     ]
     assert [process.wait() for process in both] == [0, 0]
     for name, (which, stages, _) in CASES.items():
-        monkeypatch.setattr(distillation, "HEALING_MICRO_TOKENS", 32 if name == "small micro-batches" else 1024)
+        monkeypatch.setattr(trainer, "HEALING_MICRO_TOKENS", 32 if name == "small micro-batches" else 1024)
         curves, expected = healed(name, tmp_path, False)
         near = 0.05 if name == "bfloat16" else 1e-3
         found = json.loads((tmp_path / f"{name}.json").read_text())

@@ -1,0 +1,290 @@
+"""The loss of a distillation: KL(teacher ‖ student) of the next-token distributions, and what may stand beside it.
+
+`whole_loss` is the plain one, which has all logits in memory; `sliced_loss` is the same with those of one sequence at a
+time, wherever a model's head alone makes its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mea_compress.errors import RequestError
+from mea_compress.training.head_loss import HeadLoss, whole_row
+from mea_compress.training.settings import DistillationSettings
+from mea_compress.training.sharding import reshard, run_base
+from mea_compress.training.top_logits import top_divergence, top_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what families call their attention blocks
+_AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
+
+
+class DistillationLoss(nn.Module):
+    """The loss of a student as a module, so that whatever wraps a model for several processes wraps this.
+
+    Args:
+        student: The model that is trained.
+        teacher: Its original; no part of the module.
+        settings: Temperature, cross-entropy, products.
+        sliced: Whether each model's head alone makes its logits, so that those of one sequence at a time will do.
+        per_sequence: Tokens that count in a sequence, on average; None where all do.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        settings: DistillationSettings,
+        sliced: bool,
+        per_sequence: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.settings, self.sliced, self.per_sequence = student, settings, sliced, per_sequence
+        self.share_of_matching = 1.0
+        object.__setattr__(self, "teacher", teacher)
+
+    def train(self, mode: bool = True) -> DistillationLoss:
+        """Leave dropout off, which the teacher has not: layers are told of training where they are run again alone."""
+        return super().train(mode and self.settings.gradient_checkpointing)
+
+    def forward(
+        self, input_ids: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss per token of ids (B, T), of which those that count may be given, (B, T).
+
+        Returns:
+            All of it, and without gradients what of it is of predictions, or all of it where that is not finite.
+        """
+        loss_of = sliced_loss if self.sliced else whole_loss
+        teacher: Any = self.teacher
+        # By the average of all sequences, so that it does not matter how they are shared out.
+        weights = None if counted is None else _weights(counted, len(counted) * (self.per_sequence or 1))
+        with autocast(teacher, self.settings.products):
+            of_predictions, of_states = loss_of(
+                self.student,
+                teacher,
+                input_ids,
+                self.settings.temperature,
+                self.settings.cross_entropy,
+                weights,
+                self.settings.top_logits,
+                self.share_of_matching * (self.settings.match_hidden or 0.0),
+                self.share_of_matching * self.settings.match_attention,
+            )
+        loss = of_predictions + of_states
+        return loss, of_predictions.detach() if loss.isfinite() else loss.detach()
+
+
+def whole_loss(
+    model: Any,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    weights: torch.Tensor | None = None,
+    top_logits: int | None = None,
+    match_hidden: float = 0.0,
+    match_attention: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
+
+    Args:
+        model: The student.
+        teacher: Its original.
+        ids: (B, T), int64.
+        temperature: Divides the logits of both.
+        cross_entropy: Share of the text's own.
+        weights: Of the prediction at every position, (B, T); None for all of them alike.
+        top_logits: Tokens that are told apart; see `top_divergence`.
+        match_hidden: Weight of the error of every layer's output; see `_relative_error`.
+        match_attention: Weight of the error of every attention block's output.
+
+    Returns:
+        The loss of predictions, and the weighted errors that are to be added to it.
+    """
+    more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
+        expected = teacher(input_ids=ids, **more)
+        log_p = (expected.logits.float() / temperature).log_softmax(-1)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        found = model(input_ids=ids, **more)
+    logits = found.logits.float()
+    log_q = (logits / temperature).log_softmax(-1)
+    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
+    if top_logits is None:
+        divergence = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    else:
+        divergence = top_divergence(log_p, log_q, top_logits)
+    loss = (of_kl * divergence).sum()
+    if of_text is not None:
+        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = loss + (of_text[:, :-1].flatten() * losses).sum()
+    matched = torch.zeros_like(loss)
+    if match_hidden:  # behind the embeddings, which come first
+        matched = matched + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
+    if match_attention:
+        matched = matched + match_attention * _relative_error(outputs, targets)
+    return loss, matched
+
+
+def sliced_loss(
+    model: Any,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    weights: torch.Tensor | None = None,
+    top_logits: int | None = None,
+    match_hidden: float = 0.0,
+    match_attention: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `whole_loss` returns, with the logits of one sequence at a time in memory."""
+    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
+        target, expected = base_states(teacher, ids, match_hidden > 0)
+    with _attention_outputs(model, match_attention > 0) as outputs:
+        hidden, found = base_states(model, ids, match_hidden > 0)
+    own, other = head_of(model), head_of(teacher)
+    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
+    loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
+    loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
+    matched = torch.zeros_like(loss)
+    if match_hidden:
+        matched = matched + match_hidden * _relative_error(found[1:], expected[1:])
+    if match_attention:
+        matched = matched + match_attention * _relative_error(outputs, targets)
+    return loss, matched
+
+
+def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
+    """Return the weight of the prediction at every position, (B, T), from which tokens count when they are predicted.
+
+    Args:
+        counted: (B, T), bool.
+        total: What the weights of a batch add up to 1 for.
+    """
+    return nn.functional.pad(counted[:, 1:] / total, (0, 1))
+
+
+def _weights_of(
+    ids: torch.Tensor, temperature: float, cross_entropy: float, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what KL and cross-entropy at every position of ids (B, T) count in the loss, (B, T) each or None."""
+    if weights is None:
+        everywhere = torch.ones_like(ids, dtype=torch.float32)
+        of_kl, of_text = everywhere / ids.numel(), _weights(everywhere, ids[:, 1:].numel())
+    else:
+        of_kl = of_text = weights
+    return (1 - cross_entropy) * temperature**2 * of_kl, cross_entropy * of_text if cross_entropy else None
+
+
+def base_states(
+    model: PreTrainedModel, ids: torch.Tensor, every_layer: bool = False
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return what the language-model head reads, (B, T, D), and the outputs of every layer if they are asked for."""
+    output = run_base(model, input_ids=ids, use_cache=False, output_hidden_states=every_layer)
+    return output.last_hidden_state, output.hidden_states or ()
+
+
+@contextmanager
+def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs (B, T, D) of a model's attention blocks while it runs in the block, if they are wanted.
+
+    Raises:
+        RequestError: It has no attention blocks that can be told.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = [each for name, each in model.named_modules() if name.rpartition(".")[2] in _ATTENTION] if wanted else []
+    if wanted and not blocks:
+        raise RequestError(f"the attention of a {type(model).__name__} cannot be told: leave `match_attention` out")
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:  # a layer that is run again for its gradients adds nothing
+            handle.remove()
+
+
+def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return |found - expected|² / |expected|² of (B, T, D) states, averaged over tokens and layers.
+
+    Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
+    others.
+    """
+    # Made again for its gradients, so that of a layer no more is kept than its two outputs.
+    errors = [checkpoint(_error_of, *states, use_reentrant=False) for states in zip(found, expected, strict=True)]
+    return torch.stack(errors).mean()
+
+
+def _error_of(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    found, expected = found.float(), expected.float()
+    return ((found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """Return the language-model head of a model whose head alone makes its logits."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def autocast(model: PreTrainedModel, products: torch.dtype) -> torch.autocast:
+    """Return what computes a model's matrix products in a dtype; nothing changes with float32."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, products, enabled=products != torch.float32)
+
+
+@torch.no_grad()
+def head_alone_makes_logits(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Return whether logits are the head applied to the base model's output, and the head is not trained.
+
+    Families may scale or cap logits, which a loss made from hidden states would miss.
+    """
+    head = model.get_output_embeddings()
+    if model.base_model is model:  # nothing that it would name makes hidden states alone
+        return False
+    if type(head) is not nn.Linear or any(weight.requires_grad for weight in head.parameters()):
+        return False
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    found = head(base_states(model, ids)[0].to(head.weight.dtype)).float()
+    reshard(model)
+    return bool((found - expected).abs().max() <= _AGREEMENT * expected.abs().max())
+
+
+@torch.no_grad()
+def tell_the_same_layers(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Return whether the outputs of layers, which not all families tell, are as many in both models and as large.
+
+    They are asked for in both ways that a loss may ask for them: with logits, and without.
+    """
+    shapes = []
+    for one in (model, teacher):
+        asked = {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
+        outputs = [one(**asked)] if one.base_model is one else [one(**asked), run_base(one, **asked)]
+        shapes += [[state.shape for state in (getattr(each, "hidden_states", None) or ())[1:]] for each in outputs]
+        reshard(one)
+    return shapes[0] != [] and all(found == shapes[0] for found in shapes)
+
+
+__all__ = [
+    "DistillationLoss",
+    "autocast",
+    "base_states",
+    "head_alone_makes_logits",
+    "head_of",
+    "sliced_loss",
+    "tell_the_same_layers",
+    "whole_loss",
+]

@@ -1,0 +1,54 @@
+"""Which step size a distillation takes."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from mea_compress.training import trials
+from mea_compress.training.settings import DistillationSettings
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "taken"),
+    [(12, 0.01, 0.01), (80, 0.01, 0.01), (320, 0.01, 0.02), (720, 0.01, 0.03), (9999, 0.01, 0.03), (720, 0.02, 0.05)],
+)
+def test_a_longer_run_takes_larger_steps_than_its_trials(steps, rate, taken):
+    """As the root of its length in fours of a trial, thrice at most, and never above them all."""
+    settings = DistillationSettings(9999, 8, rates=(0.01, 0.02, 0.05))
+    assert settings.trial_steps == 20
+    assert trials.rate_of_run(rate, steps, settings) == pytest.approx(taken)
+    assert trials.rate_of_run(rate, steps, DistillationSettings(9999, 8, rates=(rate,))) == rate
+
+
+@pytest.mark.parametrize(
+    ("values", "tried", "chosen"),
+    [
+        ((0.9, 0.8, 0.7, 0.6, 0.5), (3, 4, 5), 5),
+        ((0.9, 0.8, 0.7, 0.6, 0.9), (3, 4, 5), 4),
+        ((0.9, 0.8, 0.7, 1.1, 0.1), (3, 4), 3),  # a larger one that does worse ends it
+        ((0.9, 0.8, 1.2, 0.1, 0.1), (3, 2), 2),
+        ((0.9, 1.1, math.inf, 0.1, 0.1), (3, 2, 1), 1),
+        ((1.1, 1.2, 1.3, 0.1, 0.1), (3, 2, 1), 1),
+    ],
+)
+def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
+    rates, progress, order = (1, 2, 3, 4, 5), SimpleNamespace(curve=[(0, 1.0)], found={}), []
+    while (rate := trials.next_rate(rates, progress)) is not None:
+        order.append(rate)
+        progress.found[str(rate)] = values[rate - 1]
+    assert tuple(order) == tried and trials.choose_rate(rates, progress) == chosen
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 0.2),  # the largest that gained as good as the most
+        ({"0.1": 0.8, "0.2": 0.95, "0.3": 0.99}, 0.1),
+        ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 0.2),  # none gained: the least bad
+        ({"0.1": 0.8}, 0.1),  # there was no time for the others
+    ],
+)
+def test_the_largest_step_size_that_gains_enough_is_taken(found, chosen):
+    progress = SimpleNamespace(curve=[(0, 1.0)], found=found)
+    assert trials.choose_rate((0.1, 0.2, 0.3), progress) == chosen
