@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,26 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mea_compress.architectures import open_checkpoint
-from mea_compress.architectures.families import MEA_PREFIX, find_family, language_settings
+from mea_compress.architectures.families import language_settings
 from mea_compress.checkpoint import (
     CheckpointReader,
-    Entry,
     NewTensor,
-    TensorInfo,
     as_array,
     dtype_name,
-    torch_dtype,
     write_checkpoint,
-    write_shard,
 )
-from mea_compress.checkpoint.files import copy_tree, refusals, replacing_directory, write_json, write_text
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
-from mea_compress.checkpoint.layout import lay_out
 from mea_compress.checkpoint.workspace import Workspace, open_workspace
 from mea_compress.decoding import check_decoding
-from mea_compress.emit.code import write_code
 from mea_compress.emit.directory import fingerprint, versions
+from mea_compress.emit.healed import names_in_model, publish_healed, stored_dtypes
 from mea_compress.emit.verification import TOLERANCE as DECODING_TOLERANCE
 from mea_compress.errors import RequestError
 from mea_compress.layers.runner import fast_products, reading_dtype
@@ -55,8 +48,6 @@ from mea_compress.loading import (
 )
 from mea_compress.measure.metrics import check_same_vocabulary
 from mea_compress.processes import from_first_process, is_first_process, join_processes
-from mea_compress.report.cards import healed_card
-from mea_compress.report.plots import draw_healing, has_matplotlib
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
 from mea_compress.text.answers import answer_sequences
@@ -74,8 +65,6 @@ from mea_compress.training.step_bar import step_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PICTURE = "healing.png"
-"""The curve, beside the card."""
 _SAMPLED = 1024  # sequences
 _MOST_PASSES = 4  # over sampled text; from the second on, what is learnt is more and more that text alone
 _MAX_HELD_OUT = 64
@@ -171,6 +160,7 @@ class _Request:
     """What is healed, by what, and how: the arguments of `heal`, looked at."""
 
     student: Path
+    names: dict[str, str]
     teacher: Path
     out: Path
     documents: Documents | None
@@ -182,50 +172,6 @@ class _Request:
     target: torch.device
     sharded: bool
     progress: bool
-
-
-def _model_names(student: Path) -> Callable[[str], str]:
-    """Return what tells the name in the model of a stored tensor.
-
-    Those of models for more than text are stored under other names.
-    """
-    with suppress(RequestError):  # of what is no checkpoint of a known family
-        if find_family(CheckpointReader(student).config(), str(student / "config.json")).multimodal_classes:
-            return open_checkpoint(student).model_name
-    return lambda name: name
-
-
-def _stored_dtypes(student: Path) -> dict[str, torch.dtype]:
-    """Return the dtype of every stored tensor that torch can compute with, by its name in the model."""
-    stored, model_name = {}, _model_names(student)
-    for info in CheckpointReader(student).tensors.values():
-        with suppress(KeyError):
-            stored[model_name(info.name)] = torch_dtype(info.dtype)
-    return stored
-
-
-def _write_weights(student: CheckpointReader, directory: Path, changed: dict[str, torch.Tensor]) -> None:
-    """Write the student's weight files again with some tensors replaced: same names, shards, dtypes and metadata.
-
-    Args:
-        student: The checkpoint; its index says the same of the new files and is not written again.
-        directory: Where to.
-        changed: New values by their names in the model, on any device, rounded to the dtype in which they are stored.
-
-    Raises:
-        RequestError: The disk is full or refuses, or a source cannot be read.
-    """
-    model_name = _model_names(student.directory)
-
-    def entry(info: TensorInfo) -> Entry:
-        tensor = changed.get(model_name(info.name))
-        if tensor is None:
-            return info
-        return NewTensor(info.name, info.dtype, info.shape, lambda: as_array(tensor.to("cpu", torch_dtype(info.dtype))))
-
-    for file in student.files:
-        entries = [entry(info) for info in student.tensors.values() if info.file == file]
-        write_shard(directory, lay_out(file.name, entries, student.metadata[file.name]))
 
 
 def _check_places(student: Path, teacher: Path, out: Path) -> None:
@@ -428,8 +374,10 @@ def heal(
             "a library version": versions(),
         }
         with _state(out, states, resume) as state:
+            names = names_in_model(CheckpointReader(student))
             asked = _Request(
                 student,
+                names,
                 teacher,
                 out,
                 documents,
@@ -444,7 +392,8 @@ def heal(
             )
             result, changed = _healed(asked, state, began)
             if is_first_process():
-                _publish(student, out, changed, result)
+                record = {name: value for name, value in result.to_json().items() if name != "out"}
+                publish_healed(CheckpointReader(student), out, names, changed, record)
             from_first_process(None)  # the others return when it is there
     return result
 
@@ -532,7 +481,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     training_of = Stages(model, seed)
     for stage in reversed(stages):  # all are looked at before anything is done, and the first one is begun with
         training_of.begin(stage)
-    stored = _stored_dtypes(student)
+    stored = stored_dtypes(CheckpointReader(student), asked.names)
     if missing := sorted(training_of.trained - stored.keys()):
         raise RequestError(
             f"{student} stores {missing[0]} under another name, so it cannot be trained: use attention for `train`"
@@ -642,28 +591,3 @@ def _stored_sequences(state: Workspace | None, make: Callable[[], dict[str, torc
         state.commit("text", "tokens", len(arrays["training"]))
     reader = CheckpointReader(directory)
     return {name: reader.read(name) for name in reader.tensors}
-
-
-def _publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
-    """Write the student's directory with new weights and a ``healing.json``, complete or not at all.
-
-    What its card says of healing is replaced, and the curve is drawn where matplotlib is installed.
-
-    Raises:
-        RequestError: The disk is full or refuses; what was at `out` is as it was.
-    """
-    reader = CheckpointReader(student)
-    with refusals(out), replacing_directory(out, student, "healing") as work:
-        copy_tree(student, work, {file.name for file in reader.files})
-        _write_weights(reader, work, changed)
-        if str(reader.config().get("model_type")).startswith(MEA_PREFIX):  # what was run is this release's code
-            write_code(work)
-        record = {name: value for name, value in result.to_json().items() if name != "out"}
-        write_json(work / "healing.json", record | {"versions": versions()})
-        card = work / "README.md"
-        if card.is_file():
-            write_text(card, healed_card(card.read_text(encoding="utf-8", errors="replace"), record))
-        (work / PICTURE).unlink(missing_ok=True)
-        if has_matplotlib() and result.curve:
-            with refusals(work / PICTURE):
-                draw_healing(record, work / PICTURE)

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 from mea_compress import healing
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.compression import compress
+from mea_compress.emit.healed import names_in_model, publish_healed
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.healing import HealingResult, heal
-from mea_compress.healing import _publish as publish
 from mea_compress.layers import runner
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.training import losses, trainer
@@ -32,6 +32,11 @@ def teacher(tmp_path) -> Path:
     tiny_llama().save_pretrained(tmp_path / "teacher")
     character_tokenizer().save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
+
+
+def publish(student: Path, out: Path, changed: dict[str, torch.Tensor], result: HealingResult) -> None:
+    reader = CheckpointReader(student)
+    publish_healed(reader, out, names_in_model(reader), changed, result.to_json())
 
 
 def make_student(directory: Path, dtype=torch.float32, **how) -> Path:
@@ -354,7 +359,7 @@ def test_a_failure_leaves_the_student_as_it_was(tmp_path, teacher, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mea_compress.healing.write_shard", fail)
+        patch.setattr("mea_compress.emit.healed.write_shard", fail)
         with pytest.raises(RequestError, match=r"disk full.*student\.partial keeps what is finished"):
             heal(student, teacher=teacher, **SETTINGS | {"steps": 1})
     assert files(student) == before

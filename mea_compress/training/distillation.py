@@ -89,7 +89,8 @@ def distil(
     """
     parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if settings.match_hidden is None:
-        told = tell_the_same_layers(model, teacher, training[:1, :8].to(next(model.parameters()).device))
+        with autocast(model, settings.products):
+            told = tell_the_same_layers(model, teacher, training[:1, :8].to(next(model.parameters()).device))
         settings = replace(settings, match_hidden=MATCH_HIDDEN if told else 0.0)
     looked_at = held_out[: max(1, settings.look_tokens // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
