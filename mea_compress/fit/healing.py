@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,6 @@ from mea_compress.training.step_bar import step_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CALIBRATED_RATES = (0.00015, 0.0005, 0.0015, 0.005, 0.015)
-"""Step sizes to choose from where text was looked at before: the nearer the start, the smaller is the best."""
 _SIDES = {"q_proj.weight": "query", "k_proj.weight": "key", "v_proj.weight": "value"}
 
 
@@ -88,8 +85,6 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     make = make_block_student if plan.source.at_cache else make_student
     student, trained = make(plan, workspace, teacher, wide)
     settings = DistillationSettings(steps, batch, products=products, seed=plan.recipe.seed, deadline=deadline)
-    if plan.decisions.needs_calibration:
-        settings = replace(settings, rates=_CALIBRATED_RATES)
     texts = _by_text(plan, held_out_ids, shared_origins(plan, workspace))
     kept_states = {name: may_keep(teacher, ids, products) for name, ids in texts.items()}
     told = {"before": _measured(student, teacher, texts, products, kept_states)}

@@ -130,7 +130,9 @@ def distil(
         set_weights(parameters, start)
         if progress.steps is None:
             progress.steps = steps_left(settings, pace) if tried is None or progress.gained else 0
-        rate = rate_of_run(choose_rate(settings.rates, progress), progress.steps, settings)
+        rate = choose_rate(settings.rates, progress)
+        if progress.gained:  # otherwise the least bad is large enough
+            rate = rate_of_run(rate, progress.steps, settings)
         groups = _group(parameters, rate)
     else:
         rate, progress.steps = None, settings.steps

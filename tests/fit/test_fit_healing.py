@@ -1,6 +1,7 @@
 """Distillation behind the fit: what it gains, what it leaves alone, what it shares, and that a stop changes nothing."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mea_compress.planning import decisions
 from mea_compress.planning.plans import make_plan
 from mea_compress.recipe import Recipe
 from mea_compress.text.sampling import sample_sequences
+from mea_compress.training.settings import DistillationSettings
 
 QUICK = {"sequence_length": 32, "sequences": 24, "kv_ratio": 0.5, "budget": "uniform", "refine": 0}
 
@@ -145,7 +147,7 @@ def test_the_same_bytes_after_an_interruption(at, tmp_path, monkeypatch):
 def test_what_does_not_help_is_not_kept(tmp_path, monkeypatch):
     source = stock_checkpoint(tmp_path / "src")
     run(source, tmp_path / "closed", heal=0)
-    monkeypatch.setattr(healing, "_CALIBRATED_RATES", (1e3,))
+    monkeypatch.setattr(healing, "DistillationSettings", partial(DistillationSettings, rates=(1e3,)))
     told = run(source, tmp_path / "out", heal=3).fidelity["healing"]
     assert told["kept"] == "unhealed" and told["kl_after"] == told["kl_before"]
     closed, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("closed", "out"))
