@@ -164,10 +164,10 @@ def main(source, start, texts, tests, runs, sequence_length, test_length, held_o
         if kept["setting"] != setting:
             raise click.ClickException(f"{out} has rows of other settings: name another file with --out")
         result |= kept
-    # Rows of before layers' outputs were matched have no weight of theirs.
-    done = [
-        {"match_hidden": 0.0} | {key: row[key] for key in asdict(wanted[0]) if key in row} for row in result["rows"]
-    ]
+    done = []
+    for row in result["rows"]:  # those of before layers' outputs were matched have no weight of theirs
+        before = {"match_hidden": None if row["train"] is None else 0.0}
+        done.append(before | {key: row[key] for key in asdict(wanted[0]) if key in row})
     for run in wanted:
         if asdict(run) in done:
             continue

@@ -297,8 +297,9 @@ def heal(
         top_logits: Tokens of the teacher, the likeliest, that the loss tells apart; all others count as one, and only
             a slice of the vocabulary is in memory. None tells all apart.
         match_hidden: Weight of the error of the layers' outputs in the loss, each token relative to its own size, when
-            a run begins; it falls as the step size does. None takes 30 where both models tell these outputs.
-        match_attention: Weight of the error of the attention blocks' outputs in the loss, measured alike.
+            a run begins; it falls as the step size does. None takes 30 where both models tell these outputs, less the
+            share of `cross_entropy`.
+        match_attention: Weight of the error of the attention blocks' outputs in the loss, measured and falling alike.
         resume: Go on where an interrupted run of the same request stopped.
 
     Returns:
@@ -473,7 +474,11 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     teacher_model.requires_grad_(False)
     if mesh is None:
         original: Any = teacher_model
-        teacher_model = original.to(reading_dtype(original.dtype, target))
+        wanted = reading_dtype(original.dtype, target)
+        if wanted != original.dtype and getattr(original.config, "quantization_config", None) is None:
+            teacher_model = original.to(
+                wanted
+            )  # wider: to the same dtype it would round tables that are kept in float32
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))

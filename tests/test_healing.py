@@ -119,6 +119,7 @@ def test_a_teacher_is_not_run_in_products_that_a_processor_imitates(dtype, produ
     student, seen, distil = make_student(tmp_path / "student", dtype), [], healing.distil
 
     def watched(model, original, *args):
+        assert original.model.rotary_emb.inv_freq.dtype == torch.float32
         seen.append((original.dtype, args[2].products))
         return distil(model, original, *args)
 

@@ -13,7 +13,7 @@ def heal_weight_bytes(
     """Return the memory of weights, gradients and optimiser.
 
     Every process has all of both models; see `sharded_heal_weight_bytes` for those that share them out. The original
-    stays as it is stored, or is float32 on a processor that only imitates products in 16 bits. What is trained is
+    stays as it is stored, or is float32 where its products are not made in bfloat16. What is trained is
     float32 with its gradient, Adam's two moments, where it began and the best so far, and once more as products take
     it; all else is the original's, but for embeddings where they have to be float32. While the student is loaded, all
     of it is float32.
@@ -93,7 +93,7 @@ def heal_step_bytes(
     tokens = sequences * length
     layer = itemsize * tokens * (18 * hidden + 8 * inner)
     kept = layers * itemsize * tokens * hidden + layer if checkpointing else layers * layer
-    compared = layers * itemsize * tokens * hidden
+    compared = layers * _FLOAT32 * tokens * hidden  # or, in its place, the gradients of what they are compared with
     return kept + compared + 5 * _FLOAT32 * length * vocabulary
 
 

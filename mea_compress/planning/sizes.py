@@ -206,7 +206,7 @@ def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int) 
     memory = wide * sum(prod(info.shape) for info in source.reader.tensors.values()) + (6 * 4 + wide) * trained
     step = step_bytes(source, True) * HEALING_MICRO_TOKENS // TOKENS_PER_STEP  # float32
     memory += len(layers) * step * wide // 4
-    memory += len(layers) * HEALING_MICRO_TOKENS * config.hidden_size * wide  # what the original's layers send
+    memory += len(layers) * HEALING_MICRO_TOKENS * config.hidden_size * 4  # what the original's layers send
     return memory + 5 * 4 * length * config.vocab_size
 
 

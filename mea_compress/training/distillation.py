@@ -91,7 +91,7 @@ def distil(
     if settings.match_hidden is None:
         with autocast(model, settings.products):
             told = tell_the_same_layers(model, teacher, training[:1, :8].to(next(model.parameters()).device))
-        settings = replace(settings, match_hidden=MATCH_HIDDEN if told else 0.0)
+        settings = replace(settings, match_hidden=MATCH_HIDDEN * (1 - settings.cross_entropy) if told else 0.0)
     looked_at = held_out[: max(1, settings.look_tokens // held_out.shape[1])]
     learnt, judged = (None, None) if counted is None else (counted[0], counted[1][: len(looked_at)])
     if settings.products != torch.float32 and not is_sharded(model):  # whose dtypes are settled

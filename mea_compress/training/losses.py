@@ -130,9 +130,9 @@ def whole_loss(
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
     matched = torch.zeros_like(loss)
     if match_hidden:  # behind the embeddings, which come first
-        matched = matched + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:])
+        matched = matched + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:], weights)
     if match_attention:
-        matched = matched + match_attention * _relative_error(outputs, targets)
+        matched = matched + match_attention * _relative_error(outputs, targets, weights)
     return loss, matched
 
 
@@ -158,9 +158,9 @@ def sliced_loss(
     loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
     matched = torch.zeros_like(loss)
     if match_hidden:
-        matched = matched + match_hidden * _relative_error(found[1:], expected[1:])
+        matched = matched + match_hidden * _relative_error(found[1:], expected[1:], weights)
     if match_attention:
-        matched = matched + match_attention * _relative_error(outputs, targets)
+        matched = matched + match_attention * _relative_error(outputs, targets, weights)
     return loss, matched
 
 
@@ -217,20 +217,25 @@ def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[to
             handle.remove()
 
 
-def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return |found - expected|² / |expected|² of (B, T, D) states, averaged over tokens and layers.
+def _relative_error(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return |found - expected|² / |expected|² of states (…, B, T, D), averaged over tokens and layers.
 
     Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
-    others.
+    others. With weights (B, T) it counts as much as what is predicted from it.
     """
     # Made again for its gradients, so that of a layer no more is kept than its two outputs.
-    errors = [checkpoint(_error_of, *states, use_reentrant=False) for states in zip(found, expected, strict=True)]
+    errors = [
+        checkpoint(_error_of, *states, weights, use_reentrant=False) for states in zip(found, expected, strict=True)
+    ]
     return torch.stack(errors).mean()
 
 
-def _error_of(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def _error_of(found: torch.Tensor, expected: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     found, expected = found.float(), expected.float()
-    return ((found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)).mean()
+    errors = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+    return errors.mean() if weights is None else (errors * weights).sum((-2, -1)).mean()
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -270,11 +275,14 @@ def tell_the_same_layers(model: PreTrainedModel, teacher: PreTrainedModel, ids: 
     They are asked for in both ways that a loss may ask for them: with logits, and without.
     """
     shapes = []
-    for one in (model, teacher):
-        asked = {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
-        outputs = [one(**asked)] if one.base_model is one else [one(**asked), run_base(one, **asked)]
-        shapes += [[state.shape for state in (getattr(each, "hidden_states", None) or ())[1:]] for each in outputs]
-        reshard(one)
+    try:
+        for one in (model, teacher):
+            asked = {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
+            outputs = [one(**asked)] if one.base_model is one else [one(**asked), run_base(one, **asked)]
+            shapes += [[state.shape for state in (getattr(each, "hidden_states", None) or ())[1:]] for each in outputs]
+            reshard(one)
+    except (AttributeError, IndexError, TypeError):  # of a family that was not made to be asked
+        return False
     return shapes[0] != [] and all(found == shapes[0] for found in shapes)
 
 

@@ -11,7 +11,7 @@ LOOKS = 5
 MATCH_HIDDEN = 30.0
 """What the error of the layers' outputs counts when a run begins, where nothing else is asked for
 (`benchmarks/NOTES.md`)."""
-_RATES = (0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015, 0.05)
+_RATES = (0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015)
 """Step sizes to choose from, as a share of a tensor's root mean square: the nearer the original, the smaller."""
 _TRIALS = 3  # as many as there mostly are
 _LOOK_TOKENS = 1 << 13  # with a deadline half of them: looks were a tenth of 40 minutes
@@ -34,8 +34,10 @@ class DistillationSettings:
         gradient_checkpointing: Keep a layer's input alone for its gradients, and run it a second time: less memory.
         top_logits: Tokens of the teacher that the loss tells apart, all others being one; None for all of them.
         match_hidden: Weight of the error of every layer's output in the loss, see `_relative_error`, when the run
-            begins; it falls as the step size does. None takes `MATCH_HIDDEN` where both models tell these outputs.
-        match_attention: Weight of the error of what every attention block sends to the stream; measured alike.
+            begins; it falls as the step size does. None takes `MATCH_HIDDEN` where both models tell these outputs, less
+            the share of cross-entropy.
+        match_attention: Weight of the error of what every attention block sends to the stream; measured alike, and
+            falling alike.
         deadline: When all is to be over, on the clock of `time.monotonic`: there are no more steps than fit, as long
             as those of the trials took; None for whenever. Without trials there are all steps, or with `rates` none
             where it is over already.

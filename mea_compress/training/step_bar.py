@@ -37,7 +37,9 @@ class StepBar:
         if self._bar.disable:  # then it counts nothing
             return
         resumed = self._before + done - int(self._bar.n)
-        self._bar.initial += resumed  # which took no time here, so that what is left is estimated from the others
+        # Which took no time here: what is left is estimated from the other steps.
+        self._bar.initial += resumed
+        self._bar.last_print_n += resumed
         self._bar.n += resumed
         self._bar.total = self._before + steps + later
         self._bar.refresh()

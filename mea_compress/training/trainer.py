@@ -130,7 +130,7 @@ class _Distiller(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *more: Any, **named: Any) -> torch.Tensor:
         """Match less and less: what is inside guides the first steps, the last ones are for what is predicted."""
-        self.loss.share_of_matching = share_of_peak(self.state.max_steps, self.state.global_step)
+        self.loss.share_of_matching = _fallen(self.state.max_steps, self.state.global_step)
         return super().training_step(model, inputs, *more, **named)
 
     def compute_loss(
@@ -187,9 +187,12 @@ class _Distiller(Trainer):
 
 def share_of_peak(steps: int, step: int) -> float:
     """Return the step size of a step as a share of its peak: a short warm-up, and a cosine to a twentieth."""
-    warm_up = max(1, min(20, steps // 5))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * cosine)
+    return min(1.0, (step + 1) / max(1, min(20, steps // 5))) * _fallen(steps, step)
+
+
+def _fallen(steps: int, step: int) -> float:
+    """Return what falls from one to a twentieth over a run."""
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def set_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:

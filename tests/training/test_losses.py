@@ -90,6 +90,19 @@ def test_the_outputs_of_layers_are_matched_each_token_by_its_own_size(pair):
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["match_hidden", "match_attention"])
+def test_only_what_counts_is_matched(pair, name):
+    """Weights on one sequence's tokens: the errors of the other have no part in it."""
+    student, teacher = pair
+    weights = torch.zeros(IDS[:2].shape)
+    weights[0, 3:9] = 1 / 6
+    for loss_of in (whole_loss, sliced_loss):
+        alone = loss_of(student, teacher, IDS[:1], weights=weights[:1], **{name: 3.0})[1]
+        beside = loss_of(student, teacher, IDS[:2], weights=weights, **{name: 3.0})[1]
+        everywhere = loss_of(student, teacher, IDS[:2], **{name: 3.0})[1]
+        assert beside.item() == pytest.approx(alone.item(), rel=1e-5) != pytest.approx(everywhere.item(), rel=1e-3)
+
+
 def attention_outputs(model, ids):
     """What each attention block adds to the stream: its layer's outputs, its MLP taken away, less its inputs."""
     stream, found = model.model.embed_tokens(ids), []

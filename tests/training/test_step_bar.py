@@ -14,7 +14,11 @@ def test_steps_that_were_done_before_are_counted_and_take_no_time(capsys):
     with step_bar(10, True) as bar:
         bar.known(20, 15)
         assert bar._bar.format_dict["initial"] == bar._bar.n == 15
-        for _ in range(5):
+        bar._bar.last_print_t -= 2  # a second step would take as long
+        bar.tick(0.25)
+        bar._bar.refresh()
+        assert bar._bar.format_dict["rate"] < 1
+        for _ in range(4):
             bar.tick(0.25)
     err = capsys.readouterr().err
     assert shown(err) == [20, 20] and "healing" in err and "kl=0.2500" in err
