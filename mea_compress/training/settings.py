@@ -11,7 +11,7 @@ LOOKS = 5
 MATCH_HIDDEN = 30.0
 """What the error of the layers' outputs counts when a run begins, where nothing else is asked for
 (`benchmarks/NOTES.md`)."""
-_RATES = (0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015)
+_RATES = (0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Step sizes to choose from, as a share of a tensor's root mean square: the nearer the original, the smaller."""
 _TRIALS = 3  # as many as there mostly are
 _LOOK_TOKENS = 1 << 13  # with a deadline half of them: looks were a tenth of 40 minutes

@@ -26,9 +26,9 @@ from mea_compress.training.sharding import gathered, part_of
 
 _LEAST_GAIN = 0.5
 """Share of the best trial's gain that one of a larger step size must have to be chosen."""
-_LONGER, _RAISED = 4, 3
+_LONGER, _RAISED, _LARGEST_RAISED = 4, 3, 0.015
 """A run that is four times as long as a trial takes the step size that it found, a longer one more, as the root of its
-length, up to three times as much (`benchmarks/NOTES.md`)."""
+length, up to three times as much and up to 0.015 (`benchmarks/NOTES.md`)."""
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _PROGRESS = "progress.json"
@@ -187,12 +187,12 @@ def rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> floa
     Args:
         rate: What was chosen, or the only one there is, which is taken as it is.
         steps: Of the full run.
-        settings: With the steps of a trial and the largest step size.
+        settings: With the steps of a trial.
     """
     if len(settings.rates) == 1:
         return rate
     factor = math.sqrt(steps / (_LONGER * settings.trial_steps))
-    return min(rate * min(max(1.0, factor), _RAISED), settings.rates[-1])
+    return max(rate, min(rate * min(max(1.0, factor), _RAISED), _LARGEST_RAISED))
 
 
 @dataclass
