@@ -272,7 +272,7 @@ def test_the_card_says_what_the_last_healing_did(tmp_path, teacher, monkeypatch)
     card = (student / "README.md").read_text()
     assert card.index("## Load it") < card.index("## How it was healed") < card.index("## How it was made")
     assert f"{first.kl_before:.4g}" in card and f"{first.kl_after:.4g}" in card and "sampled from the teacher" in card
-    monkeypatch.setattr("mea_compress.healing.has_matplotlib", lambda: False)
+    monkeypatch.setattr("mea_compress.emit.healed.has_matplotlib", lambda: False)
     second = heal(student, teacher=teacher, seed=1, **short)
     again = (student / "README.md").read_text()
     assert f"{second.kl_after:.4g}" in again and f"{first.kl_before:.4g}" not in again

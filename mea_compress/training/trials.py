@@ -157,13 +157,11 @@ def next_rate(rates: Sequence[float], progress: Progress) -> float | None:
     if str(rates[middle]) not in progress.found:
         return rates[middle]
     climbs = progress.found[str(rates[middle])] < start
-    for rate in rates[middle + 1 :] if climbs else reversed(rates[:middle]):
-        value = progress.found.get(str(rate))
-        if value is None:
-            return rate
-        if choose_rate(rates, progress) != rate if climbs else value < start:
-            return None
-    return None
+    order = rates[middle:] if climbs else rates[middle::-1]
+    tried = [rate for rate in order if str(rate) in progress.found]
+    last = tried[-1]
+    enough = choose_rate(rates, progress) != last if climbs else progress.found[str(last)] < start
+    return None if enough or len(tried) == len(order) else order[len(tried)]
 
 
 def choose_rate(rates: Sequence[float], progress: Progress) -> float:

@@ -173,4 +173,4 @@ def test_dropout_is_off_in_training_as_it_is_in_the_teacher():
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config).eval()
     loss = DistillationLoss(model, model, DistillationSettings(1, 1), sliced=False).train()
-    assert float(loss(torch.arange(8)[None]).detach().abs()) < 1e-6
+    assert float(loss(torch.arange(8)[None])[0].detach().abs()) < 1e-6

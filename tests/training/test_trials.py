@@ -48,6 +48,23 @@ def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
     assert tuple(order) == tried and trials.choose_rate(rates, progress) == chosen
 
 
+def test_the_way_up_and_down_is_as_long_as_it_gains_or_does_not():
+    """Seven step sizes, three on either side."""
+    rates = tuple(range(1, 8))
+    for values, tried in (((9, 9, 9, 4, 3, 2, 1), [4, 5, 6, 7]), ((9, 9, 9, 4, 3, 9, 1), [4, 5, 6])):
+        assert tried_in_order(rates, values) == tried
+    for values, tried in (((1, 9, 9, 9, 1, 1, 1), [4, 3, 2, 1]), ((1, 2, 9, 9, 1, 1, 1), [4, 3, 2])):
+        assert tried_in_order(rates, values) == tried
+
+
+def tried_in_order(rates, values):
+    progress, order = SimpleNamespace(curve=[(0, 5.0)], found={}), []
+    while (rate := trials.next_rate(rates, progress)) is not None:
+        order.append(rate)
+        progress.found[str(rate)] = values[rate - 1]
+    return order
+
+
 @pytest.mark.parametrize(
     ("found", "chosen"),
     [
