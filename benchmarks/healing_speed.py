@@ -134,8 +134,8 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
                 fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)
 
             ways: dict[str, Callable[[Clock], None]] = {
-                HEALING: lambda clock, heal=heal: heal(clock, teacher="compressed"),
-                "healing, original as the student": lambda clock, heal=heal: heal(clock, teacher="original"),
+                HEALING: lambda clock, heal=heal: heal(clock, "compressed"),
+                "healing, original as the student": lambda clock, heal=heal: heal(clock, "original"),
                 "fine-tuning": lambda clock, tune=tune: tune(clock, None),
                 REFERENCE: lambda clock, tune=tune, teacher=teacher: tune(clock, teacher),
             }
