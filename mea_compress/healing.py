@@ -476,9 +476,8 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
         original: Any = teacher_model
         wanted = reading_dtype(original.dtype, target)
         if wanted != original.dtype and getattr(original.config, "quantization_config", None) is None:
-            teacher_model = original.to(
-                wanted
-            )  # wider: to the same dtype it would round tables that are kept in float32
+            # Wider: to the same dtype it would round tables that are kept in float32.
+            teacher_model = original.to(wanted)
     if model.dtype != torch.float64:
         model = model.float()
     check_same_vocabulary(model, teacher_model, (student, teacher))

@@ -128,12 +128,8 @@ def whole_loss(
     if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
-    matched = torch.zeros_like(loss)
-    if match_hidden:  # behind the embeddings, which come first
-        matched = matched + match_hidden * _relative_error(found.hidden_states[1:], expected.hidden_states[1:], weights)
-    if match_attention:
-        matched = matched + match_attention * _relative_error(outputs, targets, weights)
-    return loss, matched
+    hidden, target = found.hidden_states or (), expected.hidden_states or ()
+    return loss, _matched(loss, weights, (match_hidden, hidden[1:], target[1:]), (match_attention, outputs, targets))
 
 
 def sliced_loss(
@@ -156,12 +152,7 @@ def sliced_loss(
     of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
     loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
     loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
-    matched = torch.zeros_like(loss)
-    if match_hidden:
-        matched = matched + match_hidden * _relative_error(found[1:], expected[1:], weights)
-    if match_attention:
-        matched = matched + match_attention * _relative_error(outputs, targets, weights)
-    return loss, matched
+    return loss, _matched(loss, weights, (match_hidden, found[1:], expected[1:]), (match_attention, outputs, targets))
 
 
 def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
@@ -215,6 +206,19 @@ def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[to
     finally:
         for handle in handles:  # a layer that is run again for its gradients adds nothing
             handle.remove()
+
+
+def _matched(
+    like: torch.Tensor,
+    weights: torch.Tensor | None,
+    *sides: tuple[float, Sequence[torch.Tensor], Sequence[torch.Tensor]],
+) -> torch.Tensor:
+    """Return the weighted sum of the errors of states, a tensor like another one; see `_relative_error`.
+
+    A side is a weight, the states found and those expected: of layers' outputs those behind the embeddings.
+    """
+    errors = (weight * _relative_error(found, expected, weights) for weight, found, expected in sides if weight)
+    return sum(errors, torch.zeros_like(like))
 
 
 def _relative_error(

@@ -71,12 +71,7 @@ class Run:
 class _Callback(TrainerCallback):
     """Reports every step, looks at the held-out text every so often, and stops at a loss that is not finite."""
 
-    def __init__(
-        self,
-        steps: int,
-        tick: Callable[[float], object],
-        run: Run | None,
-    ) -> None:
+    def __init__(self, steps: int, tick: Callable[[float], object], run: Run | None) -> None:
         self.tick, self.run = tick, run
         self.looks = {round(steps * (index + 1) / LOOKS) for index in range(LOOKS)}
         self.losses: list[float] = []
