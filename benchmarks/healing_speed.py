@@ -8,6 +8,8 @@ steps of a run do not count, nor does starting it.
 - `fine-tuning`: cross-entropy of the original in a bare loop;
 - `fine-tuning and a teacher`: the same with a forward pass of a second model, what distillation cannot do without.
 
+Products are computed in what healing takes on the device, and the teacher is stored in that, in all ways.
+
     python benchmarks/healing_speed.py --device cuda
 """
 
@@ -25,9 +27,11 @@ import torch
 from common import machine, synchronize, versions, write_random_llama
 
 from mea_compress.compression import compress
+from mea_compress.layers.runner import fast_products, reading_dtype
 from mea_compress.loading import load_model
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.recipe import load_recipe
+from mea_compress.training.losses import autocast
 from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
 from mea_compress.training.stages import Stages
 from mea_compress.training.trainer import train_student
@@ -37,7 +41,13 @@ FIRST_STEPS = 2  # of every run, which do not count
 
 
 def fine_tune(
-    model: Any, teacher: Any | None, ids: torch.Tensor, steps: int, batch_size: int, tick: Callable[[], None]
+    model: Any,
+    teacher: Any | None,
+    ids: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    products: torch.dtype,
+    tick: Callable[[], None],
 ) -> None:
     """Train a model in a bare loop, in micro-batches as large as healing's; `tick` is called after every step."""
     micro = math.gcd(batch_size, max_batch_size(ids.shape[1], model.config.vocab_size))
@@ -45,10 +55,11 @@ def fine_tune(
     model.train()
     for step in range(steps):
         for rows in ids[step * batch_size : (step + 1) * batch_size].to(model.device).split(micro):
-            if teacher is not None:
-                with torch.no_grad():
-                    teacher(input_ids=rows, use_cache=False)
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+            with autocast(model, products):
+                if teacher is not None:
+                    with torch.no_grad():
+                        teacher(input_ids=rows, use_cache=False)
+                logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
             (loss * len(rows) / batch_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,6 +99,7 @@ class Clock:
 def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps, rounds, out):
     out = out or Path(__file__).parent / "results" / f"healing-speed-{device}.json"
     target, all_steps = torch.device(device), FIRST_STEPS + steps
+    products = fast_products(torch.bfloat16, target)
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -105,6 +117,7 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
+        "products": str(products),
         "rows": [],
     }
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +129,7 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
             compressed = Path(scratch) / "+".join(kinds)
             settings = {"kv_ratio": 0.5, "key_composition": kinds[0], "value_composition": kinds[1], "fit": "weights"}
             compress(original, compressed, recipe=load_recipe(overrides=settings), progress=False)
-            teacher = load_model(original, None, target)
+            teacher = load_model(original, reading_dtype(torch.bfloat16, target), target).requires_grad_(False)
             students = {
                 name: load_model(path, None, target).float()
                 for name, path in (("original", original), ("compressed", compressed))
@@ -126,12 +139,14 @@ def main(device, layers, hidden, vocabulary, sequence_length, batch_size, steps,
 
             def heal(clock: Clock, name: str, students=students, teacher=teacher) -> None:
                 trained = [weight for weight in students[name].parameters() if weight.requires_grad]
-                settings = DistillationSettings(all_steps, batch_size, 1e-5, match_hidden=MATCH_HIDDEN)
+                settings = DistillationSettings(
+                    all_steps, batch_size, 1e-5, products=products, match_hidden=MATCH_HIDDEN
+                )
                 groups = [{"params": trained, "lr": 1e-5}]
                 train_student(students[name], teacher, ids, groups, settings, all_steps, lambda _: clock.tick())
 
             def tune(clock: Clock, teacher: Any, students=students) -> None:
-                fine_tune(students["original"], teacher, ids, all_steps, batch_size, clock.tick)
+                fine_tune(students["original"], teacher, ids, all_steps, batch_size, products, clock.tick)
 
             ways: dict[str, Callable[[Clock], None]] = {
                 HEALING: lambda clock, heal=heal: heal(clock, "compressed"),

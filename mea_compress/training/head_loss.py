@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_SLICE_BYTES = 32 << 20
-"""Of float32 logits that are made at once on a CPU: what is larger gets fresh memory at every use."""
+_POSITIONS = 256
+"""Whose logits are made at once on a CPU: fewer read a large vocabulary's head too often, more take fresh memory."""
+_BLOCK_BYTES = 4 << 20
+"""Of them, what goes through softmax and gradient at once: as much as caches hold (`benchmarks/NOTES.md`)."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,14 @@ class Row:
     of_text: torch.Tensor | None
     temperature: float
 
-    def slices(self) -> Iterator[Row]:
-        """Yield the positions a slice at a time on a CPU, and all of them elsewhere."""
+    def slices(self, size: int) -> Iterator[tuple[slice, Row]]:
+        """Yield where each slice of so many positions is and what it holds; all of them are one but on a CPU."""
         count = len(self.own)
-        size = count if self.own.device.type != "cpu" else max(1, _SLICE_BYTES // (4 * len(self.head.weight)))
+        size = max(1, min(size, count) if self.own.device.type == "cpu" else count)
         for first in range(0, count, size):
             part = slice(first, first + size)
-            of_text = None if self.of_text is None else self.of_text[part]
-            yield replace(
-                self,
-                own=self.own[part],
-                target=self.target[part],
-                of_kl=self.of_kl[part],
-                following=self.following[part],
-                of_text=of_text,
-            )
+            held = {name: getattr(self, name)[part] for name in ("own", "target", "of_kl", "following")}
+            yield part, replace(self, **held, of_text=None if self.of_text is None else self.of_text[part])
 
 
 class HeadLoss(torch.autograd.Function):
@@ -108,7 +103,7 @@ class HeadLoss(torch.autograd.Function):
 
 def whole_row(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss over the whole vocabulary, and its gradient of the student's hidden states, (N, D)."""
-    parts = [_whole_slice(part) for part in row.slices()]
+    parts = [_whole_slice(part) for _, part in row.slices(_POSITIONS)]
     if not parts:  # nothing of the sequence counts
         return row.of_kl.new_zeros(()), row.own[:0]
     losses, gradients = zip(*parts, strict=True)
@@ -116,27 +111,37 @@ def whole_row(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _whole_slice(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    head, expected, temperature = row.head, row.expected, row.temperature
+    head, expected = row.head, row.expected
     logits = nn.functional.linear(row.own.to(head.weight.dtype), head.weight, head.bias)
     expected_logits = nn.functional.linear(row.target.to(expected.weight.dtype), expected.weight, expected.bias)
+    losses = []
+    for at, part in row.slices(_BLOCK_BYTES // (4 * len(head.weight))):
+        loss, of_logits = _of_logits(logits[at], expected_logits[at], part)
+        logits[at] = of_logits  # they are done with
+        losses.append(loss)
+    return torch.stack(losses).sum(), logits @ head.weight
+
+
+def _of_logits(logits: torch.Tensor, expected_logits: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a block's logits (N, V), and its gradient of the student's, float32 at least."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss = logits.new_zeros((), dtype=wide)
-    of_logits: torch.Tensor | float = 0.0
+    of_text: torch.Tensor | None = None
     if row.of_text is not None:
         following = row.following[:, None]
         q = logits.softmax(-1, dtype=wide)
         loss += (row.of_text * (_log_sum(logits, q) - logits.gather(1, following)[:, 0].to(wide))).sum()
         q.scatter_add_(1, following, torch.full_like(following, -1, dtype=wide))
-        of_logits = q.mul_(row.of_text[:, None])
-    if temperature != 1:
-        logits, expected_logits = logits / temperature, expected_logits / temperature
+        of_text = q.mul_(row.of_text[:, None])
+    if row.temperature != 1:
+        logits, expected_logits = logits / row.temperature, expected_logits / row.temperature
     q, p = logits.softmax(-1, dtype=wide), expected_logits.softmax(-1, dtype=wide)
-    difference = expected_logits.to(wide, copy=True).sub_(logits)
     # KL = sum of p (a - b) - log-sum of a + log-sum of b.
-    divergence = torch.linalg.vecdot(p, difference) - _log_sum(expected_logits, p) + _log_sum(logits, q)
+    divergence = _log_sum(logits, q) - _log_sum(expected_logits, p)
+    divergence += torch.linalg.vecdot(p, expected_logits.to(wide).sub_(logits))  # in place where it is wide
     loss += (row.of_kl * divergence).sum()
-    whole = q.sub_(p).mul_(row.of_kl[:, None] / temperature) + of_logits
-    return loss, whole.to(head.weight.dtype) @ head.weight
+    of_logits = q.sub_(p).mul_(row.of_kl[:, None] / row.temperature)
+    return loss, of_logits if of_text is None else of_logits.add_(of_text)
 
 
 def _log_sum(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,12 @@ from mea_compress.training.settings import DistillationSettings
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[5, 1 << 20])
+@pytest.fixture(params=[(5, 2), (5, 64), (256, 3), (256, 256)])
 def positions_at_once(request, monkeypatch):
-    """How many positions of a sequence have logits at once, of a vocabulary of 64."""
-    monkeypatch.setattr(head_loss, "_SLICE_BYTES", 4 * 64 * request.param)
+    """How many positions of a sequence have logits at once, and go through softmax, of a vocabulary of 64."""
+    positions, block = request.param
+    monkeypatch.setattr(head_loss, "_POSITIONS", positions)
+    monkeypatch.setattr(head_loss, "_BLOCK_BYTES", 4 * 64 * block)
 
 
 @pytest.mark.parametrize("options", [(2.0, 0.0), (1.0, 0.3), (0.5, 1.0)])
