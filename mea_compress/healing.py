@@ -12,9 +12,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -455,34 +455,91 @@ def _check_models(student: Path, teacher: Path) -> None:
         )
 
 
-def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[HealingResult, dict[str, torch.Tensor]]:
-    """Distil the student; return what was done, and its new weights by name, none where it did not help."""
-    student, teacher, target = asked.student, asked.teacher, asked.target
-    settings, stages = asked.settings, asked.stages
-    steps, batch_size, seed = settings.steps, settings.batch_size, settings.seed
-    mesh = all_processes(target) if asked.sharded else None
+def _loaded(asked: _Request, mesh: Any | None) -> tuple[PreTrainedModel, PreTrainedModel, torch.dtype]:
+    """Return the student, to be trained in float32, its teacher, frozen, and the dtype of their products."""
 
     def load(checkpoint: Path) -> tuple[PreTrainedModel, torch.dtype]:
-        model = load_model(checkpoint, None, target if mesh is None else "cpu")
-        products = fast_products(model.dtype, target)
+        model = load_model(checkpoint, None, asked.target if mesh is None else "cpu")
+        products = fast_products(model.dtype, asked.target)
         if mesh is not None:
             shard(model, mesh, products)
         return model, products
 
-    teacher_model, _ = load(teacher) if mesh is None else in_turns(partial(load, teacher))
-    model, products = load(student) if mesh is None else in_turns(partial(load, student))
-    teacher_model.requires_grad_(False)
+    teacher, _ = load(asked.teacher) if mesh is None else in_turns(partial(load, asked.teacher))
+    model, products = load(asked.student) if mesh is None else in_turns(partial(load, asked.student))
+    teacher.requires_grad_(False)
     if mesh is None:
-        original: Any = teacher_model
-        wanted = reading_dtype(original.dtype, target)
+        original: Any = teacher
+        wanted = reading_dtype(original.dtype, asked.target)
         if wanted != original.dtype and getattr(original.config, "quantization_config", None) is None:
             # Wider: to the same dtype it would round tables that are kept in float32.
-            teacher_model = original.to(wanted)
-    if model.dtype != torch.float64:
-        model = model.float()
+            teacher = original.to(wanted)
+    return model if model.dtype == torch.float64 else model.float(), teacher, products
+
+
+@dataclass
+class _Course:
+    """What is known of the stages that were trained, and the course of all of them together."""
+
+    stages: list[HealingStage] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def _train(
+    asked: _Request,
+    settings: DistillationSettings,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    training_of: Stages,
+    sequences: Mapping[str, torch.Tensor],
+    place: Path | None,
+) -> _Course:
+    """Train one stage after the other, each for its share of all steps.
+
+    Args:
+        asked: For its stages, whether models are sharded, and whether progress is shown.
+        settings: Of all steps.
+        model: The student, in place.
+        teacher: Its original.
+        training_of: What each stage trains of the student.
+        sequences: Training and held-out ones, and which of their tokens count where not all do.
+        place: Directory for what is kept of each stage; None keeps nothing.
+    """
+    answers = sequences.get("held_out_answers")
+    counted = None if answers is None else (sequences["training_answers"], answers)
+    shares = [settings.steps // len(asked.stages)] * len(asked.stages)
+    shares[-1] += settings.steps % len(asked.stages)
+    parts = [replace(settings, steps=share) for share in shares]
+    course = _Course()
+    with step_bar(sum(part.all_steps for part in parts), asked.progress) as bar:
+        for index, (stage, part) in enumerate(zip(asked.stages, parts, strict=True)):
+            if model.dtype != torch.float64:
+                model.float()  # what was frozen before may learn now
+            training_of.begin(stage)
+            if not asked.sharded:
+                training_of.share(teacher, settings.products)
+            kept = place / f"training-{index}-{stage}" if place else None
+            known = partial(bar.known, later=sum(one.all_steps for one in parts[index + 1 :]))
+            texts = (sequences["training"], sequences["held_out"])
+            distillation = distil(model, teacher, *texts, part, bar.tick, kept, counted, known)
+            bar.through()
+            first = sum(one.steps for one in course.stages)
+            course.curve += [(first + step, value) for step, value in distillation.curve if step or not index]
+            course.losses += distillation.losses
+            course.stages.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
+    return course
+
+
+def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[HealingResult, dict[str, torch.Tensor]]:
+    """Distil the student; return what was done, and its new weights by name, none where it did not help."""
+    student, teacher, target = asked.student, asked.teacher, asked.target
+    settings, stages = asked.settings, asked.stages
+    mesh = all_processes(target) if asked.sharded else None
+    model, teacher_model, products = _loaded(asked, mesh)
     check_same_vocabulary(model, teacher_model, (student, teacher))
     length = choose_sequence_length(teacher_model, asked.sequence_length)
-    training_of = Stages(model, seed)
+    training_of = Stages(model, settings.seed)
     for stage in reversed(stages):  # all are looked at before anything is done, and the first one is begun with
         training_of.begin(stage)
     stored = stored_dtypes(CheckpointReader(student), asked.names)
@@ -498,36 +555,13 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
         for name in ("training", "held_out"):
             check_ids(sequences[name], vocabulary_size(model), student)
     sequences = from_first_process(sequences)
-    training, held_out = sequences["training"], sequences["held_out"]
-    judged = sequences.get("held_out_answers")
-    counted = None if judged is None else (sequences["training_answers"], judged)
+    held_out, judged = sequences["held_out"], sequences.get("held_out_answers")
     settings = replace(settings, products=products)
     before = measure(model, teacher_model, held_out, products, judged)
     if math.isnan(before.kl):
         raise RequestError(f"the logits of {teacher} or {student} are not all numbers: look for NaN in their weights")
-    shares = [steps // len(stages)] * len(stages)
-    shares[-1] += steps % len(stages)
-    parts = [replace(settings, steps=share) for share in shares]
-    total = sum(part.all_steps for part in parts)
-    done: list[HealingStage] = []
-    curve: list[tuple[int, float]] = []
-    losses: list[float] = []
     place = from_first_process(None if state is None else state.work)
-    with step_bar(total, asked.progress) as bar:
-        for index, (stage, part) in enumerate(zip(stages, parts, strict=True)):
-            if model.dtype != torch.float64:
-                model.float()  # what was frozen before may learn now
-            training_of.begin(stage)
-            if mesh is None:
-                training_of.share(teacher_model, products)
-            here = place / f"training-{index}-{stage}" if place else None
-            known = partial(bar.known, later=sum(one.all_steps for one in parts[index + 1 :]))
-            distillation = distil(model, teacher_model, training, held_out, part, bar.tick, here, counted, known)
-            bar.through()
-            first = sum(one.steps for one in done)
-            curve += [(first + step, value) for step, value in distillation.curve if step or not index]
-            losses += distillation.losses
-            done.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
+    course = _train(asked, settings, model, teacher_model, training_of, sequences, place)
     training_of.end()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -547,26 +581,26 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
 
     result = HealingResult(
         out=asked.out,
-        steps=steps,
-        tokens=sum(one.all_steps for one in done) * batch_size * length,
+        steps=settings.steps,
+        tokens=sum(one.all_steps for one in course.stages) * settings.batch_size * length,
         learning_rate=settings.learning_rate,
-        relative_rate=done[-1].relative_rate,
+        relative_rate=course.stages[-1].relative_rate,
         train=",".join(stages),
         text="sampled from the teacher" if asked.documents is None else asked.documents.title,
-        seed=seed,
+        seed=settings.seed,
         trained_parameters=training_of.largest,
         held_out_tokens=before.tokens,
         kl_before=before.kl / before.tokens,
         kl_after=(after if better else before).kl / before.tokens,
         cross_entropy_before=before.cross_entropy / before.tokens,
         cross_entropy_after=(after if better else before).cross_entropy / before.tokens,
-        curve=tuple(curve),
+        curve=tuple(course.curve),
         kept="healed" if better else "unhealed",
         seconds=round(time.monotonic() - began, 1),
         prefix_ids=prefix,
         answers_only=asked.answers_only,
-        stages=tuple(done),
-        losses=tuple(losses),
+        stages=tuple(course.stages),
+        losses=tuple(course.losses),
     )
     if not better and is_first_process():
         print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,25 @@ if TYPE_CHECKING:
 
 _ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what families call their attention blocks
 _AGREEMENT = 1e-3  # of logits made in slices with the model's own, relative to the largest
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a loss is made of.
+
+    Attributes:
+        temperature: Divides the logits of both models for the KL.
+        cross_entropy: Share of the text's own.
+        top_logits: Tokens that are told apart, see `top_divergence`; None for the whole vocabulary.
+        match_hidden: Weight of the error of every layer's output; see `_relative_error`.
+        match_attention: Weight of the error of every attention block's output.
+    """
+
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    top_logits: int | None = None
+    match_hidden: float = 0.0
+    match_attention: float = 0.0
 
 
 class DistillationLoss(nn.Module):
@@ -68,18 +88,16 @@ class DistillationLoss(nn.Module):
         teacher: Any = self.teacher
         # By the average of all sequences, so that it does not matter how they are shared out.
         weights = None if counted is None else _weights(counted, len(counted) * (self.per_sequence or 1))
-        with autocast(teacher, self.settings.products):
-            of_predictions, of_states = loss_of(
-                self.student,
-                teacher,
-                input_ids,
-                self.settings.temperature,
-                self.settings.cross_entropy,
-                weights,
-                self.settings.top_logits,
-                self.share_of_matching * (self.settings.match_hidden or 0.0),
-                self.share_of_matching * self.settings.match_attention,
-            )
+        settings = self.settings
+        terms = Terms(
+            settings.temperature,
+            settings.cross_entropy,
+            settings.top_logits,
+            match_hidden=self.share_of_matching * (settings.match_hidden or 0.0),
+            match_attention=self.share_of_matching * settings.match_attention,
+        )
+        with autocast(teacher, settings.products):
+            of_predictions, of_states = loss_of(self.student, teacher, input_ids, terms, weights)
         loss = of_predictions + of_states
         return loss, of_predictions.detach() if loss.isfinite() else loss.detach()
 
@@ -88,12 +106,8 @@ def whole_loss(
     model: Any,
     teacher: PreTrainedModel,
     ids: torch.Tensor,
-    temperature: float = 1.0,
-    cross_entropy: float = 0.0,
+    terms: Terms = Terms(),
     weights: torch.Tensor | None = None,
-    top_logits: int | None = None,
-    match_hidden: float = 0.0,
-    match_attention: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token of ids (B, T): KL(teacher ‖ model), and a share of cross-entropy.
 
@@ -101,58 +115,51 @@ def whole_loss(
         model: The student.
         teacher: Its original.
         ids: (B, T), int64.
-        temperature: Divides the logits of both.
-        cross_entropy: Share of the text's own.
+        terms: What the loss is made of.
         weights: Of the prediction at every position, (B, T); None for all of them alike.
-        top_logits: Tokens that are told apart; see `top_divergence`.
-        match_hidden: Weight of the error of every layer's output; see `_relative_error`.
-        match_attention: Weight of the error of every attention block's output.
 
     Returns:
         The loss of predictions, and the weighted errors that are to be added to it.
     """
-    more = {"use_cache": False, "output_hidden_states": match_hidden > 0}
-    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
+    more = {"use_cache": False, "output_hidden_states": terms.match_hidden > 0}
+    with torch.no_grad(), _attention_outputs(teacher, terms.match_attention > 0) as targets:
         expected = teacher(input_ids=ids, **more)
-        log_p = (expected.logits.float() / temperature).log_softmax(-1)
-    with _attention_outputs(model, match_attention > 0) as outputs:
+        log_p = (expected.logits.float() / terms.temperature).log_softmax(-1)
+    with _attention_outputs(model, terms.match_attention > 0) as outputs:
         found = model(input_ids=ids, **more)
     logits = found.logits.float()
-    log_q = (logits / temperature).log_softmax(-1)
-    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
-    if top_logits is None:
+    log_q = (logits / terms.temperature).log_softmax(-1)
+    of_kl, of_text = _weights_of(ids, terms, weights)
+    if terms.top_logits is None:
         divergence = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     else:
-        divergence = top_divergence(log_p, log_q, top_logits)
+        divergence = top_divergence(log_p, log_q, terms.top_logits)
     loss = (of_kl * divergence).sum()
     if of_text is not None:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = loss + (of_text[:, :-1].flatten() * losses).sum()
-    hidden, target = found.hidden_states or (), expected.hidden_states or ()
-    return loss, _matched(loss, weights, (match_hidden, hidden[1:], target[1:]), (match_attention, outputs, targets))
+    layers = (terms.match_hidden, (found.hidden_states or ())[1:], (expected.hidden_states or ())[1:])
+    return loss, _matched(loss, weights, layers, (terms.match_attention, outputs, targets))
 
 
 def sliced_loss(
     model: Any,
     teacher: PreTrainedModel,
     ids: torch.Tensor,
-    temperature: float = 1.0,
-    cross_entropy: float = 0.0,
+    terms: Terms = Terms(),
     weights: torch.Tensor | None = None,
-    top_logits: int | None = None,
-    match_hidden: float = 0.0,
-    match_attention: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `whole_loss` returns, with the logits of one sequence at a time in memory."""
-    with torch.no_grad(), _attention_outputs(teacher, match_attention > 0) as targets:
-        target, expected = base_states(teacher, ids, match_hidden > 0)
-    with _attention_outputs(model, match_attention > 0) as outputs:
-        hidden, found = base_states(model, ids, match_hidden > 0)
+    with torch.no_grad(), _attention_outputs(teacher, terms.match_attention > 0) as targets:
+        target, expected = base_states(teacher, ids, terms.match_hidden > 0)
+    with _attention_outputs(model, terms.match_attention > 0) as outputs:
+        hidden, found = base_states(model, ids, terms.match_hidden > 0)
     own, other = head_of(model), head_of(teacher)
-    of_kl, of_text = _weights_of(ids, temperature, cross_entropy, weights)
-    loss_of = whole_row if top_logits is None else partial(top_row, count=top_logits)
-    loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, temperature, loss_of)
-    return loss, _matched(loss, weights, (match_hidden, found[1:], expected[1:]), (match_attention, outputs, targets))
+    of_kl, of_text = _weights_of(ids, terms, weights)
+    loss_of = whole_row if terms.top_logits is None else partial(top_row, count=terms.top_logits)
+    loss = HeadLoss.apply(hidden, target, own, other, ids, weights, of_kl, of_text, terms.temperature, loss_of)
+    layers = (terms.match_hidden, found[1:], expected[1:])
+    return loss, _matched(loss, weights, layers, (terms.match_attention, outputs, targets))
 
 
 def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
@@ -166,7 +173,7 @@ def _weights(counted: torch.Tensor, total: float) -> torch.Tensor:
 
 
 def _weights_of(
-    ids: torch.Tensor, temperature: float, cross_entropy: float, weights: torch.Tensor | None
+    ids: torch.Tensor, terms: Terms, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what KL and cross-entropy at every position of ids (B, T) count in the loss, (B, T) each or None."""
     if weights is None:
@@ -174,7 +181,8 @@ def _weights_of(
         of_kl, of_text = everywhere / ids.numel(), _weights(everywhere, ids[:, 1:].numel())
     else:
         of_kl = of_text = weights
-    return (1 - cross_entropy) * temperature**2 * of_kl, cross_entropy * of_text if cross_entropy else None
+    share = terms.cross_entropy
+    return (1 - share) * terms.temperature**2 * of_kl, share * of_text if share else None
 
 
 def base_states(
@@ -292,6 +300,7 @@ def tell_the_same_layers(model: PreTrainedModel, teacher: PreTrainedModel, ids: 
 
 __all__ = [
     "DistillationLoss",
+    "Terms",
     "autocast",
     "base_states",
     "head_alone_makes_logits",

@@ -6,7 +6,7 @@ import torch
 from mea_compress.errors import RequestError
 from mea_compress.training import head_loss, losses
 from mea_compress.training.distillation import measure
-from mea_compress.training.losses import head_alone_makes_logits, sliced_loss, whole_loss
+from mea_compress.training.losses import Terms, head_alone_makes_logits, sliced_loss, whole_loss
 from mea_compress.training.settings import DistillationSettings
 
 IDS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(1))
@@ -26,7 +26,7 @@ def test_temperature_and_cross_entropy_are_those_of_plain_autograd(pair, options
     temperature, share = options
     results = []
     for loss_of in (whole_loss, sliced_loss):
-        loss = sum(loss_of(student, teacher, IDS[:3], *options))
+        loss = sum(loss_of(student, teacher, IDS[:3], Terms(*options)))
         loss.backward()
         results.append((loss.item(), gradients(student)))
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_the_outputs_of_layers_are_matched_each_token_by_its_own_size(pair):
     results = []
     for loss_of in (whole_loss, sliced_loss):
         without = sum(loss_of(student, teacher, IDS[:3])).item()
-        loss = sum(loss_of(student, teacher, IDS[:3], match_hidden=3.0))
+        loss = sum(loss_of(student, teacher, IDS[:3], Terms(match_hidden=3.0)))
         loss.backward()
         assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
         results.append(gradients(student))
@@ -99,9 +99,9 @@ def test_only_what_counts_is_matched(pair, name):
     weights = torch.zeros(IDS[:2].shape)
     weights[0, 3:9] = 1 / 6
     for loss_of in (whole_loss, sliced_loss):
-        alone = loss_of(student, teacher, IDS[:1], weights=weights[:1], **{name: 3.0})[1]
-        beside = loss_of(student, teacher, IDS[:2], weights=weights, **{name: 3.0})[1]
-        everywhere = loss_of(student, teacher, IDS[:2], **{name: 3.0})[1]
+        alone = loss_of(student, teacher, IDS[:1], Terms(**{name: 3.0}), weights[:1])[1]
+        beside = loss_of(student, teacher, IDS[:2], Terms(**{name: 3.0}), weights)[1]
+        everywhere = loss_of(student, teacher, IDS[:2], Terms(**{name: 3.0}))[1]
         assert beside.item() == pytest.approx(alone.item(), rel=1e-5) != pytest.approx(everywhere.item(), rel=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
     results, before = [], hooks(*pair)
     for loss_of in (whole_loss, sliced_loss):
         without = sum(loss_of(student, teacher, IDS[:4])).item()
-        loss = sum(loss_of(student, teacher, IDS[:4], match_attention=3.0))
+        loss = sum(loss_of(student, teacher, IDS[:4], Terms(match_attention=3.0)))
         loss.backward()
         assert loss.item() - without == pytest.approx(3 * error, rel=1e-3)
         results.append(gradients(student))
@@ -144,7 +144,7 @@ def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
     student.train()
     for micro in (4, 1):  # of four sequences: at once, and one after the other
         for ids in IDS[:4].split(micro):
-            (sum(sliced_loss(student, teacher, ids, match_attention=3.0)) * micro / 4).backward()
+            (sum(sliced_loss(student, teacher, ids, Terms(match_attention=3.0))) * micro / 4).backward()
         results.append(gradients(student))
     for other in results[1:]:
         assert other.keys() == results[0].keys()
@@ -156,7 +156,7 @@ def test_the_outputs_of_attention_are_matched_each_token_by_its_own_size(pair):
 def test_attention_that_cannot_be_told_is_a_sentence(pair, monkeypatch):
     monkeypatch.setattr(losses, "_ATTENTION", ("mixer",))
     with pytest.raises(RequestError, match="of a LlamaForCausalLM cannot be told: leave `match_attention`"):
-        sliced_loss(*pair, IDS[:2], match_attention=1.0)
+        sliced_loss(*pair, IDS[:2], Terms(match_attention=1.0))
 
 
 def gradients(student):
