@@ -455,8 +455,9 @@ def _check_models(student: Path, teacher: Path) -> None:
         )
 
 
-def _loaded(asked: _Request, mesh: Any | None) -> tuple[PreTrainedModel, PreTrainedModel, torch.dtype]:
+def _loaded(asked: _Request) -> tuple[PreTrainedModel, PreTrainedModel, torch.dtype]:
     """Return the student, to be trained in float32, its teacher, frozen, and the dtype of their products."""
+    mesh = all_processes(asked.target) if asked.sharded else None
 
     def load(checkpoint: Path) -> tuple[PreTrainedModel, torch.dtype]:
         model = load_model(checkpoint, None, asked.target if mesh is None else "cpu")
@@ -535,8 +536,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     """Distil the student; return what was done, and its new weights by name, none where it did not help."""
     student, teacher, target = asked.student, asked.teacher, asked.target
     settings, stages = asked.settings, asked.stages
-    mesh = all_processes(target) if asked.sharded else None
-    model, teacher_model, products = _loaded(asked, mesh)
+    model, teacher_model, products = _loaded(asked)
     check_same_vocabulary(model, teacher_model, (student, teacher))
     length = choose_sequence_length(teacher_model, asked.sequence_length)
     training_of = Stages(model, settings.seed)
