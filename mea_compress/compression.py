@@ -105,6 +105,10 @@ def compress(
     """
     source, out = local_directory(source), Path(out).absolute()
     plan = plan_source(open_checkpoint(source), make_recipe(recipe, settings))
+    if plan.decisions.healing_steps:
+        from mea_compress.loading import training_device
+
+        training_device(plan.recipe.device)  # which is refused before there is anything to lose
     if process_count() > 1:
         _join(plan)
         progress = progress and is_first_process()
@@ -118,13 +122,12 @@ def compress(
     with open_workspace(out, _fingerprint(plan), resume) as workspace:
         deadline = deadline_of(plan.recipe)
         raise_trim_threshold()
+        if plan.decisions.needs_calibration and not plan.source.at_cache:  # whose config.json is nothing before the fit
+            _write_beside_weights(plan, workspace)  # a tokenizer that cannot be kept is refused before the long work
         plan = _allocated(plan, workspace, progress, deadline)
         from_first_process((_decided(plan), workspace.manifest))
         plan = _fit_and_write(plan, workspace, progress, deadline)
-        config = _write_config(plan, workspace)
-        # The card is kept aside: the checkpoint gets one of its own.
-        copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
-        keep_tokenizer(source, workspace.path)
+        config = _write_beside_weights(plan, workspace)
         check_written(plan, workspace)
         fidelity = {
             "layers": workspace.manifest.get("fidelity", {}),
@@ -324,11 +327,24 @@ def _budget_fidelity(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     return {"budget": {**told, "tokens": plan.profile.tokens}}
 
 
+def _write_beside_weights(plan: Plan, workspace: Workspace) -> dict[str, Any]:
+    """Write config.json, as far as layers have been fitted, and what the source has beside weights; return the first.
+
+    Raises:
+        RequestError: The tokenizer cannot be kept.
+    """
+    config = _write_config(plan, workspace)
+    # The card is kept aside: the checkpoint gets one of its own.
+    copy_other_files(plan.source.reader, workspace.path, _OWN_DOCUMENTS, {"README.md": "README.original.md"})
+    keep_tokenizer(plan.source.reader.directory, workspace.path)
+    return config
+
+
 def _write_config(plan: Plan, workspace: Workspace) -> dict[str, Any]:
     """Write config.json of the emitted checkpoint, and the code that loads it where this package is not installed."""
     source, family = plan.source, plan.source.family
     sections = _sections(plan, workspace)
-    layers = [sections.get(layer, section) for layer, section in enumerate(source.config.mea["layers"])]
+    layers = [sections.get(layer) or section for layer, section in enumerate(source.config.mea["layers"])]
     config = dict(source.raw_config)
     config["model_type"] = family.emitted_type
     config["architectures"] = [family.classes[-1]]

@@ -31,7 +31,7 @@ from mea_compress.checkpoint import (
     write_checkpoint,
 )
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
-from mea_compress.checkpoint.workspace import Workspace, open_workspace
+from mea_compress.checkpoint.workspace import Workspace, open_workspace, remove_partial, unfinished_result
 from mea_compress.decoding import check_decoding
 from mea_compress.emit.directory import fingerprint, versions
 from mea_compress.emit.healed import names_in_model, publish_healed, stored_dtypes
@@ -43,7 +43,7 @@ from mea_compress.loading import (
     choose_sequence_length,
     load_model,
     load_tokenizer,
-    resolve_device,
+    training_device,
     vocabulary_size,
 )
 from mea_compress.measure.metrics import check_same_vocabulary
@@ -70,6 +70,7 @@ _MOST_PASSES = 4  # over sampled text; from the second on, what is learnt is mor
 _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
+_FINISHED = ("healed", "record")  # of the workspace: what was done, from shortly before the checkpoint is in place
 _ROUGH_TOLERANCE = 0.1  # of bfloat16, whose logits differ by a hundredth or two
 
 
@@ -340,11 +341,13 @@ def heal(
         )
     if answers_only and text is None:
         raise RequestError("`answers_only` needs conversations, and there is no text: give some as `text`")
-    _check_places(student, teacher, out)
     _check_models(student, teacher)
     with sharding_asked_for() as sharded:
         _check_sharded(sharded, text, stages)
-        target = join_processes(resolve_device(device))
+        target = join_processes(training_device(device))
+        if finished := from_first_process(_take_finished(out) if resume and is_first_process() else None):
+            return _from_record(out, finished)
+        _check_places(student, teacher, out)
         progress = progress and is_first_process()
         documents = None if text is None else read_documents(text)
         settings = DistillationSettings(
@@ -393,10 +396,37 @@ def heal(
             )
             result, changed = _healed(asked, state, began)
             if is_first_process():
-                record = {name: value for name, value in result.to_json().items() if name != "out"}
+                record = json.loads(json.dumps({k: value for k, value in result.to_json().items() if k != "out"}))
+                assert state is not None
+                state.commit(*_FINISHED, record)
                 publish_healed(CheckpointReader(student), out, names, changed, record)
             from_first_process(None)  # the others return when it is there
     return result
+
+
+def _take_finished(out: Path) -> dict[str, Any] | None:
+    """Return what a run did that was stopped when its checkpoint was in place, and remove what it left; None if none.
+
+    Raises:
+        RequestError: Another process is at work there.
+    """
+    record = unfinished_result(out, *_FINISHED)
+    try:
+        there = json.loads((out / "healing.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if record is None or {name: there.get(name) for name in record} != record:
+        return None
+    remove_partial(out)
+    return record
+
+
+def _from_record(out: Path, record: Mapping[str, Any]) -> HealingResult:
+    """Return the result that `HealingResult.to_json` was made of."""
+    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    lists["stages"] = tuple(HealingStage(**stage) for stage in record["stages"])
+    lists["curve"] = tuple((step, value) for step, value in record["curve"])
+    return HealingResult(out=out, **{**record, **lists})
 
 
 @contextmanager
@@ -485,6 +515,7 @@ class _Course:
     stages: list[HealingStage] = field(default_factory=list)
     curve: list[tuple[int, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    tokens: int = 0
 
 
 def _train(
@@ -528,6 +559,7 @@ def _train(
             first = sum(one.steps for one in course.stages)
             course.curve += [(first + step, value) for step, value in distillation.curve if step or not index]
             course.losses += distillation.losses
+            course.tokens += distillation.tokens
             course.stages.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
     return course
 
@@ -582,7 +614,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
     result = HealingResult(
         out=asked.out,
         steps=settings.steps,
-        tokens=sum(one.all_steps for one in course.stages) * settings.batch_size * length,
+        tokens=course.tokens,
         learning_rate=settings.learning_rate,
         relative_rate=course.stages[-1].relative_rate,
         train=",".join(stages),

@@ -16,6 +16,7 @@ from mea_compress.checkpoint.hub import local_directory
 from mea_compress.checkpoint.vocabulary import has_vocabulary
 from mea_compress.errors import RequestError, first_line
 from mea_compress.modeling import multimodal_classes, register
+from mea_compress.processes import process_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,21 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise RequestError(f"`device` {device} is not a device: use auto, cpu, cuda or cuda:N") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"`device` {device} was asked for, but this machine has no such GPU: use cpu")
+    return resolved
+
+
+def training_device(device: str | torch.device = "auto") -> torch.device:
+    """Return `resolve_device` of a name for a model that is to be trained, which transformers' Trainer puts on a GPU.
+
+    Raises:
+        RequestError: It is another GPU than the first that is visible, which the Trainer takes in a single process.
+    """
+    resolved = resolve_device(device)
+    if resolved.index and process_count() == 1:
+        raise RequestError(
+            f"`device` {device} cannot be trained on, for training takes the first GPU: set CUDA_VISIBLE_DEVICES to "
+            f"{resolved.index} and give cuda"
+        )
     return resolved
 
 

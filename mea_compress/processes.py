@@ -73,6 +73,13 @@ def from_first_process(value: Any) -> Any:
     return values[0]
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    import torch
+
+    add_up(torch.zeros(1))
+
+
 def add_up(sums: torch.Tensor) -> torch.Tensor:
     """Return the sum of all processes' tensors, which have one shape and dtype; of a single one, its own.
 
@@ -91,4 +98,12 @@ def add_up(sums: torch.Tensor) -> torch.Tensor:
     return torch.view_as_complex(total) if sums.is_complex() else total
 
 
-__all__ = ["add_up", "from_first_process", "is_first_process", "join_processes", "process_count", "process_number"]
+__all__ = [
+    "add_up",
+    "from_first_process",
+    "is_first_process",
+    "join_processes",
+    "process_count",
+    "process_number",
+    "wait_for_all",
+]

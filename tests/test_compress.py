@@ -61,6 +61,19 @@ def run(source, out, recipe=HALF, **options):
     return compress(source, out, recipe=recipe, progress=False, **options)
 
 
+def test_a_tokenizer_that_cannot_be_kept_is_refused_before_the_fit(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "src")
+
+    def refuse(*_):
+        raise RequestError("it cannot be kept")
+
+    monkeypatch.setattr("mea_compress.compression.keep_tokenizer", refuse)
+    monkeypatch.setattr(fitting, "fit_layers", lambda *_, **__: pytest.fail("hours of work"))
+    with pytest.raises(RequestError, match=r"^it cannot be kept$"):
+        compress(source, tmp_path / "out", kv_ratio=0.5, sequences=4, sequence_length=16, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
 def edit_config(source, **changes):
     file = source / "config.json"
     config = json.loads(file.read_text()) | changes

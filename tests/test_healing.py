@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from mea_compress import healing
-from mea_compress.checkpoint import CheckpointReader
+from mea_compress.checkpoint import CheckpointReader, workspace
 from mea_compress.compression import compress
 from mea_compress.emit.healed import names_in_model, publish_healed
 from mea_compress.errors import DiskFullError, RequestError
@@ -131,6 +131,56 @@ def test_a_teacher_is_not_run_in_products_that_a_processor_imitates(dtype, produ
     heal(student, teacher=tmp_path / "half", **SETTINGS | {"steps": 2})
     taken = products if dtype == torch.bfloat16 else torch.float32
     assert seen == [(taken, taken)]
+
+
+def test_tokens_are_those_that_were_trained_on(tmp_path, teacher, monkeypatch):
+    """The last step of every pass over the text has what is left of it, and so has a step of more than all of it."""
+    seen, forward = [], losses.DistillationLoss.forward
+    monkeypatch.setattr(
+        losses.DistillationLoss,
+        "forward",
+        lambda self, **given: (seen.append(given["input_ids"].numel()), forward(self, **given))[1],
+    )
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
+    for batch, rate in ((4, 1e-2), (4, None), (64, 1e-2)):
+        seen.clear()
+        options = {"text": tmp_path / "text.txt", "batch_size": batch, "steps": 7, "learning_rate": rate}
+        student = make_student(tmp_path / f"student-{batch}-{rate}")
+        result = heal(student, teacher=teacher, **SETTINGS | options)
+        steps = result.stages[0].all_steps
+        assert result.tokens == sum(seen) < steps * batch * 32
+
+
+def test_a_large_seed_is_a_seed(tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    assert heal(student, teacher=teacher, **SETTINGS | {"steps": 2, "seed": (1 << 63) - 1}).steps == 2
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_stop_behind_the_last_step_is_taken_up_to_what_is_there(in_place, tmp_path, teacher, monkeypatch):
+    student = make_student(tmp_path / "student")
+    out = None if in_place else tmp_path / "out"
+    place, discard = out or student, workspace.Workspace.discard
+
+    def stop(self):
+        shutil.rmtree(self.work / "text")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workspace.Workspace, "discard", stop)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        heal(student, teacher=teacher, out=out, **SETTINGS | CURVE)
+    monkeypatch.setattr(workspace.Workspace, "discard", discard)
+    before = files(place)
+    with monkeypatch.context() as nothing_to_do:
+        nothing_to_do.setattr(healing, "load_model", lambda *_: pytest.fail("it is done"))
+        result = heal(student, teacher=teacher, out=out, resume=True, **SETTINGS | CURVE)
+    assert files(place) == before and not place.with_name(place.name + ".partial").exists()
+    record = json.loads((place / "healing.json").read_text())
+    assert json.loads(json.dumps(result.to_json())) == {n: v for n, v in record.items() if n != "versions"} | {
+        "out": str(place)
+    }
+    assert isinstance(result.stages[0], healing.HealingStage) and result.report()
+    assert heal(place, teacher=teacher, resume=True, **SETTINGS | {"steps": 1}).steps == 1  # which is another
 
 
 def test_same_seed_same_bytes_elsewhere(tmp_path, teacher):

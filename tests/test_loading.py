@@ -12,6 +12,7 @@ from mea_compress.loading import (
     load_tokenizer,
     resolve_device,
     seeded,
+    training_device,
 )
 
 
@@ -46,6 +47,16 @@ def test_loading_says_what_is_wrong(tmp_path):
         resolve_device("cuda:77")
     with pytest.raises(RequestError, match="`dtype` int8"):
         load_model(tmp_path, dtype="int8")
+
+
+def test_a_second_gpu_is_trained_on_by_processes_of_a_launcher_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert [training_device(name).index for name in ("cpu", "cuda", "cuda:0")] == [None, None, 0]
+    with pytest.raises(RequestError, match=r"`device` cuda:1 .* set CUDA_VISIBLE_DEVICES to 1 and give cuda"):
+        training_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of which gets its own
+    assert training_device("cuda:1").index == 1
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, GemmaConfig, GPT2Config, Cohere2Config, LlamaConfig])

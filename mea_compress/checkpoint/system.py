@@ -16,6 +16,7 @@ PAGE_BYTES = 4096
 _CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 _SYNC_FILE_RANGE_WRITE = 2
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and either's within Windows
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -102,6 +103,23 @@ def memory_bytes() -> int | None:
     return min((limit for limit in limits if limit > 0), default=None)
 
 
+def gpu_bytes(device: str) -> int | None:
+    """Return the memory of the GPU that a device such as ``auto`` or ``cuda:0`` is; None where it is none."""
+    if device == "cpu" or not any(Path(file).exists() for file in _GPU_DRIVERS):  # or PyTorch is loaded for nothing
+        return None
+    import torch
+
+    number = int(device.partition(":")[2] or 0)
+    return int(torch.cuda.get_device_properties(number).total_memory) if number < torch.cuda.device_count() else None
+
+
+def has_bfloat16_products() -> bool:
+    """Return whether this processor multiplies matrices in bfloat16, as far as the system says so."""
+    with contextlib.suppress(OSError):
+        return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
+    return False
+
+
 def advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
     """Tell the system how a range of a file will be used, by the name of a constant of `os`, where it listens."""
     with contextlib.suppress(AttributeError, OSError):
@@ -113,6 +131,8 @@ __all__ = [
     "advise",
     "allocate",
     "exchange_paths",
+    "gpu_bytes",
+    "has_bfloat16_products",
     "memory_bytes",
     "raise_trim_threshold",
     "share_page",

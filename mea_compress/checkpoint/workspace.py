@@ -202,6 +202,23 @@ def already_published(out: Path) -> bool:
     return True
 
 
+def unfinished_result(out: Path, section: str, key: str) -> Any:
+    """Return what an interrupted run committed for a piece of work, None where it left nothing of it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        return json.loads((partial_path(out) / MANIFEST).read_text(encoding="utf-8")).get(section, {}).get(key)
+    return None
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what an interrupted run left.
+
+    Raises:
+        RequestError: Another process is at work there.
+    """
+    with _locked(partial_path(out)):
+        _remove(partial_path(out))
+
+
 @contextlib.contextmanager
 def open_workspace(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
     """Open the workspace of OUT, new or taken up again.
@@ -371,4 +388,6 @@ __all__ = [
     "check_space",
     "open_workspace",
     "partial_path",
+    "remove_partial",
+    "unfinished_result",
 ]

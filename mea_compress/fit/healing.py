@@ -8,6 +8,8 @@ written.
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from collections.abc import Mapping
 from functools import partial
 from math import ceil
@@ -24,6 +26,7 @@ from mea_compress.emit.weights import layer_directory
 from mea_compress.errors import RequestError
 from mea_compress.fit.block_student import make_block_student
 from mea_compress.fit.layers import held_out_sequences, shared_origins, shared_tokens
+from mea_compress.fit.progress import least_healing_units, unit_seconds
 from mea_compress.fit.refinement import trainable_parameters
 from mea_compress.layers.read import read_projection
 from mea_compress.layers.runner import fast_products, reading_dtype
@@ -32,7 +35,7 @@ from mea_compress.measure.metrics import NOTHING, Comparison
 from mea_compress.planning.decisions import HEALING_EPOCHS, kept_healing_steps
 from mea_compress.planning.sizes import healing_batch
 from mea_compress.planning.types import Plan
-from mea_compress.processes import is_first_process, process_count
+from mea_compress.processes import from_first_process, is_first_process, process_count
 from mea_compress.text.reading import text_names
 from mea_compress.training.distillation import distil, may_keep, measure
 from mea_compress.training.settings import DistillationSettings
@@ -41,6 +44,7 @@ from mea_compress.training.step_bar import step_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_STATE = "healing"  # directory in the workspace that keeps how far it has come
 _SIDES = {"q_proj.weight": "query", "k_proj.weight": "key", "v_proj.weight": "value"}
 
 
@@ -61,7 +65,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     """
     if workspace.result_of("healing", "healing"):
         return
-    tokens, length = shared_tokens(plan, workspace, progress), plan.decisions.sequence_length
+    tokens = shared_tokens(plan, workspace, progress)
     if len(tokens) < 2:
         if plan.decisions.healing_asked_for:
             raise RequestError(
@@ -69,6 +73,38 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
                 "`sequence_length`, or `heal` 0"
             )
         return
+    if not from_first_process(_has_time(plan, workspace, len(tokens), deadline)):
+        if is_first_process():
+            print(f"no time is left of {plan.recipe.time_limit:g} minutes to heal in", file=sys.stderr)
+        return
+    try:
+        _heal(plan, workspace, tokens, progress, deadline)
+    except torch.OutOfMemoryError:
+        if process_count() > 1:  # the others would wait for this one
+            raise
+        print(
+            f"the checkpoint stays unhealed, for {resolve_device(plan.recipe.device)} has no room for original and "
+            "compressed model together: try `mea-compress heal` with --gradient-checkpointing on it afterwards",
+            file=sys.stderr,
+        )
+
+
+def _has_time(plan: Plan, workspace: Workspace, sequences: int, deadline: float | None) -> bool:
+    """Return whether so much time is left that healing can change anything: a trial, and measuring what it did.
+
+    What an interrupted run has begun is brought to its end.
+    """
+    if deadline is None or (workspace.work / _STATE).exists():
+        return True
+    trial = DistillationSettings(plan.decisions.healing_steps, 1, deadline=deadline).trial_steps
+    held_out = held_out_sequences(sequences, plan.decisions.sequence_length)
+    left = deadline - time.monotonic()
+    return left > 0 and left > unit_seconds(plan) * least_healing_units(plan, trial, held_out)
+
+
+def _heal(plan: Plan, workspace: Workspace, tokens: torch.Tensor, progress: bool, deadline: float | None) -> None:
+    """Do what `heal_layers` says with the sequences that there are, (N, T)."""
+    length = plan.decisions.sequence_length
     held_out = held_out_sequences(len(tokens), length)
     training, held_out_ids = _training(plan, tokens[:-held_out]), tokens[-held_out:]
     batch = min(healing_batch(length), len(training))
@@ -89,7 +125,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
     kept_states = {name: may_keep(teacher, ids, products) for name, ids in texts.items()}
     told = {"before": _measured(student, teacher, texts, products, kept_states)}
     before = sum(told["before"].values(), NOTHING)
-    kept_in = workspace.work / "healing"
+    kept_in = workspace.work / _STATE
     with step_bar(None if deadline is not None else settings.all_steps, progress) as bar:
         distillation = distil(student, teacher, training, held_out_ids, settings, bar.tick, kept_in, known=bar.known)
     kept = torch_dtype(plan.decisions.stored_dtype)
@@ -113,7 +149,7 @@ def heal_layers(plan: Plan, workspace: Workspace, progress: bool, deadline: floa
             "kl_before": before.kl / before.tokens,
             "kl_after": (after if better else before).kl / before.tokens,
             "steps": distillation.steps,
-            "tokens": distillation.all_steps * batch * length,
+            "tokens": distillation.tokens,
             "relative_rate": distillation.rate,
             "trained": ", ".join(sorted({name for weights in trained.values() for name in weights})),
             "text": "of the recipe" if plan.recipe.text else "sampled from the original",

@@ -255,6 +255,19 @@ def healing_units(plan: Plan, steps: int) -> float:
     return HEALING_TRIALS * batches * (_HEAL_LAYER * len(plan.layers) + _HEAL_LOGITS * _head_layers(plan))
 
 
+def least_healing_units(plan: Plan, trial: int, held_out: int) -> float:
+    """Return the work of the shortest distillation that can change anything: one trial, and measuring three times.
+
+    Args:
+        plan: What is distilled.
+        trial: Optimiser steps of a trial.
+        held_out: Sequences that it measures on.
+    """
+    measured = held_out * plan.decisions.sequence_length / TOKENS_PER_STEP
+    looks = 3 * (2 * len(plan.layers) * measured + comparison_units(plan, measured))
+    return healing_units(plan, trial) / HEALING_TRIALS + looks
+
+
 def closed_form_units(plan: Plan, sequences: int) -> float:
     """Return the work of all layers of a fit on so many sequences, without refinement and distillation."""
     batches = ceil(sequences / max(1, TOKENS_PER_STEP // plan.decisions.sequence_length))

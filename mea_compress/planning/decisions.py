@@ -10,7 +10,7 @@ from math import ceil
 from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.families import LayerGeometry
 from mea_compress.checkpoint.dtypes import DTYPE_NAMES
-from mea_compress.checkpoint.system import memory_bytes
+from mea_compress.checkpoint.system import gpu_bytes, memory_bytes
 from mea_compress.compositions.base import (
     DEFAULT_METHODS,
     method_form,
@@ -181,8 +181,9 @@ def healing_steps(source: Checkpoint, recipe: Recipe, layers: Sequence[LayerPlan
         return int(recipe.heal)
     if recipe.fit == "weights":  # what the weights alone give is what was asked for
         return 0
-    memory = memory_bytes()
-    if memory is not None and healing_bytes(source, layers, length) > _MEMORY_SHARE * memory:
+    gpu = gpu_bytes(recipe.device)
+    memory = gpu or memory_bytes()
+    if memory is not None and healing_bytes(source, layers, length, gpu is not None) > _MEMORY_SHARE * memory:
         return 0
     limited = recipe.time_limit is not None and recipe.effort != "fast"
     steps = _HEALING_STEPS["best" if limited else recipe.effort]

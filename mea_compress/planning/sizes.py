@@ -9,6 +9,7 @@ from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
 from mea_compress.architectures.families import LayerGeometry, Shapes, language_settings
 from mea_compress.checkpoint.dtypes import DTYPE_BITS
+from mea_compress.checkpoint.system import has_bfloat16_products
 from mea_compress.compositions.base import method_allocates_alike, side_choice
 from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import engine_warning
@@ -190,23 +191,25 @@ def healing_batch(length: int) -> int:
     return max(1, min(_HEALING_SEQUENCES, HEALING_TOKENS // length))
 
 
-def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int) -> int:
+def healing_bytes(source: Checkpoint, layers: Sequence[LayerPlan], length: int, on_gpu: bool = False) -> int:
     """Return the memory that a distillation takes: the original once, and what the compressed layers have beside it.
 
     Args:
         source: The checkpoint.
         layers: The plan of every layer.
         length: Tokens of a sequence; the logits of one are in memory at a time.
+        on_gpu: Whether it is that of a GPU.
     """
     config = source.config
-    wide = DTYPE_BITS[source.dtype] // 8 if source.dtype == "BF16" else 4
+    wide = 2 if source.dtype == "BF16" and (on_gpu or has_bfloat16_products()) else 4
+    tokens = max(HEALING_MICRO_TOKENS, length)  # that are run at once
     attention = 2 * config.num_attention_heads * source.head_dim * config.hidden_size
     trained = sum(layer.parameters_after + attention for layer in layers if layer.compressed)
     # Weights, gradients, Adam's two moments, where they began and were best; and once as products take them.
     memory = wide * sum(prod(info.shape) for info in source.reader.tensors.values()) + (6 * 4 + wide) * trained
-    step = step_bytes(source, True) * HEALING_MICRO_TOKENS // TOKENS_PER_STEP  # float32
+    step = step_bytes(source, True) * tokens // TOKENS_PER_STEP  # float32
     memory += len(layers) * step * wide // 4
-    memory += len(layers) * HEALING_MICRO_TOKENS * config.hidden_size * 4  # what the original's layers send
+    memory += len(layers) * tokens * config.hidden_size * 4  # what the original's layers send
     return memory + 5 * 4 * length * config.vocab_size
 
 

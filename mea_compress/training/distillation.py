@@ -30,7 +30,7 @@ from mea_compress.processes import from_first_process
 from mea_compress.training.losses import autocast, base_states, head_alone_makes_logits, head_of, tell_the_same_layers
 from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
 from mea_compress.training.sharding import is_sharded, reshard, whole
-from mea_compress.training.trainer import Run, set_weights, train_student
+from mea_compress.training.trainer import Run, set_weights, train_student, trained_sequences
 from mea_compress.training.trials import Progress, choose_rate, next_rate, rate_of_run, steps_left
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Distillation:
         curve: KL on held-out text in nats per token by optimiser step, from 0 on.
         steps: Optimiser steps of the full run.
         all_steps: Optimiser steps, those of trials among them.
+        tokens: Tokens trained on, those of trials among them.
         losses: What was trained on by optimiser step, of the full run.
     """
 
@@ -55,6 +56,7 @@ class Distillation:
     curve: tuple[tuple[int, float], ...]
     steps: int
     all_steps: int
+    tokens: int
     losses: tuple[float, ...] = ()
 
 
@@ -157,7 +159,9 @@ def distil(
     else:
         known(all_steps, all_steps)
     set_weights(parameters, progress.best_weights)
-    return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tuple(progress.losses))
+    runs = [*[settings.trial_steps] * (progress.taken // settings.trial_steps), progress.steps]
+    tokens = sum(trained_sequences(steps, len(training), settings.batch_size) for steps in runs) * training.shape[1]
+    return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tokens, tuple(progress.losses))
 
 
 @torch.no_grad()

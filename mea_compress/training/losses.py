@@ -73,8 +73,14 @@ class DistillationLoss(nn.Module):
         object.__setattr__(self, "teacher", teacher)
 
     def train(self, mode: bool = True) -> DistillationLoss:
-        """Leave dropout off, which the teacher has not: layers are told of training where they are run again alone."""
-        return super().train(mode and self.settings.gradient_checkpointing)
+        """Leave dropout off, which the teacher has not: only what is run again for its gradients is in training."""
+        super().train(False)
+        if mode and self.settings.gradient_checkpointing:
+            for module in self.student.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    _without_dropout(module)
+                    module.training = True
+        return self
 
     def forward(
         self, input_ids: torch.Tensor, counted: torch.Tensor | None = None
@@ -100,6 +106,13 @@ class DistillationLoss(nn.Module):
             of_predictions, of_states = loss_of(self.student, teacher, input_ids, terms, weights)
         loss = of_predictions + of_states
         return loss, of_predictions.detach() if loss.isfinite() else loss.detach()
+
+
+def _without_dropout(module: nn.Module) -> None:
+    """Set a module's own probabilities of leaving something out to zero: some layers drop in functions of their own."""
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(module, name, 0.0)
 
 
 def whole_loss(

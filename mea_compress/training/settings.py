@@ -13,6 +13,7 @@ MATCH_HIDDEN = 30.0
 (`benchmarks/NOTES.md`)."""
 _RATES = (0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Step sizes to choose from, as a share of a tensor's root mean square: the nearer the original, the smaller."""
+_LONG_TRIAL = 50  # so many trials are as long as the full run, where that is more than their usual steps
 _TRIALS = 3  # as many as there mostly are
 _LOOK_TOKENS = 1 << 13  # with a deadline half of them: looks were a tenth of 40 minutes
 
@@ -59,8 +60,13 @@ class DistillationSettings:
 
     @property
     def trial_steps(self) -> int:
-        """Optimiser steps of one trial: a deadline may leave few of all the steps, so they are fewer with one."""
-        return max(3, min(20 if self.deadline is None else 12, self.steps // 20))
+        """Optimiser steps of one trial: a deadline may leave few of all the steps, so they are fewer with one.
+
+        A long run has longer ones: what little is left to gain is not seen in 20 steps of all weights.
+        """
+        if self.deadline is not None:
+            return max(3, min(12, self.steps // 20))
+        return max(3, min(20, self.steps // 20), self.steps // _LONG_TRIAL)
 
     @property
     def look_tokens(self) -> int:

@@ -32,6 +32,7 @@ from mea_compress.training.trials import keeping
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SEEDS = 1 << 32  # NumPy, which the Trainer seeds too, has no more
 _TRAINED = "trained.safetensors"
 _PARTS, _SCHEDULER = "parts", "scheduler.pt"  # of a sharded student
 
@@ -190,6 +191,17 @@ def _fallen(steps: int, step: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
+def trained_sequences(steps: int, count: int, batch: int) -> int:
+    """Return how many sequences so many steps train on: the last step of each pass over all of them has what is left.
+
+    Example:
+        >>> trained_sequences(5, 10, 4)  # 4, 4 and 2, 4 and 4
+        18
+    """
+    passes, rest = divmod(steps, math.ceil(count / batch))
+    return passes * count + min(count, rest * batch)
+
+
 def set_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
     """Copy values into parameters of the same names."""
     with torch.no_grad():
@@ -225,8 +237,8 @@ def train_student(
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulated,
             max_grad_norm=1.0,
-            seed=settings.seed,
-            data_seed=settings.seed,
+            seed=settings.seed % _SEEDS,
+            data_seed=settings.seed % _SEEDS,
             use_cpu=device.type == "cpu",
             report_to=[],
             save_strategy="no",
@@ -285,4 +297,4 @@ def _last_checkpoint(state: Path) -> str | None:
     return max(complete)[1] if complete else None
 
 
-__all__ = ["Run", "set_weights", "share_of_peak", "train_student"]
+__all__ = ["Run", "set_weights", "share_of_peak", "train_student", "trained_sequences"]

@@ -20,7 +20,7 @@ from torch import nn
 
 from mea_compress.checkpoint.files import refusal, write_text
 from mea_compress.errors import RequestError
-from mea_compress.processes import from_first_process, is_first_process
+from mea_compress.processes import from_first_process, is_first_process, wait_for_all
 from mea_compress.training.settings import LOOKS, DistillationSettings
 from mea_compress.training.sharding import gathered, part_of
 
@@ -66,9 +66,10 @@ class Progress:
 
     @staticmethod
     def resumed(directory: Path | None, like: Mapping[str, torch.Tensor]) -> Progress | None:
-        """Return what `save` has kept, None where it has nothing."""
-        if directory is None or not (directory / _PROGRESS).is_file():
+        """Return what `save` has kept, None where it has nothing; of several processes the first one looks."""
+        if not from_first_process(directory is not None and (directory / _PROGRESS).is_file()):
             return None
+        assert directory is not None
         kept = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
 
         def stored(name: str) -> dict[str, torch.Tensor]:
@@ -83,6 +84,7 @@ class Progress:
         progress.losses = kept["losses"]
         progress.pace = Pace(**kept.get("pace", {}))
         progress._offered = False
+        wait_for_all()  # before any of them replaces what others still read
         return progress
 
     def offer(self, value: float, parameters: Mapping[str, nn.Parameter]) -> None:

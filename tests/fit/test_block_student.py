@@ -1,5 +1,6 @@
 """Distillation behind a fit at the cache: what it gains, trains and leaves alone, and that a kill changes nothing."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_every_family import logits, stock_family, tokens
 from tiny import contents
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig
 
 import mea_compress as mc
 from mea_compress.fit import layers as fit_layers
@@ -169,8 +170,35 @@ def test_weights_that_another_part_reads_are_not_trained():
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
-def test_dropout_is_off_in_training_as_it_is_in_the_teacher():
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32, attn_pdrop=0.5, resid_pdrop=0.5)
-    model = GPT2LMHeadModel(config).eval()
-    loss = DistillationLoss(model, model, DistillationSettings(1, 1), sliced=False).train()
-    assert float(loss(torch.arange(8)[None])[0].detach().abs()) < 1e-6
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])  # modules that drop, and functions that do
+def test_dropout_is_off_in_training_as_it_is_in_the_teacher(family, checkpointing):
+    sizes = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if family == "gpt2":
+        dropped = {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **sizes, **dropped)
+    else:
+        dropped = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+        config = OPTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=32,
+            word_embed_proj_dim=16,
+            **sizes,
+            **dropped,
+        )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    teacher = copy.deepcopy(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = DistillationSettings(1, 1, gradient_checkpointing=checkpointing)
+    loss = DistillationLoss(model, teacher, settings, sliced=False).train()
+    found = loss(torch.arange(8)[None])[0]
+    assert float(found.detach().abs()) < 1e-6
+    runs = []
+    attention = next(module for name, module in model.named_modules() if name.endswith((".attn", ".self_attn")))
+    attention.register_forward_hook(lambda *_: runs.append(1))
+    loss(torch.arange(8)[None])[0].backward()
+    assert len(runs) == 1 + checkpointing  # a second time for its gradients

@@ -1,6 +1,7 @@
 """Distillation behind the fit: what it gains, what it leaves alone, what it shares, and that a stop changes nothing."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -155,8 +156,11 @@ def test_what_does_not_help_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_time_that_is_over_leaves_the_closed_form(tmp_path):
-    told = run(stock_checkpoint(tmp_path / "src"), tmp_path / "out", heal=1000, time_limit=1e-6).fidelity["healing"]
-    assert (told["steps"], told["tokens"], told["kept"]) == (0, 0, "unhealed")
+    source = stock_checkpoint(tmp_path / "src")
+    run(source, tmp_path / "closed", heal=0)
+    assert "healing" not in run(source, tmp_path / "out", heal=1000, time_limit=1e-6).fidelity
+    closed, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("closed", "out"))
+    assert closed.keys() == kept.keys() and all(torch.equal(closed[name], kept[name]) for name in closed)
 
 
 def test_when_it_happens_by_itself(tmp_path, monkeypatch):
@@ -173,6 +177,47 @@ def test_when_it_happens_by_itself(tmp_path, monkeypatch):
     assert steps() == 0 and steps(heal=7) == 7
     monkeypatch.setattr(decisions, "memory_bytes", lambda: None)
     assert steps() > 0
+
+
+def test_a_gpu_that_is_too_small_is_not_healed_on(tmp_path, monkeypatch):
+    source = stock_checkpoint(tmp_path / "src")
+    monkeypatch.setattr(decisions, "memory_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(
+        decisions, "gpu_bytes", lambda device: {"cpu": None, "auto": 1 << 20, "cuda:0": 1 << 40}[device]
+    )
+    steps = {
+        device: make_plan(source, Recipe(**QUICK, device=device)).decisions.healing_steps
+        for device in ("cpu", "auto", "cuda:0")
+    }
+    assert steps["cpu"] == steps["cuda:0"] > 0 == steps["auto"]
+
+
+def test_memory_that_runs_out_costs_the_healing_alone(tmp_path, monkeypatch, capsys):
+    source = stock_checkpoint(tmp_path / "src")
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(healing, "distil", fail)
+    fidelity = run(source, tmp_path / "out").fidelity
+    assert "healing" not in fidelity and "stays unhealed" in capsys.readouterr().err
+    monkeypatch.undo()
+    run(source, tmp_path / "closed", heal=0)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "closed"))
+    assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("left", [-1.0, 0.0, 1e-3])
+def test_without_time_no_model_is_loaded(left, tmp_path, monkeypatch, capsys):
+    source = stock_checkpoint(tmp_path / "src")
+    plan = make_plan(source, Recipe(**QUICK, time_limit=1))
+    monkeypatch.setattr(healing, "load_model", lambda *_: pytest.fail("for nothing"))
+    with open_workspace(tmp_path / "out", {}, resume=False) as workspace:
+        healing.heal_layers(plan, workspace, False, time.monotonic() + left)
+        assert "no time is left of 1 minutes to heal in" in capsys.readouterr().err
+        (workspace.work / "healing").mkdir()  # what was begun is ended
+        with pytest.raises(pytest.fail.Exception):
+            healing.heal_layers(plan, workspace, False, time.monotonic() + left)
 
 
 @pytest.mark.slow

@@ -23,10 +23,18 @@ from mea_compress.training.settings import DistillationSettings
 )
 def test_a_longer_run_takes_larger_steps_than_its_trials(steps, rate, taken):
     """As the root of its length in fours of a trial, thrice at most, and not above 0.015 by that."""
-    settings = DistillationSettings(9999, 8)
+    settings = DistillationSettings(1000, 8)
     assert settings.trial_steps == 20
     assert trials.rate_of_run(rate, steps, settings) == pytest.approx(taken)
-    assert trials.rate_of_run(rate, steps, DistillationSettings(9999, 8, rates=(rate,))) == rate
+    assert trials.rate_of_run(rate, steps, DistillationSettings(1000, 8, rates=(rate,))) == rate
+
+
+@pytest.mark.parametrize(
+    ("steps", "deadline", "taken"),
+    [(4, None, 3), (100, None, 5), (1000, None, 20), (7000, None, 140), (100, 1.0, 5), (7000, 1.0, 12)],
+)
+def test_a_trial_is_as_long_as_a_run_can_spare(steps, deadline, taken):
+    assert DistillationSettings(steps, 8, deadline=deadline).trial_steps == taken
 
 
 @pytest.mark.parametrize(
