@@ -115,7 +115,9 @@ def distil(
     pace = progress.pace
     if settings.learning_rate is None:
         tried = None
-        while progress.begun is None and (tried := next_rate(settings.rates, progress)) is not None:
+        while (
+            progress.begun is None and (tried := next_rate(settings.rates, progress, settings.trial_steps)) is not None
+        ):
             left = steps_left(settings, pace)
             hurries = settings.deadline is not None and left < _TRIALS_WORTH * settings.trial_steps
             if not left or (hurries and progress.gained):
@@ -132,7 +134,7 @@ def distil(
         set_weights(parameters, start)
         if progress.steps is None:
             progress.steps = steps_left(settings, pace) if tried is None or progress.gained else 0
-        rate = choose_rate(settings.rates, progress)
+        rate = choose_rate(settings.rates, progress, settings.trial_steps)
         if progress.gained:  # otherwise the least bad is large enough
             rate = rate_of_run(rate, progress.steps, settings)
         groups = _group(parameters, rate)

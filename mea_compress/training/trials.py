@@ -25,10 +25,12 @@ from mea_compress.training.settings import LOOKS, DistillationSettings
 from mea_compress.training.sharding import gathered, part_of
 
 _LEAST_GAIN = 0.5
-"""Share of the best trial's gain that one of a larger step size must have to be chosen."""
+"""Share of the best trial's gain that one of a larger step size must have to be chosen, where trials are short."""
+_SHORT = 20
+"""Steps of a trial that favours small step sizes; one of 140 favours them no longer (`benchmarks/NOTES.md`)."""
 _LONGER, _RAISED, _LARGEST_RAISED = 4, 3, 0.015
-"""A run that is four times as long as a trial takes the step size that it found, a longer one more, as the root of its
-length, up to three times as much and up to 0.015 (`benchmarks/NOTES.md`)."""
+"""A run that is four times as long as a short trial takes the step size that it found, a longer one more, as the root
+of its length, up to three times as much and up to 0.015 (`benchmarks/NOTES.md`)."""
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _PROGRESS = "progress.json"
@@ -147,8 +149,13 @@ def keeping(directory: Path) -> Iterator[None]:
         raise refusal(OSError(errno.ENOSPC, ""), directory) from error
 
 
-def next_rate(rates: Sequence[float], progress: Progress) -> float | None:
+def next_rate(rates: Sequence[float], progress: Progress, trial: int) -> float | None:
     """Return the step size to try next: from the middle up for as long as that is good enough, or down until one gains.
+
+    Args:
+        rates: To choose from, ascending.
+        progress: What those tried have come to.
+        trial: Optimiser steps of a trial.
 
     Returns:
         One of `rates`, or None if enough was tried.
@@ -162,15 +169,20 @@ def next_rate(rates: Sequence[float], progress: Progress) -> float | None:
     order = rates[middle:] if climbs else rates[middle::-1]
     tried = [rate for rate in order if str(rate) in progress.found]
     last = tried[-1]
-    enough = choose_rate(rates, progress) != last if climbs else progress.found[str(last)] < start
+    enough = choose_rate(rates, progress, trial) != last if climbs else progress.found[str(last)] < start
     return None if enough or len(tried) == len(order) else order[len(tried)]
 
 
-def choose_rate(rates: Sequence[float], progress: Progress) -> float:
+def choose_rate(rates: Sequence[float], progress: Progress, trial: int) -> float:
     """Return the largest step size whose trial gained at least half of the best one's, or the one that ended lowest.
 
     A short run favours small steps: on babyllama105 at half of its cache 0.003 is ahead of 0.01 after 12 of 60 steps,
-    and behind it at their end (KL 0.0317 and 0.0272).
+    and behind it at their end (KL 0.0317 and 0.0272). The longer a trial is, the more of the best one's gain it takes.
+
+    Args:
+        rates: To choose from.
+        progress: What those tried have come to.
+        trial: Optimiser steps of a trial.
     """
     start = progress.curve[0][1]
     found = {rate: progress.found.get(str(rate), math.inf) for rate in rates}
@@ -178,7 +190,12 @@ def choose_rate(rates: Sequence[float], progress: Progress) -> float:
     gain = start - found[best]
     if not gain > 0:
         return best
-    return max(rate for rate, value in found.items() if start - value >= _LEAST_GAIN * gain)
+    return max(rate for rate, value in found.items() if start - value >= (1 - _LEAST_GAIN * _shortness(trial)) * gain)
+
+
+def _shortness(trial: int) -> float:
+    """Return how far a trial favours small step sizes, 1 for the shortest."""
+    return min(1.0, _SHORT / trial)
 
 
 def rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> float:
@@ -191,7 +208,7 @@ def rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> floa
     """
     if len(settings.rates) == 1:
         return rate
-    factor = math.sqrt(steps / (_LONGER * settings.trial_steps))
+    factor = math.sqrt(steps / (_LONGER * settings.trial_steps)) * _shortness(settings.trial_steps)
     return max(rate, min(rate * min(max(1.0, factor), _RAISED), _LARGEST_RAISED))
 
 

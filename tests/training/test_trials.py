@@ -29,6 +29,11 @@ def test_a_longer_run_takes_larger_steps_than_its_trials(steps, rate, taken):
     assert trials.rate_of_run(rate, steps, DistillationSettings(1000, 8, rates=(rate,))) == rate
 
 
+@pytest.mark.parametrize(("steps", "raised"), [(1000, 3), (2000, 0.5 * 12.5**0.5), (7000, 1)])
+def test_a_run_takes_what_long_trials_say(steps, raised):
+    assert trials.rate_of_run(0.001, steps, DistillationSettings(steps, 8)) == pytest.approx(0.001 * raised)
+
+
 @pytest.mark.parametrize(
     ("steps", "deadline", "taken"),
     [(4, None, 3), (100, None, 5), (1000, None, 20), (7000, None, 140), (100, 1.0, 5), (7000, 1.0, 12)],
@@ -50,10 +55,10 @@ def test_a_trial_is_as_long_as_a_run_can_spare(steps, deadline, taken):
 )
 def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
     rates, progress, order = (1, 2, 3, 4, 5), SimpleNamespace(curve=[(0, 1.0)], found={}), []
-    while (rate := trials.next_rate(rates, progress)) is not None:
+    while (rate := trials.next_rate(rates, progress, 20)) is not None:
         order.append(rate)
         progress.found[str(rate)] = values[rate - 1]
-    assert tuple(order) == tried and trials.choose_rate(rates, progress) == chosen
+    assert tuple(order) == tried and trials.choose_rate(rates, progress, 20) == chosen
 
 
 def test_the_way_up_and_down_is_as_long_as_it_gains_or_does_not():
@@ -67,21 +72,24 @@ def test_the_way_up_and_down_is_as_long_as_it_gains_or_does_not():
 
 def tried_in_order(rates, values):
     progress, order = SimpleNamespace(curve=[(0, 5.0)], found={}), []
-    while (rate := trials.next_rate(rates, progress)) is not None:
+    while (rate := trials.next_rate(rates, progress, 20)) is not None:
         order.append(rate)
         progress.found[str(rate)] = values[rate - 1]
     return order
 
 
 @pytest.mark.parametrize(
-    ("found", "chosen"),
+    ("found", "trial", "chosen"),
     [
-        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 0.2),  # the largest that gained as good as the most
-        ({"0.1": 0.8, "0.2": 0.95, "0.3": 0.99}, 0.1),
-        ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 0.2),  # none gained: the least bad
-        ({"0.1": 0.8}, 0.1),  # there was no time for the others
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 20, 0.2),  # the largest that gained as good as the most
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 3, 0.2),
+        ({"0.1": 0.8, "0.2": 0.85, "0.3": 1.1}, 140, 0.1),  # what a long trial says is true of the run
+        ({"0.1": 0.8, "0.2": 0.801, "0.3": 1.1}, 140, 0.2),
+        ({"0.1": 0.8, "0.2": 0.95, "0.3": 0.99}, 20, 0.1),
+        ({"0.1": 1.3, "0.2": 1.2, "0.3": math.inf}, 20, 0.2),  # none gained: the least bad
+        ({"0.1": 0.8}, 20, 0.1),  # there was no time for the others
     ],
 )
-def test_the_largest_step_size_that_gains_enough_is_taken(found, chosen):
+def test_the_largest_step_size_that_gains_enough_is_taken(found, trial, chosen):
     progress = SimpleNamespace(curve=[(0, 1.0)], found=found)
-    assert trials.choose_rate((0.1, 0.2, 0.3), progress) == chosen
+    assert trials.choose_rate((0.1, 0.2, 0.3), progress, trial) == chosen
