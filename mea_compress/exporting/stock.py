@@ -43,6 +43,18 @@ from mea_compress.report.tables import key_value_table, stock_outlook
 from mea_compress.text.reading import TextChoice
 
 REPORT = "export.json"
+_FREQUENCIES = ".rotary_emb.inv_freq"  # which early Llama conversions stored, and which are others in an export
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,6 +242,9 @@ def _config(source: Checkpoint, form: StockForm, target: str) -> dict[str, Any]:
         for key in ("partial_rotary_factor", "original_max_position_embeddings"):
             config.pop(key, None)
     config |= rope_settings(source, form)
+    if target != "stock":
+        for name in _SIZES:  # Llama's class has other defaults than the family's, and a file has none
+            config.setdefault(name, getattr(source.config, name))
     if target != "stock" and family.model_type != "llama":
         for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             config.pop(key, None)
@@ -247,6 +262,8 @@ def _entries(source: Checkpoint, form: StockForm, target: str, bases: Sequence[H
         replaced |= _fused_projections(source, layer, tensors) if fuses else tensors
     entries: list[Entry] = []
     for info in source.reader.tensors.values():
+        if info.name.endswith(_FREQUENCIES):
+            continue
         entry = replaced.get(info.name, info)
         if target != "stock" and info.name.endswith("mlp.gate_up_proj.weight"):
             entries += _gate_and_up(info)

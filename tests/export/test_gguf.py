@@ -8,7 +8,8 @@ import pytest
 import torch
 from exporting import compressed, load
 from published import CHAT, TEXT, publish
-from tiny import SIZES, stock_checkpoint
+from safetensors.torch import load_file, save_file
+from tiny import SIZES, contents, stock_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
@@ -186,6 +187,28 @@ def test_words_with_a_space_in_front_are_merged_as_before(tmp_path):
         expected = AutoTokenizer.from_pretrained(out)(text)["input_ids"]
         assert engine.tokenize(text.encode(), add_bos=True, special=True) == expected
     assert engine.token_bos() == 1 and engine.metadata["tokenizer.ggml.add_bos_token"] == "true"
+
+
+def test_what_early_conversions_store_and_leave_out_changes_nothing(tmp_path):
+    left_to_the_class = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    files = []
+    for name in ("now", "then"):
+        source = stock_checkpoint(tmp_path / name / "source", **left_to_the_class)
+        if name == "then":
+            config = json.loads((source / "config.json").read_text())
+            settings = {key: value for key, value in config.items() if key not in left_to_the_class}
+            (source / "config.json").write_text(json.dumps(settings))
+            tensors = load_file(source / "model.safetensors")
+            tensors |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(2) for layer in range(2)}
+            save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        out = compressed(tmp_path / name)
+        export(out, tmp_path / name / "export", format="gguf", progress=False)
+        export(out, tmp_path / name / "stock", progress=False)
+        files.append(contents(tmp_path / name / "export")["model.gguf"])
+        assert not [
+            tensor for tensor in load_file(tmp_path / name / "stock" / "model.safetensors") if "rotary" in tensor
+        ]
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow
