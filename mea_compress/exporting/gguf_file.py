@@ -17,7 +17,7 @@ import numpy as np
 
 from mea_compress.checkpoint import CheckpointReader
 from mea_compress.errors import RequestError
-from mea_compress.exporting.gguf_tokenizer import add_tokenizer
+from mea_compress.exporting.gguf_tokenizer import add_tokenizer, tokenizer_fields
 from mea_compress.heads.composed import Array
 
 WEIGHTS = ("stored", "f32", "f16", "bf16", "q8_0")
@@ -55,6 +55,20 @@ def require_gguf() -> None:
         ) from None
 
 
+def check_gguf(directory: Path, config: dict[str, Any]) -> None:
+    """Check, before any work, that llama.cpp has a tokenizer and a scaling of RoPE like a checkpoint's.
+
+    Args:
+        directory: The checkpoint, for its tokenizer.
+        config: config.json of its export in Llama's format.
+
+    Raises:
+        RequestError: It has not.
+    """
+    _frequencies(config)
+    tokenizer_fields(directory, config["vocab_size"])
+
+
 def write_gguf(
     directory: Path, file: Path, name: str, weights: str = "stored", layer_heads: Sequence[int] = ()
 ) -> None:
@@ -83,7 +97,7 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     heads = list(layer_heads) or [config["num_key_value_heads"]] * config["num_hidden_layers"]
     factors = _add_sizes(writer, config, heads)
-    add_tokenizer(writer, directory, config["vocab_size"])
+    add_tokenizer(writer, tokenizer_fields(directory, config["vocab_size"]))
 
     def stored_type(shape: tuple[int, ...]) -> Any:
         whole_blocks = matrices is not gguf.GGMLQuantizationType.Q8_0 or shape[-1] % 32 == 0
@@ -160,4 +174,4 @@ def _name(tensor: str) -> str:
     return f"blk.{layer}.{_LAYER[part]}.{kind}"
 
 
-__all__ = ["FILE", "WEIGHTS", "require_gguf", "write_gguf"]
+__all__ = ["FILE", "WEIGHTS", "check_gguf", "require_gguf", "write_gguf"]

@@ -33,7 +33,7 @@ from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import check_engine, engine_warning
 from mea_compress.exporting.fold import HeadBasis, changed_projections
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
-from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
+from mea_compress.exporting.gguf_file import FILE, WEIGHTS, check_gguf, require_gguf, write_gguf
 from mea_compress.exporting.verification import verify_export
 from mea_compress.heads.composed import Array
 from mea_compress.planning.sizes import layer_window
@@ -161,6 +161,7 @@ def export(
         check_engine(engine, form, model_type, format)
     if format == "gguf":
         require_gguf()
+        check_gguf(checkpoint, _config(source, form, format))
     elif weights != "stored":
         raise RequestError("`weights` are chosen for GGUF alone; leave them out or export with --format gguf")
     if text is not None and not balance:
