@@ -33,7 +33,7 @@ from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import check_engine, engine_warning
 from mea_compress.exporting.fold import HeadBasis, changed_projections
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
-from mea_compress.exporting.gguf_file import FILE, WEIGHTS, check_gguf, require_gguf, write_gguf
+from mea_compress.exporting.gguf_file import FILE, WEIGHTS, check_gguf, gguf_bytes, require_gguf, write_gguf
 from mea_compress.exporting.verification import verify_export
 from mea_compress.heads.composed import Array
 from mea_compress.planning.sizes import layer_window
@@ -183,8 +183,10 @@ def export(
         bases = balanced_bases(source, form, tokens, progress)
         request += f" balanced on {hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}"
     entries = _entries(source, form, format, bases)
-    files = 2 if format == "gguf" else 1  # the checkpoint that the file is made from lies beside it for a moment
-    check_space(out, files * sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
+    needed = sum(entry.nbytes for entry in entries)
+    if format == "gguf":  # the checkpoint that the file is made from lies beside it for a moment
+        needed += gguf_bytes(entries, weights, source.dtype)
+    check_space(out, needed + other_bytes(source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(source, request), resume) as workspace:
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_config(workspace.path, _config(source, form, format))

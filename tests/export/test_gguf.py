@@ -253,6 +253,17 @@ def test_what_early_conversions_store_and_leave_out_changes_nothing(tmp_path):
     assert files[0] == files[1]
 
 
+def test_the_disk_is_asked_for_the_bytes_of_the_type_that_is_written(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stock, "check_space", lambda out, needed: asked.append(needed))
+    out, written = compressed(tmp_path, way="pool"), []
+    for weights in ("stored", "f16", "q8_0"):
+        export(out, tmp_path / weights, format="gguf", weights=weights, progress=False)
+        written.append(sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / weights / "model.gguf").tensors))
+    assert written[0] > written[1] > written[2]
+    assert len({needed - size for needed, size in zip(asked, written, strict=True)}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "largest"), [("f16", 0.01), ("q8_0", 0.1)])
 def test_narrower_weights_stay_close_and_are_smaller(weights, largest, tmp_path):
