@@ -65,6 +65,8 @@ from mea_compress.training.step_bar import step_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLED_TEXT = "sampled from the teacher"
+"""What ``healing.json`` calls the text where none was given."""
 _SAMPLED = 1024  # sequences
 _MOST_PASSES = 4  # over sampled text; from the second on, what is learnt is more and more that text alone
 _MAX_HELD_OUT = 64
@@ -632,7 +634,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
         learning_rate=settings.learning_rate,
         relative_rate=course.stages[-1].relative_rate,
         train=",".join(stages),
-        text="sampled from the teacher" if asked.documents is None else asked.documents.title,
+        text=SAMPLED_TEXT if asked.documents is None else asked.documents.title,
         seed=settings.seed,
         trained_parameters=training_of.largest,
         held_out_tokens=before.tokens,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
+from mea_compress.checkpoint.untrusted import allowed_folders, read_json
 from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process
 from mea_compress.recipe import Recipe, given_settings, make_recipe
@@ -77,7 +78,7 @@ def run(
 
     Raises:
         RequestError: The recipe does not say where from, names a text that is not there, or asks for what cannot be
-            done.
+            done; or what is resumed was healed in another way than it asks for.
 
     Example:
         >>> result = run("paper-full", source="SRC", out="PAPER", progress=False)
@@ -97,7 +98,9 @@ def run(
     compression = compress(directory, target, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
-    if wanted.healing_settings and not (resume and (target / "healing.json").is_file()):
+    if wanted.healing_settings and resume and (target / "healing.json").is_file():
+        _check_healed_alike(wanted, name, target)
+    elif wanted.healing_settings:
         from mea_compress.healing import heal
 
         options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
@@ -245,3 +248,26 @@ def _check_sections(recipe: Recipe, name: str, source: Path | None) -> None:
             check_measuring(context=context, **given_settings(measuring))
     except RequestError as error:
         raise RequestError(f"in {section} of {name}, {error}") from error
+
+
+def _check_healed_alike(recipe: Recipe, name: str, target: Path) -> None:
+    """Raise `RequestError` where healing.json says that a checkpoint was healed otherwise than a recipe asks for."""
+    from mea_compress.healing import SAMPLED_TEXT, check_settings
+
+    assert recipe.healing_settings is not None
+    given = given_settings(recipe.healing_settings)
+    asked = {
+        "steps": given["steps"],
+        "train": ",".join(check_settings(**given)),
+        "seed": given.get("seed", recipe.seed),
+        "learning_rate": given.get("learning_rate"),
+        "answers_only": given.get("answers_only", False),
+        "text": read_documents(given["text"]).title if "text" in given else SAMPLED_TEXT,
+    }
+    done = read_json(target / "healing.json", allowed_folders(target))
+    differ = ", ".join(setting for setting, value in asked.items() if done.get(setting, value) != value)
+    if differ:
+        raise RequestError(
+            f"{target} was healed already, with another {differ} than {name} asks for: give another `out`, or heal it "
+            "further with mea-compress heal"
+        )

@@ -91,6 +91,14 @@ def test_an_interrupted_healing_goes_on(tmp_path, monkeypatch):
     result = run(tmp_path / "r.yaml", resume=True, **places, **{"evaluate.limit": 3})
     assert result.healing.steps == 2 and result.evaluation.tokens == 3 * 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "SRC", "r.yaml", "text.txt"]
+    assert run(tmp_path / "r.yaml", resume=True, **places, **{"heal.seed": 0}).healing is None
+    for changes, differ in (
+        ({"heal.steps": 3, "heal.train": "compositions, attention"}, "steps, train"),
+        ({"heal.seed": 1, "heal.learning_rate": 0.1}, "seed, learning_rate"),
+        ({"heal": {"steps": 2, "sequence_length": 16}}, "text"),
+    ):
+        with pytest.raises(RequestError, match=f"another {differ} than .*another `out`, or .* mea-compress heal"):
+            run(tmp_path / "r.yaml", resume=True, **places, **changes)
     with pytest.raises(RequestError, match="made by another recipe"):
         run(tmp_path / "r.yaml", resume=True, seed=7, **places)
 
