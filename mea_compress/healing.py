@@ -47,7 +47,7 @@ from mea_compress.loading import (
     vocabulary_size,
 )
 from mea_compress.measure.metrics import check_same_vocabulary
-from mea_compress.processes import from_first_process, is_first_process, join_processes
+from mea_compress.processes import from_first_process, is_first_process, join_processes, process_count
 from mea_compress.report.showing import Shown
 from mea_compress.report.tables import key_value_table
 from mea_compress.text.answers import answer_sequences
@@ -65,6 +65,8 @@ from mea_compress.training.step_bar import step_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLED_TEXT = "sampled from the teacher"
+"""What ``healing.json`` calls the text where none was given."""
 _SAMPLED = 1024  # sequences
 _MOST_PASSES = 4  # over sampled text; from the second on, what is learnt is more and more that text alone
 _MAX_HELD_OUT = 64
@@ -320,27 +322,20 @@ def heal(
         raise RequestError(f"{checkpoint} lies on the hub and cannot be replaced there: give `out`")
     student, teacher = local_directory(checkpoint).resolve(), local_directory(teacher).resolve()
     out = student if out is None else Path(os.path.abspath(out))
-    if steps < 1 or batch_size < 1:
-        raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise RequestError(f"`learning_rate` {learning_rate} is not a positive number: give one such as 1e-4")
-    if not 0 < temperature < math.inf:
-        raise RequestError(f"`temperature` {temperature} is not a positive number: give one such as 2")
-    if not 0 <= cross_entropy <= 1:
-        raise RequestError(f"`cross_entropy` {cross_entropy} is no share of the loss: give 0 to 1")
-    stages = parse_stages(train)
-    if steps < len(stages):
-        raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
-    for name, weight in (("match_hidden", match_hidden or 0.0), ("match_attention", match_attention)):
-        if not 0 <= weight < math.inf:
-            raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
-    vocabulary = language_settings(CheckpointReader(student).config()).get("vocab_size")
-    if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
-        raise RequestError(
-            f"`top_logits` {top_logits} are no part of a vocabulary of {vocabulary}: give fewer, such as 256, or none"
-        )
-    if answers_only and text is None:
-        raise RequestError("`answers_only` needs conversations, and there is no text: give some as `text`")
+    stages = check_settings(
+        vocabulary=language_settings(CheckpointReader(student).config()).get("vocab_size"),
+        text=text,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        train=train,
+        temperature=temperature,
+        cross_entropy=cross_entropy,
+        answers_only=answers_only,
+        top_logits=top_logits,
+        match_hidden=match_hidden,
+        match_attention=match_attention,
+    )
     _check_models(student, teacher)
     with sharding_asked_for() as sharded:
         _check_sharded(sharded, text, stages)
@@ -427,6 +422,59 @@ def _from_record(out: Path, record: Mapping[str, Any]) -> HealingResult:
     lists["stages"] = tuple(HealingStage(**stage) for stage in record["stages"])
     lists["curve"] = tuple((step, value) for step, value in record["curve"])
     return HealingResult(out=out, **{**record, **lists})
+
+
+def check_settings(
+    *,
+    vocabulary: int | None = None,
+    text: TextChoice | None = None,
+    steps: int = 200,
+    learning_rate: float | None = None,
+    batch_size: int = 16,
+    train: str | Sequence[str] = "attention",
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    answers_only: bool = False,
+    top_logits: int | None = None,
+    match_hidden: float | None = None,
+    match_attention: float = 0.0,
+    **_: Any,
+) -> tuple[str, ...]:
+    """Check what can be checked of the settings of `heal` while no model is loaded, and return the stages.
+
+    Others of its settings may be given too, and are not looked at. The vocabulary is the number of tokens that the
+    models predict, None where that is not known.
+
+    Raises:
+        RequestError: A number makes no sense, settings do not go together, or a stage is unknown or needs peft, which
+            is not installed.
+    """
+    if steps < 1 or batch_size < 1:
+        raise RequestError(f"`steps` {steps} with `batch_size` {batch_size} trains nothing: give 1 or more of each")
+    count = process_count()
+    if batch_size % count:
+        raise RequestError(
+            f"`batch_size` {batch_size} cannot be shared out to {count} processes: give a multiple of {count}"
+        )
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise RequestError(f"`learning_rate` {learning_rate} is not a positive number: give one such as 1e-4")
+    if not 0 < temperature < math.inf:
+        raise RequestError(f"`temperature` {temperature} is not a positive number: give one such as 2")
+    if not 0 <= cross_entropy <= 1:
+        raise RequestError(f"`cross_entropy` {cross_entropy} is no share of the loss: give 0 to 1")
+    stages = parse_stages(train)
+    if steps < len(stages):
+        raise RequestError(f"`steps` {steps} cannot be shared out to {len(stages)} stages of `train`: give more steps")
+    for name, weight in (("match_hidden", match_hidden or 0.0), ("match_attention", match_attention)):
+        if not 0 <= weight < math.inf:
+            raise RequestError(f"`{name}` {weight} is no weight: give 0 or more")
+    if top_logits is not None and not 0 < top_logits < (vocabulary or math.inf):
+        raise RequestError(
+            f"`top_logits` {top_logits} are no part of a vocabulary of {vocabulary}: give fewer, such as 256, or none"
+        )
+    if answers_only and text is None:
+        raise RequestError("`answers_only` needs conversations, and there is no text: give some as `text`")
+    return stages
 
 
 @contextmanager
@@ -618,7 +666,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
         learning_rate=settings.learning_rate,
         relative_rate=course.stages[-1].relative_rate,
         train=",".join(stages),
-        text="sampled from the teacher" if asked.documents is None else asked.documents.title,
+        text=SAMPLED_TEXT if asked.documents is None else asked.documents.title,
         seed=settings.seed,
         trained_parameters=training_of.largest,
         held_out_tokens=before.tokens,

@@ -5,7 +5,7 @@ Only safetensors are read, and no code of the directory runs unless that is aske
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +225,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return int(positions) if positions else None
 
 
+def shared_context(models: Iterable[PreTrainedModel]) -> int | None:
+    """Return the positions that all of some models were made for; None where none of them says."""
+    return min(filter(None, map(context_length, models)), default=None)
+
+
 def check_sequence_length(sequence_length: int) -> None:
     """Check that a sequence has a token to predict.
 
@@ -235,13 +240,12 @@ def check_sequence_length(sequence_length: int) -> None:
         raise RequestError(f"`sequence_length` {sequence_length} leaves nothing to predict: give 2 or more")
 
 
-def check_context(model: PreTrainedModel, sequence_length: int) -> None:
-    """Check that sequences fit into a model's context.
+def check_context(context: int | None, sequence_length: int) -> None:
+    """Check that sequences fit into the context of a model, None where it does not say.
 
     Raises:
         RequestError: They are longer.
     """
-    context = context_length(model)
     if context is not None and sequence_length > context:
         raise RequestError(
             f"`sequence_length` {sequence_length} is longer than the model's context of {context} tokens: give no more"
@@ -257,7 +261,7 @@ def choose_sequence_length(model: PreTrainedModel, sequence_length: int | None =
     if sequence_length is None:
         return min(context_length(model) or MAX_DEFAULT_SEQUENCE, MAX_DEFAULT_SEQUENCE)
     check_sequence_length(sequence_length)
-    check_context(model, sequence_length)
+    check_context(context_length(model), sequence_length)
     return sequence_length
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.checkpoint.hub import is_hub_id, local_directory
+from mea_compress.checkpoint.untrusted import allowed_folders, read_json
 from mea_compress.errors import RequestError
 from mea_compress.processes import is_first_process
 from mea_compress.recipe import Recipe, given_settings, make_recipe
@@ -77,7 +78,7 @@ def run(
 
     Raises:
         RequestError: The recipe does not say where from, names a text that is not there, or asks for what cannot be
-            done.
+            done; or what is resumed was healed in another way than it asks for.
 
     Example:
         >>> result = run("paper-full", source="SRC", out="PAPER", progress=False)
@@ -91,12 +92,15 @@ def run(
     target = wanted.out or _default_out(wanted.source, recipe)
     _check_texts(wanted, name)
     directory = local_directory(wanted.source)
+    _check_sections(wanted, name, directory)
     from mea_compress.compression import compress
 
     compression = compress(directory, target, recipe=wanted, resume=resume, progress=progress)
     healing = evaluation = None
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
-    if wanted.healing_settings and not (resume and (target / "healing.json").is_file()):
+    if wanted.healing_settings and resume and (target / "healing.json").is_file():
+        _check_healed_alike(wanted, name, target)
+    elif wanted.healing_settings:
         from mea_compress.healing import heal
 
         options = {"seed": wanted.seed} | shared | given_settings(wanted.healing_settings)
@@ -140,8 +144,9 @@ def validate(
 ) -> Validation:
     """Say of recipes whether `run` would refuse them. Of a source only headers are read, and nothing is written.
 
-    The keys and their values, the recipes that they extend, the texts that they name, and whether the checkpoint allows
-    what they ask for, where they or `source` name one.
+    The keys and their values, the recipes that they extend, the texts that they name, what they ask of healing and
+    measuring (tasks are loaded with their data), and whether the checkpoint allows what they ask for, where they or
+    `source` name one.
 
     Args:
         recipe: A `Recipe`, a built-in recipe's name or a YAML file, or several of them.
@@ -172,6 +177,7 @@ def _what_it_keeps(recipe: Recipe | Path | str, settings: dict[str, Any]) -> str
     """
     wanted = make_recipe(recipe, settings)
     _check_texts(wanted, _name(recipe))
+    _check_sections(wanted, _name(recipe), None if wanted.source is None else local_directory(wanted.source))
     if wanted.source is None:
         return ""
     from mea_compress.planning.plans import make_plan
@@ -207,3 +213,61 @@ def _check_texts(recipe: Recipe, name: str) -> None:
             read_documents(text)
         except RequestError as error:
             raise RequestError(f"in {name}, {error}") from error
+
+
+def _check_sections(recipe: Recipe, name: str, source: Path | None) -> None:
+    """Raise `RequestError` for what healing or measuring would refuse, before the hours of work that come before them.
+
+    Args:
+        recipe: What is asked for.
+        name: What messages call it.
+        source: Directory of the original, None where that is not known.
+    """
+    healing, measuring = recipe.healing_settings, recipe.evaluate
+    if healing is None and measuring is None:
+        return
+    context = vocabulary = None
+    if source is not None:
+        from mea_compress.architectures import open_checkpoint
+
+        config = open_checkpoint(source).config
+        context = getattr(config, "max_position_embeddings", None) or None
+        vocabulary = getattr(config, "vocab_size", None)
+    section = "heal"
+    try:
+        if healing is not None:
+            from mea_compress.healing import check_settings as check_healing
+            from mea_compress.loading import check_context
+
+            check_healing(vocabulary=vocabulary, **given_settings(healing))
+            check_context(context, healing.sequence_length or 0)
+        if measuring is not None:
+            from mea_compress.measure.evaluation import check_settings as check_measuring
+
+            section = "evaluate"
+            check_measuring(context=context, **given_settings(measuring))
+    except RequestError as error:
+        raise RequestError(f"in {section} of {name}, {error}") from error
+
+
+def _check_healed_alike(recipe: Recipe, name: str, target: Path) -> None:
+    """Raise `RequestError` where healing.json says that a checkpoint was healed otherwise than a recipe asks for."""
+    from mea_compress.healing import SAMPLED_TEXT, check_settings
+
+    assert recipe.healing_settings is not None
+    given = given_settings(recipe.healing_settings)
+    asked = {
+        "steps": given["steps"],
+        "train": ",".join(check_settings(**given)),
+        "seed": given.get("seed", recipe.seed),
+        "learning_rate": given.get("learning_rate"),
+        "answers_only": given.get("answers_only", False),
+        "text": read_documents(given["text"]).title if "text" in given else SAMPLED_TEXT,
+    }
+    done = read_json(target / "healing.json", allowed_folders(target))
+    differ = ", ".join(setting for setting, value in asked.items() if done.get(setting, value) != value)
+    if differ:
+        raise RequestError(
+            f"{target} was healed already, with another {differ} than {name} asks for: give another `out`, or heal it "
+            "further with mea-compress heal"
+        )

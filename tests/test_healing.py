@@ -480,7 +480,7 @@ def test_what_is_not_trained_is_copied_into_files_of_the_same_names(tmp_path):
     assert json.loads(after["healing.json"])["versions"]["safetensors"]
 
 
-def test_wrong_requests(tmp_path, teacher):
+def test_wrong_requests(tmp_path, teacher, monkeypatch):
     student = make_student(tmp_path / "student")
     with pytest.raises(RequestError, match="own teacher: give the original as `teacher`"):
         heal(student, teacher=student, **SETTINGS)
@@ -492,6 +492,10 @@ def test_wrong_requests(tmp_path, teacher):
         heal(student, teacher=teacher, **SETTINGS | {"steps": 0})
     with pytest.raises(RequestError, match=r"`learning_rate` -1\.0 is not"):
         heal(student, teacher=teacher, **SETTINGS | {"learning_rate": -1.0})
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        with pytest.raises(RequestError, match="`batch_size` 8 cannot be shared out to 3 processes"):
+            heal(student, teacher=teacher, **SETTINGS)
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(RequestError, match="holds one out"):
         heal(student, teacher=teacher, text=tmp_path / "short.txt", **SETTINGS)

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,14 @@ def test_an_interrupted_healing_goes_on(tmp_path, monkeypatch):
     result = run(tmp_path / "r.yaml", resume=True, **places, **{"evaluate.limit": 3})
     assert result.healing.steps == 2 and result.evaluation.tokens == 3 * 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "SRC", "r.yaml", "text.txt"]
+    assert run(tmp_path / "r.yaml", resume=True, **places, **{"heal.seed": 0}).healing is None
+    for changes, differ in (
+        ({"heal.steps": 3, "heal.train": "compositions, attention"}, "steps, train"),
+        ({"heal.seed": 1, "heal.learning_rate": 0.1}, "seed, learning_rate"),
+        ({"heal": {"steps": 2, "sequence_length": 16}}, "text"),
+    ):
+        with pytest.raises(RequestError, match=f"another {differ} than .*another `out`, or .* mea-compress heal"):
+            run(tmp_path / "r.yaml", resume=True, **places, **changes)
     with pytest.raises(RequestError, match="made by another recipe"):
         run(tmp_path / "r.yaml", resume=True, seed=7, **places)
 
@@ -118,6 +128,42 @@ class TestValidate:
                 run("r.yaml", progress=False, **settings)
             assert str(caught.value) == sentence
         assert [path.name for path in Path("models").iterdir()] == ["SRC"]
+
+    @pytest.mark.parametrize(
+        ("lines", "said"),
+        [
+            ("heal: {train: atention}", "in heal of r.yaml, `train` atention is unknown: use"),
+            ("heal: {train: lora}", "`train` lora needs peft"),
+            ("heal: {steps: 1, train: 'attention,all'}", "`steps` 1 cannot be shared out to 2 stages"),
+            ("heal: {answers_only: true}", "`answers_only` needs conversations"),
+            ("heal: {top_logits: 64}", "no part of a vocabulary of 64"),
+            ("heal: {sequence_length: 300}", "`sequence_length` 300 is longer than the model's context of 256"),
+            ("heal: {batch_size: 4}", "`batch_size` 4 cannot be shared out to 3 processes"),
+            ("evaluate: {tasks: piqa}", "in evaluate of r.yaml, `tasks` needs lm-evaluation-harness"),
+            ("evaluate: {text: t.txt, task_dir: tasks}", "`task_dir` measures nothing without `tasks`"),
+            ("evaluate: {text: t.txt, batches: 2}", "`batches` 2 measures nothing without `contexts`"),
+            ("evaluate: {text: t.txt, sequence_length: 300}", "`sequence_length` 300 is longer"),
+            ("evaluate: {text: t.txt, retrieval: 300}", "`retrieval` 300 is longer than the model's context of 256"),
+            ("evaluate: {text: t.txt, contexts: 300}", "`contexts` 300 cannot be measured"),
+        ],
+    )
+    def test_what_healing_and_measuring_would_refuse_is_refused_before_any_work(self, lines, said, place, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest)
+        )
+        monkeypatch.setenv("WORLD_SIZE", "3" if "batch_size" in lines else "1")
+        (place / "t.txt").write_text("the quick brown fox")
+        (place / "r.yaml").write_text(f"extends: quick.yaml\n{lines}\n")
+        (sentence,) = validate("r.yaml", source="models/SRC").recipes.values()
+        assert said in sentence
+        with pytest.raises(RequestError) as caught:
+            run("r.yaml", source="models/SRC", progress=False)
+        assert str(caught.value) == sentence
+        assert [path.name for path in Path("models").iterdir()] == ["SRC"]
+        allowed = any(number in said for number in ("64", "300"))  # for all that is known without a checkpoint
+        assert (validate("r.yaml").faults == ()) == allowed
 
     def test_with_a_source_it_says_what_is_kept(self, place):
         status, shown, _ = command(

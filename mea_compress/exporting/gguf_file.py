@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mea_compress.checkpoint import CheckpointReader
+from mea_compress.checkpoint import CheckpointReader, Entry
 from mea_compress.errors import RequestError
-from mea_compress.exporting.gguf_tokenizer import add_tokenizer
+from mea_compress.exporting.gguf_tokenizer import add_tokenizer, tokenizer_fields
 from mea_compress.heads.composed import Array
 
 WEIGHTS = ("stored", "f32", "f16", "bf16", "q8_0")
@@ -55,6 +55,32 @@ def require_gguf() -> None:
         ) from None
 
 
+def check_gguf(directory: Path, config: dict[str, Any]) -> None:
+    """Check, before any work, that llama.cpp has a tokenizer and a scaling of RoPE like a checkpoint's.
+
+    Args:
+        directory: The checkpoint, for its tokenizer.
+        config: config.json of its export in Llama's format.
+
+    Raises:
+        RequestError: It has not.
+    """
+    _frequencies(config)
+    tokenizer_fields(directory, config["vocab_size"])
+
+
+def gguf_bytes(tensors: Iterable[Entry], weights: str, dtype: str) -> int:
+    """Return the bytes that tensors take in a file.
+
+    Args:
+        tensors: Of an export in Llama's format.
+        weights: One of `WEIGHTS`.
+        dtype: The safetensors name of the export's own type.
+    """
+    matrices = _matrix_type(weights, dtype)
+    return sum(_stored_bytes(tensor.shape, matrices) for tensor in tensors)
+
+
 def write_gguf(
     directory: Path, file: Path, name: str, weights: str = "stored", layer_heads: Sequence[int] = ()
 ) -> None:
@@ -74,26 +100,21 @@ def write_gguf(
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     reader = CheckpointReader(directory)
-    kind = weights if weights != "stored" else _STORED[reader.info("model.norm.weight").dtype]
-    matrices = gguf.GGMLQuantizationType[kind.upper()]
+    matrices = _matrix_type(weights, reader.info("model.norm.weight").dtype)
+    kind = matrices.name
     # The same model, but that llama.cpp asks for the heads of each layer by itself (DeciLM's format).
     writer = gguf.GGUFWriter(file, "deci" if layer_heads else "llama")
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     heads = list(layer_heads) or [config["num_key_value_heads"]] * config["num_hidden_layers"]
     factors = _add_sizes(writer, config, heads)
-    add_tokenizer(writer, directory, config["vocab_size"])
-
-    def stored_type(shape: tuple[int, ...]) -> Any:
-        whole_blocks = matrices is not gguf.GGMLQuantizationType.Q8_0 or shape[-1] % 32 == 0
-        return matrices if len(shape) > 1 and whole_blocks else gguf.GGMLQuantizationType.F32
+    add_tokenizer(writer, tokenizer_fields(directory, config["vocab_size"]))
 
     shapes = {} if factors is None else {_FACTORS: factors.shape}
     shapes |= {tensor: info.shape for tensor, info in reader.tensors.items()}
     for tensor, shape in shapes.items():
-        kept = stored_type(shape)
-        size = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kept))
+        kept, size = _stored_type(shape, matrices), _stored_bytes(shape, matrices)
         writer.add_tensor_info(_name(tensor), shape, np.dtype(np.float32), size, raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -104,8 +125,30 @@ def write_gguf(
             rows = _neighbours(rows, config["num_attention_heads"])
         if ".k_proj." in tensor:
             rows = _neighbours(rows, heads[int(tensor.split(".")[2])])
-        writer.write_tensor_data(gguf.quants.quantize(rows, stored_type(shape)))
+        writer.write_tensor_data(gguf.quants.quantize(rows, _stored_type(shape, matrices)))
     writer.close()
+
+
+def _matrix_type(weights: str, dtype: str) -> Any:
+    """Return gguf's type of matrices, given that of the checkpoint."""
+    import gguf
+
+    return gguf.GGMLQuantizationType[(_STORED[dtype] if weights == "stored" else weights).upper()]
+
+
+def _stored_type(shape: tuple[int, ...], matrices: Any) -> Any:
+    """Return gguf's type of a tensor: float32 for vectors, and for rows that are no whole blocks."""
+    import gguf
+
+    whole_blocks = matrices is not gguf.GGMLQuantizationType.Q8_0 or shape[-1] % 32 == 0
+    return matrices if len(shape) > 1 and whole_blocks else gguf.GGMLQuantizationType.F32
+
+
+def _stored_bytes(shape: tuple[int, ...], matrices: Any) -> int:
+    """Return the bytes of a tensor in the file."""
+    import gguf
+
+    return math.prod(gguf.quants.quant_shape_to_byte_shape(shape, _stored_type(shape, matrices)))
 
 
 def _add_sizes(writer: Any, config: dict[str, Any], heads: Sequence[int]) -> Array | None:
@@ -160,4 +203,4 @@ def _name(tensor: str) -> str:
     return f"blk.{layer}.{_LAYER[part]}.{kind}"
 
 
-__all__ = ["FILE", "WEIGHTS", "require_gguf", "write_gguf"]
+__all__ = ["FILE", "WEIGHTS", "check_gguf", "gguf_bytes", "require_gguf", "write_gguf"]

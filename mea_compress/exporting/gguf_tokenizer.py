@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF describes it to llama.cpp, read from tokenizer.json and what stands beside it.
+"""A tokenizer as GGUF describes it to llama.cpp, read from tokenizer.json and as transformers loads it.
 
 llama.cpp splits a text into words by rules of its own, which a file names. A tokenizer whose rules have no name known
 here is refused: with another's, texts would become other tokens without a word.
@@ -7,10 +7,12 @@ here is refused: with another's, texts would become other tokens without a word.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mea_compress.errors import RequestError
+from mea_compress.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -25,13 +27,15 @@ _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen
 _OWN = "export with --format llama and convert that with a tokenizer that llama.cpp knows"
 
 
-def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> None:
-    """Write the tokenizer of a checkpoint directory, or say that there is none.
+def tokenizer_fields(directory: Path, vocabulary: int) -> dict[str, Any]:
+    """Return what a file says of the tokenizer of a checkpoint directory, or that there is none.
 
     Args:
-        writer: The file.
-        directory: With tokenizer.json, and perhaps tokenizer_config.json and chat_template.jinja.
+        directory: With tokenizer.json, and whatever else transformers loads the tokenizer from.
         vocabulary: Rows of the embedding; ids beyond the tokenizer's are filled up.
+
+    Returns:
+        Values by the method of ``GGUFWriter`` that writes each, in the order of the file.
 
     Raises:
         RequestError: llama.cpp has no tokenizer that does the same.
@@ -44,44 +48,36 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> None:
                 f"{others[0]} cannot be written as GGUF; load the tokenizer with AutoTokenizer and save it beside the "
                 "checkpoint, which writes tokenizer.json"
             )
-        writer.add_tokenizer_model("none")
-        return
+        return {"add_tokenizer_model": "none"}
     described = json.loads(file.read_text(encoding="utf-8"))
-    settings = _settings(directory)
     model = described["model"]
     if model.get("type") != "BPE":
         raise RequestError(f"{file} is a {model.get('type')} tokenizer, which is not written as GGUF; {_OWN}")
     tokens, types = _tokens(described, vocabulary, file)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    fields: dict[str, Any]
     if model.get("byte_fallback"):
         if types.count(_BYTE) < 256:  # llama.cpp ends its process over a character that has no token
             raise RequestError(f"{file} has no token for every byte, which llama.cpp needs; {_OWN}")
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_prepends_space(described, file))
-        writer.add_token_scores(_scores(tokens, merges))
+        fields = {
+            "add_tokenizer_model": "llama",
+            "add_tokenizer_pre": "default",
+            "add_add_space_prefix": _prepends_space(described, file),
+            "add_token_scores": _scores(tokens, merges),
+        }
     else:
-        split = _split_name(described, file)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(split)
-        writer.add_token_merges(merges)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    _add_special(writer, file, settings, tokens)
-    if settings.get("chat_template"):
-        writer.add_chat_template(settings["chat_template"])
+        fields = {
+            "add_tokenizer_model": "gpt2",
+            "add_tokenizer_pre": _split_name(described, file),
+            "add_token_merges": merges,
+        }
+    return fields | {"add_token_list": tokens, "add_token_types": types} | _special(directory, tokens)
 
 
-def _settings(directory: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json with the chat template in it, wherever that is kept."""
-    file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    if isinstance(settings.get("chat_template"), list):  # several by name
-        named = {entry["name"]: entry["template"] for entry in settings["chat_template"]}
-        settings["chat_template"] = named.get("default")
-    return settings
+def add_tokenizer(writer: GGUFWriter, fields: Mapping[str, Any]) -> None:
+    """Write into a file what `tokenizer_fields` says of a tokenizer."""
+    for method, value in fields.items():
+        getattr(writer, method)(value)
 
 
 def _tokens(described: dict[str, Any], vocabulary: int, file: Path) -> tuple[list[str], list[int]]:
@@ -147,21 +143,26 @@ def _split_name(described: dict[str, Any], file: Path) -> str:
     raise RequestError(f"{file} splits words in a way that llama.cpp has no name for; {_OWN}")
 
 
-def _add_special(writer: GGUFWriter, file: Path, settings: dict[str, Any], tokens: list[str]) -> None:
-    """Write which tokens begin, end and fill up a text, and whether a text begins with one."""
-    from tokenizers import Tokenizer
+def _special(directory: Path, tokens: list[str]) -> dict[str, Any]:
+    """Return which tokens begin, end and fill up a text, whether a text begins with one, and the chat template.
 
+    They are the loaded tokenizer's, for several files and the tokenizer's class may say them.
+    """
+    tokenizer = load_tokenizer(directory)
     index = {token: number for number, token in enumerate(tokens)}
-    for name in ("bos", "eos", "unk", "pad"):
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in index:
-            getattr(writer, f"add_{name}_token_id")(index[token])
-    ids = Tokenizer.from_file(str(file)).encode("a").ids
-    bos = settings.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    writer.add_add_bos_token(bos in index and ids[:1] == [index[bos]])
-    writer.add_add_eos_token(False)
+    ids = {name: index.get(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    if ids["eos"] is None:  # llama.cpp would take one of its own, whatever stands there
+        raise RequestError(
+            f"the tokenizer of {directory} has no eos_token, which llama.cpp ends texts by; name one in "
+            "tokenizer_config.json"
+        )
+    fields: dict[str, Any] = {f"add_{name}_token_id": number for name, number in ids.items() if number is not None}
+    fields["add_add_bos_token"] = ids["bos"] is not None and tokenizer("a")["input_ids"][:1] == [ids["bos"]]
+    fields["add_add_eos_token"] = False
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    return fields | ({"add_chat_template": template} if template else {})
 
 
-__all__ = ["add_tokenizer"]
+__all__ = ["add_tokenizer", "tokenizer_fields"]

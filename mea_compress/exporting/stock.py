@@ -33,7 +33,7 @@ from mea_compress.errors import RequestError
 from mea_compress.exporting.engines import check_engine, engine_warning
 from mea_compress.exporting.fold import HeadBasis, changed_projections
 from mea_compress.exporting.form import ExportCost, StockForm, export_cost, rope_settings, stock_form
-from mea_compress.exporting.gguf_file import FILE, WEIGHTS, require_gguf, write_gguf
+from mea_compress.exporting.gguf_file import FILE, WEIGHTS, check_gguf, gguf_bytes, require_gguf, write_gguf
 from mea_compress.exporting.verification import verify_export
 from mea_compress.heads.composed import Array
 from mea_compress.planning.sizes import layer_window
@@ -43,6 +43,18 @@ from mea_compress.report.tables import key_value_table, stock_outlook
 from mea_compress.text.reading import TextChoice
 
 REPORT = "export.json"
+_FREQUENCIES = ".rotary_emb.inv_freq"  # which early Llama conversions stored, and which are others in an export
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,6 +161,7 @@ def export(
         check_engine(engine, form, model_type, format)
     if format == "gguf":
         require_gguf()
+        check_gguf(checkpoint, _config(source, form, format))
     elif weights != "stored":
         raise RequestError("`weights` are chosen for GGUF alone; leave them out or export with --format gguf")
     if text is not None and not balance:
@@ -170,8 +183,10 @@ def export(
         bases = balanced_bases(source, form, tokens, progress)
         request += f" balanced on {hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}"
     entries = _entries(source, form, format, bases)
-    files = 2 if format == "gguf" else 1  # the checkpoint that the file is made from lies beside it for a moment
-    check_space(out, files * sum(entry.nbytes for entry in entries) + other_bytes(source.reader) + SPARE_BYTES)
+    needed = sum(entry.nbytes for entry in entries)
+    if format == "gguf":  # the checkpoint that the file is made from lies beside it for a moment
+        needed += gguf_bytes(entries, weights, source.dtype)
+    check_space(out, needed + other_bytes(source.reader) + SPARE_BYTES)
     with open_workspace(out, _fingerprint(source, request), resume) as workspace:
         write_shards(entries, DEFAULT_SHARD_BYTES, workspace, progress)
         write_config(workspace.path, _config(source, form, format))
@@ -230,6 +245,9 @@ def _config(source: Checkpoint, form: StockForm, target: str) -> dict[str, Any]:
         for key in ("partial_rotary_factor", "original_max_position_embeddings"):
             config.pop(key, None)
     config |= rope_settings(source, form)
+    if target != "stock":
+        for name in _SIZES:  # Llama's class has other defaults than the family's, and a file has none
+            config.setdefault(name, getattr(source.config, name))
     if target != "stock" and family.model_type != "llama":
         for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             config.pop(key, None)
@@ -247,6 +265,8 @@ def _entries(source: Checkpoint, form: StockForm, target: str, bases: Sequence[H
         replaced |= _fused_projections(source, layer, tensors) if fuses else tensors
     entries: list[Entry] = []
     for info in source.reader.tensors.values():
+        if info.name.endswith(_FREQUENCIES):
+            continue
         entry = replaced.get(info.name, info)
         if target != "stock" and info.name.endswith("mlp.gate_up_proj.weight"):
             entries += _gate_and_up(info)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import exp, inf, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import torch
 from tqdm.auto import tqdm
@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from mea_compress.errors import RequestError
 from mea_compress.layers.runner import fast_products
 from mea_compress.loading import (
+    check_context,
     check_ids,
     choose_sequence_length,
-    context_length,
     load_model,
     load_tokenizer,
+    shared_context,
     vocabulary_size,
 )
 from mea_compress.measure.agreement import choose_prompts, continue_greedily, measure_agreement
@@ -32,6 +33,7 @@ from mea_compress.text.reading import TextChoice, read_documents
 from mea_compress.text.sequences import Bos, padded_sequences, sequence_prefix
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
     from mea_compress.measure.agreement import Agreement
@@ -142,15 +144,21 @@ def evaluate(
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
     _check_checkpoints(paths)
-    _check_counts(batch_size, limit, agreement, contexts, batches)
-    _check_needs(
-        asked=text or tasks,
-        of_text={"contexts": contexts, "retrieval": retrieval, "agreement": agreement} if text is None else {},
-        of_tasks={} if tasks else {"task_dir": task_dir, "few_shot": few_shot, "chat_template": chat_template or None},
-    )
     if agreement is not None and reference is None:
         raise RequestError("`agreement` is that with the original: give `reference` too")
-    manager = None if tasks is None else find_tasks(tasks, task_dir)
+    manager = check_settings(
+        text=text,
+        batch_size=batch_size,
+        limit=limit,
+        contexts=contexts,
+        batches=batches,
+        tasks=tasks,
+        task_dir=task_dir,
+        few_shot=few_shot,
+        chat_template=chat_template,
+        retrieval=retrieval,
+        agreement=agreement,
+    )
     documents = None if text is None else read_documents(text)
     models = [load_model(path, dtype, device) for path in paths]
     tokenizer = load_tokenizer(paths[0])
@@ -162,8 +170,9 @@ def evaluate(
     for path, model in zip([*paths, reference], everyone, strict=False):
         check_same_vocabulary(models[0], model, (paths[0], path or ""))
         choose_sequence_length(model, length)
-    check_contexts(everyone, contexts or ())
-    check_lengths(everyone, retrieval or ())
+    context = shared_context(everyone)
+    check_contexts(context, contexts or ())
+    check_lengths(context, retrieval or ())
 
     losses: Sequence[Comparison | None] = [None] * len(models)
     speeds: Sequence[tuple[Timing, ...] | None] = [None] * len(models)
@@ -186,7 +195,6 @@ def evaluate(
             hidden = retrieval_prompts(filler, tokenizer, front, retrieval, prompts=limit or PROMPTS, seed=seed)
             found = [measure_retrieval(model, hidden, batch_size=batch_size, progress=progress) for model in everyone]
         if agreement is not None and original is not None:
-            context = min(filter(None, map(context_length, everyone)), default=None)
             prompts = choose_prompts(ids, mask, agreement, context)
             expected = continue_greedily(original, prompts, agreement, batch_size)
             agreements = [measure_agreement(model, prompts, expected, batch_size) for model in models]
@@ -231,6 +239,45 @@ def evaluate(
             agreement=agreements[index],
         )
     return evaluations[str(checkpoint)] if isinstance(checkpoint, str | Path) else Evaluations(evaluations)
+
+
+def check_settings(
+    *,
+    context: int | None = None,
+    text: TextChoice | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    contexts: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_dir: Path | str | None = None,
+    few_shot: int | None = None,
+    chat_template: bool = False,
+    retrieval: Sequence[int] | None = None,
+    agreement: int | None = None,
+    **_: Any,
+) -> TaskManager | None:
+    """Check what can be checked of the settings of `evaluate` while no model is loaded, and return the tasks asked for.
+
+    Others of its settings may be given too, and are not looked at. The context is the number of positions that the
+    models were made for, None where that is not known yet.
+
+    Raises:
+        RequestError: Nothing is asked for, settings do not go together, a number makes no sense or is beyond the
+            context, or a task cannot be loaded.
+    """
+    _check_counts(batch_size, limit, agreement, contexts, batches)
+    _check_needs(
+        asked=text or tasks,
+        of_text={"contexts": contexts, "retrieval": retrieval, "agreement": agreement} if text is None else {},
+        of_tasks={} if tasks else {"task_dir": task_dir, "few_shot": few_shot, "chat_template": chat_template or None},
+    )
+    if context is not None:
+        check_context(context, sequence_length or 0)
+        check_contexts(context, contexts or ())
+        check_lengths(context, retrieval or ())
+    return None if tasks is None else find_tasks(tasks, task_dir)
 
 
 def _warn_of_slow_products(model: PreTrainedModel) -> None:
@@ -355,4 +402,4 @@ def _perplexity(cross_entropy: float | None) -> float | None:
         return inf
 
 
-__all__ = ["evaluate"]
+__all__ = ["check_settings", "evaluate"]

@@ -16,7 +16,6 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,15 +100,14 @@ class RetrievalScore:
     exact_match: float
 
 
-def check_lengths(models: Sequence[PreTrainedModel], lengths: Sequence[int]) -> None:
-    """Check, before any work, that every length fits into every model's context.
+def check_lengths(longest: int | None, lengths: Sequence[int]) -> None:
+    """Check, before any work, that every length fits into the models' context, None where they do not say.
 
     Raises:
         RequestError: One does not.
     """
     for length in lengths:
-        longest = min((limit for limit in map(context_length, models) if limit), default=length)
-        if length > longest:
+        if longest is not None and length > longest:
             raise RequestError(f"`retrieval` {length} is longer than the model's context of {longest}: give no more")
 
 

@@ -9,7 +9,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from mea_compress.checkpoint.system import trim_heap
 from mea_compress.decoding import run_cached
 from mea_compress.errors import RequestError
-from mea_compress.loading import context_length
+from mea_compress.loading import shared_context
 from mea_compress.measure.cache import cache_bytes
 from mea_compress.modeling.section_mea import side_form
 
@@ -66,17 +66,20 @@ class _Run:
     peak_bytes: int | None
 
 
-def check_contexts(models: Iterable[PreTrainedModel], contexts: Sequence[int]) -> None:
+def check_contexts(longest: int | None, contexts: Sequence[int]) -> None:
     """Check, before any work, that every context can be measured.
 
+    Args:
+        longest: The models' own, None where they do not say.
+        contexts: Numbers of cached tokens.
+
     Raises:
-        RequestError: A context is too short to decode in, or longer than a model's.
+        RequestError: A context is too short to decode in, or longer than the models'.
     """
     for context in contexts:
-        longest = min((limit for limit in map(context_length, models) if limit), default=context)
-        if not 2 <= context <= longest:
+        if not 2 <= context <= (longest or context):
             raise RequestError(
-                f"`contexts` {context} cannot be measured: give contexts between 2 and the model's {longest}"
+                f"`contexts` {context} cannot be measured: give contexts between 2 and the model's {longest or context}"
             )
 
 
@@ -101,7 +104,7 @@ def measure_speed(
     Raises:
         RequestError: As `check_contexts`.
     """
-    check_contexts(models.values(), contexts)
+    check_contexts(shared_context(models.values()), contexts)
     variants: list[tuple[str, PreTrainedModel, Literal["expand"] | None]] = [
         (name, model, None) for name, model in models.items()
     ]

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.errors import RequestError
-from mea_compress.loading import check_context, end_tokens, placeholder_tokens, seeded, vocabulary_size
+from mea_compress.loading import check_context, context_length, end_tokens, placeholder_tokens, seeded, vocabulary_size
 from mea_compress.text.sequences import Bos, sequence_prefix
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def sample_sequences(
     """
     if count < 1 or length < 1:
         raise RequestError(f"sampling {count} sequences of {length} tokens makes no text: ask for 1 or more of each")
-    check_context(model, length)
+    check_context(context_length(model), length)
     device = next(model.parameters()).device
     vocabulary = vocabulary_size(model)
     ends = [token for token in end_tokens(model) if 0 <= token < vocabulary]

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mea_compress.errors import RequestError
 from mea_compress.loading import seeded, vocabulary_size
 from mea_compress.measure.metrics import max_batch_size
 from mea_compress.planning.sizes import HEALING_MICRO_TOKENS
@@ -274,10 +273,6 @@ def _micro_batch(
 ) -> tuple[int, int]:
     """Return the sequences that a process runs at once, and how often it does so in a step."""
     count = process_count()
-    if settings.batch_size % count:
-        raise RequestError(
-            f"`batch_size` {settings.batch_size} cannot be shared out to {count} processes: give a multiple of {count}"
-        )
     own = micro = settings.batch_size // count
     if device.type == "cpu":  # what is kept for gradients should stay small, and products are no faster with more
         micro = min(micro, max(1, HEALING_MICRO_TOKENS // length))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from exporting import compressed, load
 from published import CHAT, TEXT, publish
-from tiny import SIZES, stock_checkpoint
+from safetensors.torch import load_file, save_file
+from tiny import SIZES, contents, stock_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
@@ -16,11 +17,11 @@ from transformers import AutoTokenizer
 
 from mea_compress.compression import compress
 from mea_compress.errors import RequestError
-from mea_compress.exporting import gguf_file, gguf_tokenizer
+from mea_compress.exporting import balance, gguf_file, gguf_tokenizer, stock
 from mea_compress.exporting.stock import export
 from mea_compress.recipe import Recipe
 
-pytest.importorskip("gguf", reason="the package gguf is not installed")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 SPECIAL = ["<s>", "</s>", "<|im_end|>"]
 PROBE = "Once upon a time 12345 dogs, don't it'LL  know?\n\n She's there\t— naïve café, 東京.  </s> end  "
 CASES = {
@@ -49,6 +50,11 @@ def logits(engine, ids):
     engine.reset()
     engine.eval(ids)
     return torch.from_numpy(engine.scores[: len(ids)].copy())
+
+
+def said(file):
+    """All that a file says of its model and tokenizer, by name."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
 def tokenizer(split):
@@ -85,6 +91,22 @@ def by_words(directory):
     first = max(vocabulary.values()) + 1
     vocabulary |= {f"<0x{byte:02X}>": first + byte for byte in range(256)}
     file.write_text(json.dumps(described))
+
+
+def by_bytes(directory):
+    """Put a byte-level tokenizer there whose special tokens stand in tokenizer_config.json."""
+    tokenizer(SPLITS["gpt-2"]).save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def keep_settings(directory, kept, apart=()):
+    """Leave some settings in tokenizer_config.json, and put others into special_tokens_map.json."""
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({name: settings[name] for name in kept}))
+    if apart:
+        (directory / "special_tokens_map.json").write_text(json.dumps({name: settings[name] for name in apart}))
 
 
 def exported(directory, put_tokenizer=None, case="llama", way="frequency", **options):
@@ -188,6 +210,60 @@ def test_words_with_a_space_in_front_are_merged_as_before(tmp_path):
     assert engine.token_bos() == 1 and engine.metadata["tokenizer.ggml.add_bos_token"] == "true"
 
 
+@pytest.mark.parametrize(
+    ("put", "kept", "apart"),
+    [
+        (by_bytes, ["chat_template"], ["bos_token", "eos_token"]),
+        (by_words, ["chat_template", "tokenizer_class"], ["bos_token", "eos_token", "unk_token"]),
+        (by_words, ["chat_template", "tokenizer_class"], []),  # as the class has them
+    ],
+)
+def test_special_tokens_are_those_that_the_tokenizer_loads_with(put, kept, apart, tmp_path):
+    def put_otherwise(directory):
+        put(directory)
+        keep_settings(directory, kept, apart)
+
+    expected = said(exported(tmp_path / "one", put)[0])
+    assert said(exported(tmp_path / "other", put_otherwise)[0]) == expected
+    tokens = expected["tokenizer.ggml.tokens"]
+    assert tokens[expected["tokenizer.ggml.bos_token_id"]] == "<s>"
+    assert tokens[expected["tokenizer.ggml.eos_token_id"]] == "</s>"
+    assert expected["tokenizer.ggml.add_bos_token"] == (put is by_words) and expected["tokenizer.chat_template"] == CHAT
+
+
+def test_what_early_conversions_store_and_leave_out_changes_nothing(tmp_path):
+    left_to_the_class = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    files = []
+    for name in ("now", "then"):
+        source = stock_checkpoint(tmp_path / name / "source", **left_to_the_class)
+        if name == "then":
+            config = json.loads((source / "config.json").read_text())
+            settings = {key: value for key, value in config.items() if key not in left_to_the_class}
+            (source / "config.json").write_text(json.dumps(settings))
+            tensors = load_file(source / "model.safetensors")
+            tensors |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(2) for layer in range(2)}
+            save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        out = compressed(tmp_path / name)
+        export(out, tmp_path / name / "export", format="gguf", progress=False)
+        export(out, tmp_path / name / "stock", progress=False)
+        files.append(contents(tmp_path / name / "export")["model.gguf"])
+        assert not [
+            tensor for tensor in load_file(tmp_path / name / "stock" / "model.safetensors") if "rotary" in tensor
+        ]
+    assert files[0] == files[1]
+
+
+def test_the_disk_is_asked_for_the_bytes_of_the_type_that_is_written(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stock, "check_space", lambda out, needed: asked.append(needed))
+    out, written = compressed(tmp_path, way="pool"), []
+    for weights in ("stored", "f16", "q8_0"):
+        export(out, tmp_path / weights, format="gguf", weights=weights, progress=False)
+        written.append(sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / weights / "model.gguf").tensors))
+    assert written[0] > written[1] > written[2]
+    assert len({needed - size for needed, size in zip(asked, written, strict=True)}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "largest"), [("f16", 0.01), ("q8_0", 0.1)])
 def test_narrower_weights_stay_close_and_are_smaller(weights, largest, tmp_path):
@@ -215,6 +291,7 @@ def test_the_directory_holds_the_file_and_what_says_what_it_is(tmp_path):
         (lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.Whitespace()), "splits words"),
         (lambda made: setattr(made, "model", Unigram([("a", 0.0)], unk_id=0)), "Unigram tokenizer"),
         (lambda made: made.add_tokens([f"word{i}" for i in range(400)]), "tokens and the model 700"),
+        (lambda made: None, "has no eos_token, .*; name one in tokenizer_config"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(change, said, tmp_path):
@@ -227,16 +304,38 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(change, said, tmp
     out = compressed(tmp_path)
     put(out)
     with pytest.raises(RequestError, match=said):
-        gguf_tokenizer.add_tokenizer(None, out, 700)
+        gguf_tokenizer.tokenizer_fields(out, 700)
 
 
 def test_a_vocabulary_without_bytes_is_refused(tmp_path):
     publish(stock_checkpoint(tmp_path / "source", vocab_size=700), "llama", "LlamaTokenizer")
     with pytest.raises(RequestError, match="no token for every byte"):
-        gguf_tokenizer.add_tokenizer(None, tmp_path / "source", 700)
+        gguf_tokenizer.tokenizer_fields(tmp_path / "source", 700)
 
 
-def test_a_rope_that_is_not_written_is_refused_and_nothing_appears(tmp_path):
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails a test that begins to balance or to write."""
+
+    def begun(*_):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(balance, "balancing_tokens", begun)
+    monkeypatch.setattr(stock, "write_shards", begun)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_tokenizer_that_is_not_written_is_refused_before_any_work(balanced, tmp_path, no_work):
+    source = stock_checkpoint(tmp_path / "source", vocab_size=700)
+    by_bytes(source)
+    keep_settings(source, ["bos_token"])
+    out = compressed(tmp_path)
+    with pytest.raises(RequestError, match="has no eos_token"):
+        export(out, tmp_path / "export", format="gguf", balance=balanced, progress=False)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_rope_that_is_not_written_is_refused_before_any_work(tmp_path, no_work):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
     stock_checkpoint(tmp_path / "source", rope_parameters=yarn)
     compress(

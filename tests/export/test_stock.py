@@ -136,6 +136,15 @@ def test_other_families_written_as_llama(case, tmp_path):
     assert torch.equal(found[2], text) and found[1] == held
 
 
+def test_what_a_family_leaves_to_its_class_is_said_where_it_is_written_as_llama(tmp_path):
+    source = stock_checkpoint(tmp_path / "source", "qwen2", max_position_embeddings=32768)
+    config = json.loads((source / "config.json").read_text())
+    del config["max_position_embeddings"]  # of which Llama's class would make 2048
+    (source / "config.json").write_text(json.dumps(config))
+    export(compressed(tmp_path, "qwen2", "pool"), tmp_path / "export", format="llama", progress=False)
+    assert load(tmp_path / "export").config.max_position_embeddings == 32768
+
+
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},

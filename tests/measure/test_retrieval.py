@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mea_compress.errors import RequestError
+from mea_compress.loading import context_length
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.measure.retrieval import (
     DEPTHS,
@@ -112,9 +113,10 @@ def test_wrong_requests(tokenizer, model):
     needed = int(re.search(r"give (\d+)", str(refusal.value))[1])
     with pytest.raises(RequestError, match="cannot write"):
         retrieval_prompts([3], character_tokenizer(), [], [4000])
-    check_lengths([model], [1500])
+    check_lengths(context_length(model), [1500])
+    check_lengths(None, [1501])
     with pytest.raises(RequestError, match="`retrieval` 1501 is longer than the model's context of 1500"):
-        check_lengths([model], [4, 1501])
+        check_lengths(context_length(model), [4, 1501])
     assert needed > 64
 
 
