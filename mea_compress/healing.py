@@ -340,7 +340,7 @@ def heal(
     with sharding_asked_for() as sharded:
         _check_sharded(sharded, text, stages)
         target = join_processes(training_device(device))
-        if finished := from_first_process(_take_finished(out) if resume and is_first_process() else None):
+        if finished := from_first_process(take_finished(out) if resume and is_first_process() else None):
             return _from_record(out, finished)
         _check_places(student, teacher, out)
         progress = progress and is_first_process()
@@ -399,7 +399,7 @@ def heal(
     return result
 
 
-def _take_finished(out: Path) -> dict[str, Any] | None:
+def take_finished(out: Path) -> dict[str, Any] | None:
     """Return what a run did that was stopped when its checkpoint was in place, and remove what it left; None if none.
 
     Raises:

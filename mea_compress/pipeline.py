@@ -100,6 +100,10 @@ def run(
     shared: dict[str, Any] = {"bos": wanted.bos, "device": wanted.device, "progress": progress}
     if wanted.healing_settings and resume and (target / "healing.json").is_file():
         _check_healed_alike(wanted, name, target)
+        from mea_compress.healing import take_finished
+
+        if is_first_process():  # what a stop behind it has left
+            take_finished(target)
     elif wanted.healing_settings:
         from mea_compress.healing import heal
 

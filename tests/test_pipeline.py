@@ -10,6 +10,7 @@ from letters import character_tokenizer, tiny_llama
 from tiny import contents, stock_checkpoint
 
 from mea_compress import healing
+from mea_compress.checkpoint.workspace import Workspace
 from mea_compress.cli import cli
 from mea_compress.errors import RequestError
 from mea_compress.pipeline import run, validate
@@ -88,8 +89,13 @@ def test_an_interrupted_healing_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(tmp_path / "r.yaml", **places)
     assert not (tmp_path / "OUT" / "healing.json").exists()
+    with monkeypatch.context() as patch:  # when all is in place, and what it was made in is still there
+        patch.setattr(Workspace, "discard", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run(tmp_path / "r.yaml", resume=True, **places)
+    assert json.loads((tmp_path / "OUT" / "healing.json").read_text())["steps"] == 2
     result = run(tmp_path / "r.yaml", resume=True, **places, **{"evaluate.limit": 3})
-    assert result.healing.steps == 2 and result.evaluation.tokens == 3 * 15
+    assert result.healing is None and result.evaluation.tokens == 3 * 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "SRC", "r.yaml", "text.txt"]
     assert run(tmp_path / "r.yaml", resume=True, **places, **{"heal.seed": 0}).healing is None
     for changes, differ in (
