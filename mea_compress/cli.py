@@ -393,10 +393,10 @@ def profile(source: Path, recipe: str | None, plot: Path | None, json_file: Path
         check_file(plot)
     file = None if json_file is None or str(json_file) == "-" else json_file
     found = profile_checkpoint(source, out=file, recipe=recipe, **flags)
-    if plot is not None:
+    _print(found.report(), found.to_json(), json_file)
+    if plot is not None:  # last, so that a picture that cannot be written takes no figures with it
         with refusals(plot):
             draw_profile(found.to_json(), plot)
-    _print(found.report(), found.to_json(), json_file)
 
 
 @cli.command()
@@ -455,9 +455,9 @@ def evaluate(
 
     measured: Any = checkpoints[0] if len(checkpoints) == 1 else checkpoints
     result = evaluate_checkpoints(measured, reference=reference, **settings)
-    if plot is not None:
-        result.draw_retrieval(plot)
     _show(result, json_file)
+    if plot is not None:  # last, so that a picture that cannot be written takes no figures with it
+        result.draw_retrieval(plot)
 
 
 @cli.command()

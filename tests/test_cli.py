@@ -10,9 +10,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from mea_compress.checkpoint.files import refusals
 from mea_compress.cli import cli
 from mea_compress.errors import DiskFullError, RequestError
 from mea_compress.recipe import EvaluateRecipe, HealRecipe, Recipe, builtin_recipes
+from mea_compress.report import plots
 from mea_compress.report.measurements import evaluation_report
 from mea_compress.report.tables import key_value_table
 
@@ -284,6 +286,30 @@ class TestFailures:
     def test_one_style_of_messages(self, calls, arguments, shown):
         said = refused(*arguments)
         assert said.startswith(shown) and not said.rstrip().endswith(".")
+
+    @pytest.mark.parametrize("command", ["evaluate", "profile"])
+    def test_a_picture_that_cannot_be_drawn_takes_no_figures_with_it(self, command, calls, monkeypatch, tmp_path):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def refused_picture(file):
+            with refusals(file):
+                full()
+
+        more = {"evaluate": ["--text", "t.txt", "--retrieval", "512"], "profile": []}[command]
+        found = result(EVALUATION, "all figures", draw_retrieval=refused_picture)
+        calls.stand_in(monkeypatch, "measure.evaluation", "evaluate", found)
+        calls.stand_in(monkeypatch, "fit.profile", "profile", found)
+        monkeypatch.setattr(plots, "draw_profile", full)
+        files = ["--plot", tmp_path / "a.png", "--json", tmp_path / "a.json"]
+        outcome = invoke(command, "SRC", *more, *files)
+        assert outcome.exit_code == 2 and "a.png: the disk or quota is full" in outcome.stderr
+        assert outcome.stdout == "all figures\n"
+        assert json.loads((tmp_path / "a.json").read_text()) == EVALUATION
+        (tmp_path / "b.png").mkdir()
+        count = len(calls)
+        assert "no file that this user may write" in refused(command, "SRC", *more, "--plot", tmp_path / "b.png")
+        assert len(calls) == count
 
     def test_interrupting(self, calls, monkeypatch):
         calls.stand_in(monkeypatch, "compression", "compress", KeyboardInterrupt())

@@ -52,29 +52,34 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def measure_cache_bytes(model: PreTrainedModel, ids: torch.Tensor | None = None) -> float:
-    """Measure the bytes of KV cache per token and sequence, from the tensors a real cache holds after a forward pass.
+    """Measure the bytes of KV cache per token and sequence, from the tensors real caches hold after a forward pass.
+
+    What a hybrid keeps of all tokens together (states of convolutions and linear attention) is of one size however many
+    they are, and does not count: a cache of one token has it too.
 
     Args:
         model: Causal language model with a cache.
         ids: (B, T), int64; None takes ids 0, 1, 2, … of a length the model allows.
 
     Returns:
-        `cache_bytes` divided by B·T.
+        How much larger `cache_bytes` is of T tokens than of one, divided by B·(T - 1).
 
     Raises:
-        RequestError: The model keeps no cache.
+        RequestError: The model keeps no cache, or none that grows with its tokens.
     """
     if ids is None:
         length = choose_sequence_length(model, None)
         ids = torch.arange(min(length, _CACHED_TOKENS))[None] % vocabulary_size(model)
-    _, cache = run_cached(model, ids.to(next(model.parameters()).device))
-    total = cache_bytes(cache)
-    if not total:
+    if ids.shape[1] == 1:
+        ids = ids.repeat(1, 2)
+    ids = ids.to(next(model.parameters()).device)
+    first, whole = (cache_bytes(run_cached(model, part)[1]) for part in (ids[:, :1], ids))
+    if whole == first:
         raise RequestError(
             f"the model ({model.config.model_type}) keeps no KV cache, so there is nothing to measure: "
             "give a model with attention"
         )
-    return total / ids.numel()
+    return (whole - first) / (ids.numel() - len(ids))
 
 
 __all__ = ["cache_bytes", "measure_cache_bytes"]

@@ -28,7 +28,7 @@ from mea_compress.measure.metrics import NOTHING, Comparison, check_same_vocabul
 from mea_compress.measure.results import Evaluation, Evaluations, ReferenceEvaluation
 from mea_compress.measure.retrieval import PROMPTS, check_lengths, measure_retrieval, retrieval_prompts
 from mea_compress.measure.speed import WARM_UP_TOKENS, check_contexts, measure_decode_speed, measure_speed
-from mea_compress.measure.tasks import find_tasks, measure_tasks
+from mea_compress.measure.tasks import check_chat_template, find_tasks, measure_tasks
 from mea_compress.text.reading import TextChoice, read_documents
 from mea_compress.text.sequences import Bos, padded_sequences, sequence_prefix
 
@@ -159,9 +159,11 @@ def evaluate(
         retrieval=retrieval,
         agreement=agreement,
     )
+    tokenizer = load_tokenizer(paths[0])
+    if chat_template:
+        check_chat_template(tokenizer)
     documents = None if text is None else read_documents(text)
     models = [load_model(path, dtype, device) for path in paths]
-    tokenizer = load_tokenizer(paths[0])
     original = None if reference is None else load_model(reference, dtype, device)
     everyone = [*models, *([] if original is None else [original])]
     if dtype is None:
@@ -185,17 +187,22 @@ def evaluate(
         ids, mask = padded_sequences(documents, tokenizer, length, limit=limit, bos=bos)
         check_ids(ids, vocabulary, paths[0])
         longest = ids[int(mask.sum(1).argmax())]
+        # What cannot be measured is said before anything that takes long.
+        if retrieval:
+            filler = ids[:, len(front) :][mask[:, len(front) :]].tolist()
+            hidden = retrieval_prompts(filler, tokenizer, front, retrieval, prompts=limit or PROMPTS, seed=seed)
+        if agreement is not None:
+            prompts = choose_prompts(ids, mask, agreement, context)
+    cached = [measure_cache_bytes(model, longest[None, :_CACHED_TOKENS]) for model in everyone]
+    if documents is not None:
         size = batch_size or min(_MAX_BATCH, max_batch_size(ids.shape[1], vocabulary))
         losses = _compare(models, original, ids, mask, size, progress)
         _check_numbers(paths, reference, losses)
         if contexts:
             speeds = [_speed(model, original, ids[mask], contexts, batches or (1,), progress) for model in models]
         if retrieval:
-            filler = ids[:, len(front) :][mask[:, len(front) :]].tolist()
-            hidden = retrieval_prompts(filler, tokenizer, front, retrieval, prompts=limit or PROMPTS, seed=seed)
             found = [measure_retrieval(model, hidden, batch_size=batch_size, progress=progress) for model in everyone]
         if agreement is not None and original is not None:
-            prompts = choose_prompts(ids, mask, agreement, context)
             expected = continue_greedily(original, prompts, agreement, batch_size)
             agreements = [measure_agreement(model, prompts, expected, batch_size) for model in models]
     if manager is not None and tasks is not None:
@@ -213,12 +220,10 @@ def evaluate(
             for model in everyone
         ]
 
-    sample = longest[None, :_CACHED_TOKENS]
     measured_reference = None
     if original is not None:
         loss = _mean(losses[0], "reference_cross_entropy")
-        bytes_per_token = measure_cache_bytes(original, sample)
-        measured_reference = ReferenceEvaluation(loss, _perplexity(loss), bytes_per_token, scores[-1], found[-1])
+        measured_reference = ReferenceEvaluation(loss, _perplexity(loss), cached[-1], scores[-1], found[-1])
     evaluations = {}
     for index, (path, model) in enumerate(zip(paths, models, strict=True)):
         total = losses[index]
@@ -229,7 +234,7 @@ def evaluate(
             perplexity=_perplexity(loss),
             kl=None if original is None else _mean(total, "kl"),
             top1_agreement=None if original is None else _mean(total, "agreements"),
-            kv_bytes_per_token=measure_cache_bytes(model, sample),
+            kv_bytes_per_token=cached[index],
             reference=measured_reference,
             decode_tokens_per_second=_decode_speed(model, longest),
             prefix_ids=None if documents is None else front,

@@ -28,7 +28,7 @@ class ReferenceEvaluation:
     Attributes:
         cross_entropy: Nats per token, None without text.
         perplexity: Its exponential.
-        kv_bytes_per_token: Bytes of one sequence's cache per token, from the tensors it holds.
+        kv_bytes_per_token: Bytes by which one sequence's cache grows with a token, from the tensors it holds.
         tasks: Its scores of the tasks asked for, None where none were.
         retrieval: Its scores of retrieval, None where it was not asked for.
     """
@@ -50,7 +50,7 @@ class Evaluation(Shown):
         perplexity: Its exponential.
         kl: KL(reference ‖ checkpoint) in nats per token, None without a reference.
         top1_agreement: Share of positions where both find the same token likeliest, None without a reference.
-        kv_bytes_per_token: Bytes of one sequence's cache per token, from the tensors it holds.
+        kv_bytes_per_token: Bytes by which one sequence's cache grows with a token, from the tensors it holds.
         reference: The same of the reference.
         decode_tokens_per_second: Greedy, one sequence.
         prefix_ids: Ids in front of every sequence, None without text.

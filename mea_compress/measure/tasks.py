@@ -87,6 +87,16 @@ def find_tasks(names: Sequence[str], task_dir: Path | str | None = None) -> Task
     return manager
 
 
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check, before any work, that a tokenizer has a chat template.
+
+    Raises:
+        RequestError: It has none.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("the tokenizer has no chat template: leave `chat_template` out")
+
+
 def measure_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -119,8 +129,8 @@ def measure_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if chat_template and not tokenizer.chat_template:
-        raise RequestError("the tokenizer has no chat template: leave `chat_template` out")
+    if chat_template:
+        check_chat_template(tokenizer)
     with _without_warnings():  # that a loaded model's device and dtype are its own
         wrapped = HFLM(
             pretrained=model,
@@ -184,4 +194,4 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-__all__ = ["TaskScore", "find_tasks", "measure_tasks"]
+__all__ = ["TaskScore", "check_chat_template", "find_tasks", "measure_tasks"]

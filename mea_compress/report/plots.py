@@ -32,8 +32,8 @@ def check_file(file: Path | str) -> None:
         file: Where it goes.
 
     Raises:
-        RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory, or
-            none that may be written to.
+        RequestError: matplotlib is not installed or cannot write this kind of file, or there is no such directory, none
+            that may be written to, or something in the file's place that is none or may not be written.
     """
     file = Path(file)
     check_matplotlib("`plot` draws a picture")
@@ -45,6 +45,8 @@ def check_file(file: Path | str) -> None:
         raise RequestError(f"`plot` {file} lies in no directory that exists: make {file.parent} first")
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise RequestError(f"`plot` {file} cannot be written: name a file in a directory that this user may write to")
+    if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+        raise RequestError(f"`plot` {file} is there and no file that this user may write: name another one")
 
 
 def check_matplotlib(purpose: str) -> None:

@@ -479,20 +479,20 @@ function widths() {
 // ---- Heads -----------------------------------------------------------------------------------------------------------
 
 function spectra() {
-  const first = data.heads[0];
   const plots = Object.fromEntries(["key", "value"].map((side) => [side, element("div")]));
   const draw = () => {
     for (const [side, plot] of Object.entries(plots)) {
       const width = Math.max(280, plot.clientWidth);
       const values = data.heads.flatMap((layer) => layer[side].spectrum).filter((value) => value > 1e-4);
+      const most = Math.max(...data.heads.map((layer) => layer[side].channels));
       const { chart, across, up } = axes(width, 270,
-        { low: 1, high: first[side].channels, label: "rank", show: (value) => number(value) },
+        { low: 1, high: most, label: "rank", show: (value) => number(value) },
         { low: Math.min(...values), high: 1, logarithmic: true, label: "singular value", show: (value) => number(value, 1) });
       data.heads.forEach((layer, index) => {
         const place = layer[side].ranks.map((rank, at) => [rank, layer[side].spectrum[at]]).filter(([, value]) => value >= Math.min(...values));
         const line = place.map(([rank, value]) => `${across(rank).toFixed(1)},${up(value).toFixed(1)}`).join(" ");
         const energy = layer[side].spectrum.map((value) => value ** 2);
-        const half = Math.round(first[side].channels / 2);
+        const half = Math.round(layer[side].channels / 2);
         const at = layer[side].ranks.reduce((best, rank, position) => (Math.abs(rank - half) < Math.abs(layer[side].ranks[best] - half) ? position : best), 0);
         const depth = data.heads.length > 1 ? index / (data.heads.length - 1) : 1;
         const text = `layer ${layer.layer}, ${SIDES[side]}\nat rank ${layer[side].ranks[at]} of ${layer[side].channels}: ${number(Math.sqrt(energy[at]))} of the largest`;
@@ -525,7 +525,7 @@ function similarity() {
         const title = element("h3", {}, `${side === "key" ? "Keys" : "Values"}, ${moment === "before" ? "as they are" : "aligned"}`);
         const matrix = layer[side][moment];
         if (!matrix) {
-          place.append(title, element("p", {}, "The norm of these keys leaves nothing to align."));
+          place.append(title, element("p", {}, "Not aligned: a norm leaves these heads nothing to, or they are looked at as they are cached."));
           continue;
         }
         const names = layer[side].order;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from mea_compress.architectures import Checkpoint
+from mea_compress.architectures.families import LayerGeometry
 from mea_compress.checkpoint import torch_dtype
 from mea_compress.compositions.moments import head_gram, key_cross, moment, value_cross, value_root
 from mea_compress.fit.calibration import StatisticsAccumulator
+from mea_compress.fit.observation import CacheAccumulator, cached_heads
 from mea_compress.heads.alignment import (
     align_phases,
     align_rotations,
@@ -23,8 +26,9 @@ from mea_compress.heads.alignment import (
 from mea_compress.heads.composed import Array, join_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
+from mea_compress.layers.blocks import BlockRunner, ObservedAttention, embed_tokens, recorded
 from mea_compress.layers.read import read_heads
-from mea_compress.layers.runner import LayerRunner, batches, embed, fast_products
+from mea_compress.layers.runner import Activations, LayerRunner, batches, embed, fast_products
 
 _FIT = "aligned"
 # Points of a spectrum that are kept, at most; more than a page shows.
@@ -35,7 +39,7 @@ _TOKENS_PER_STEP = 8192
 def survey_heads(
     source: Checkpoint, tokens: torch.Tensor, device: torch.device, progress: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Look at the heads of every layer while text runs through the model, one layer in memory.
+    """Look at the heads of every layer that has any while text runs through the model, one layer in memory.
 
     Args:
         source: The checkpoint.
@@ -48,13 +52,23 @@ def survey_heads(
         heads send on the text, descending, as shares of the largest and at most 96 of them with ``ranks`` (counted from
         1, of ``channels``); and where there are several heads ``order``, ``before`` and ``after``: their numbers as
         clustering orders them, and in this order the sizes of their cosines, (H, H), as they are and as alignment makes
-        them. ``after`` is None where attention leaves no freedom to align (QK-norm keys).
+        them. ``after`` is None where attention leaves no freedom to align (QK-norm keys), and of families that are
+        composed at their cache, whose heads are looked at as they are cached.
+
+    Raises:
+        RequestError: The family is composed at its cache, and what its layers get cannot be followed.
     """
     products = fast_products(torch_dtype(source.dtype), device)
-    hidden = embed(source, tokens)
+    hidden = (embed_tokens if source.at_cache else embed)(source, tokens)
     size = max(1, _TOKENS_PER_STEP // tokens.shape[1])
     layers = range(source.config.num_hidden_layers)
     for layer in tqdm(layers, desc="looking at heads", unit="layer", disable=not progress):
+        if source.at_cache:
+            block = BlockRunner(source, layer, device=device, products=products)
+            described = _look_at_cache(block, source.geometry(layer), hidden, size)
+            if described is not None:
+                yield {"layer": layer, **described}
+            continue
         runner = LayerRunner(source, layer, device=device, products=products)
         accumulator = StatisticsAccumulator(runner.attention, products)
         for part in batches(len(tokens), size):
@@ -62,6 +76,28 @@ def survey_heads(
             accumulator.add(captured)
             hidden[part] = behind
         yield {"layer": layer, **describe_heads(read_heads(source, layer), accumulator.finish())}
+
+
+def _look_at_cache(
+    runner: BlockRunner, geometry: LayerGeometry | None, hidden: Activations, size: int
+) -> dict[str, Any] | None:
+    """Send text through a layer, `size` sequences at once, and describe the heads that it caches; None without any."""
+    accumulator = None if geometry is None else CacheAccumulator(geometry, runner, aligned=False)
+    for part in batches(hidden.shape[0], size):
+        cached = ObservedAttention()
+        with nullcontext() if accumulator is None else recorded(runner.attention, cached):
+            behind, _ = runner.run(hidden[part])
+        if accumulator is not None:
+            accumulator.add(cached)
+        hidden[part] = behind
+    if geometry is None or accumulator is None:
+        return None
+    statistics = accumulator.finish()
+    key, value = (cached_heads(geometry, side, statistics) for side in ("key", "value"))
+    return {
+        "key": _described(key.key, statistics.key.moment, None),
+        "value": _described(value.value, statistics.value.moment, None),
+    }
 
 
 def describe_heads(heads: AttentionHeads, statistics: LayerStatistics) -> dict[str, Any]:
@@ -75,8 +111,13 @@ def describe_heads(heads: AttentionHeads, statistics: LayerStatistics) -> dict[s
     for side, (rows, after) in sides.items():
         covariance = moment(statistics, _FIT, side)
         assert covariance is not None
-        described[side] = {**_spectrum(rows, covariance), **_similarities(head_gram(rows, covariance), after)}
+        described[side] = _described(rows, covariance, after)
     return described
+
+
+def _described(rows: Array, covariance: Array, after: Array | None) -> dict[str, Any]:
+    """Describe heads (H, d, D + 1) whose inner products alignment makes those of `after`, (H, H)."""
+    return {**_spectrum(rows, covariance), **_similarities(head_gram(rows, covariance), after)}
 
 
 def _aligned_keys(heads: AttentionHeads, statistics: LayerStatistics) -> Array:

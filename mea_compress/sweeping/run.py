@@ -31,7 +31,7 @@ from mea_compress.report.plots import check_matplotlib, draw_sweep
 from mea_compress.report.sweeps import sweep_csv
 from mea_compress.sweeping.grid import DEFAULT, SHARES, GridPoint, commands, grid
 from mea_compress.sweeping.results import Sweep, SweepPoint, mark_front
-from mea_compress.text.reading import TextChoice, text_state
+from mea_compress.text.reading import STDIN, TextChoice, text_names, text_state
 
 if TYPE_CHECKING:
     from mea_compress.architectures import Checkpoint
@@ -42,6 +42,10 @@ _AT_ONCE, _RESIDENT_BYTES = 4, 8 << 30
 # Tokens on which heads are looked at.
 _LOOKED_AT = 1 << 13
 _JSON, _PROFILES = "sweep.json", "profiles"
+# Settings of a recipe that its points are measured by too, where its section `evaluate` says nothing else.
+_SHARED = ("bos", "device", "seed")
+# What `evaluate` measures and the page of a sweep does not show.
+_NOT_SWEPT = ("contexts", "batches", "tasks", "task_dir", "few_shot", "chat_template", "agreement")
 
 
 def sweep(
@@ -92,7 +96,7 @@ def sweep(
     common = _common_recipe(recipe, settings, shares, text, calibration, retrieval)
     points = grid(common, methods, shares, budgets)
     assert common.evaluate is not None
-    evaluation = common.evaluate.model_dump(mode="json", exclude_none=True)
+    evaluation = _evaluation(common)
     command = _command(source, out, common, methods, shares, budgets)
     directory = local_directory(source)
     checkpoint = open_checkpoint(directory)
@@ -163,7 +167,25 @@ def _common_recipe(
     for side in ("key_composition", "value_composition"):
         if isinstance(getattr(common, side), dict):
             raise RequestError(f"`{side}` with options of its own has no place in a sweep: give its name alone")
+    assert common.evaluate is not None
+    for name in _NOT_SWEPT:
+        if getattr(common.evaluate, name) is not None:
+            raise RequestError(
+                f"`evaluate.{name}` has no place in a sweep: leave it out, and give it to mea-compress evaluate with "
+                "the checkpoint that is chosen"
+            )
+    for name in (*text_names(common.evaluate.text or ()), *text_names(common.text or ())):
+        if name == STDIN or Path(name).is_fifo():
+            once = "standard input (-)" if name == STDIN else name
+            raise RequestError(f"a sweep reads its texts more than once, and {once} can be read once: name a file")
     return common
+
+
+def _evaluation(common: Recipe) -> dict[str, Any]:
+    """Return the fields of `EvaluateRecipe` that say how points are measured, those of the recipe among them."""
+    assert common.evaluate is not None
+    shared = common.model_dump(mode="json", include=set(_SHARED), exclude_defaults=True)
+    return shared | common.evaluate.model_dump(mode="json", exclude_none=True)
 
 
 def _command(
@@ -256,7 +278,7 @@ class _Run:
         self.checkpoint, self.common = checkpoint, common
         self.workspace, self.progress = workspace, progress
         self.directory = checkpoint.reader.directory
-        shared: dict[str, Any] = {"bos": common.bos, "device": common.device, "seed": common.seed, "progress": progress}
+        shared: dict[str, Any] = {name: getattr(common, name) for name in _SHARED} | {"progress": progress}
         self.options = shared | given_settings(common.evaluate)
         self.at_once = max(1, min(_AT_ONCE, _RESIDENT_BYTES // max(1, checkpoint.weight_bytes)))
 
@@ -269,7 +291,7 @@ class _Run:
         from mea_compress.text.reading import read_documents
         from mea_compress.text.sequences import token_sequences
 
-        context = self.checkpoint.config.max_position_embeddings or 1024
+        context = getattr(self.checkpoint.config, "max_position_embeddings", None) or 1024
         length = self.options.get("sequence_length") or min(context, 1024)
         tokens = token_sequences(
             read_documents(self.options["text"]),

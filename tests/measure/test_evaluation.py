@@ -209,6 +209,35 @@ def test_wrong_requests(tmp_path, text):
         evaluate(save(tmp_path / "c", vocab_size=10), text=text, sequence_length=8, device="cpu", progress=False)
 
 
+def test_what_cannot_be_measured_is_said_before_the_text_has_run(tmp_path, text, monkeypatch):
+    a = save(tmp_path / "a")
+    for name in ("predict", "measure_cache_bytes"):
+        monkeypatch.setattr(evaluation, name, lambda *_: pytest.fail("the models have run"))
+    settings = {"text": text, "sequence_length": 8, "device": "cpu", "progress": False}
+    with pytest.raises(RequestError, match="`agreement` 32 leaves no room"):
+        evaluate(a, reference=a, agreement=32, **settings)
+    with pytest.raises(RequestError, match="cannot write"):
+        evaluate(a, retrieval=[30], **settings)
+
+
+def test_a_model_without_a_cache_is_refused_before_the_text_has_run(tmp_path, text, monkeypatch):
+    monkeypatch.setattr("mea_compress.measure.cache.run_cached", lambda *_: (None, None))
+    monkeypatch.setattr(evaluation, "predict", lambda *_: pytest.fail("the text has run"))
+    with pytest.raises(RequestError, match="keeps no KV cache"):
+        evaluate(save(tmp_path / "a"), text=text, sequence_length=8, device="cpu", progress=False)
+
+
+def test_a_tokenizer_that_does_not_do_is_refused_before_models_are_loaded(tmp_path, text, monkeypatch):
+    a = save(tmp_path / "a")
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    for name in ("load_model", "find_tasks"):
+        monkeypatch.setattr(evaluation, name, lambda *_: pytest.fail("a model or a task was loaded"))
+    with pytest.raises(RequestError, match=r"the tokenizer of .*bare cannot be loaded"):
+        evaluate(tmp_path / "bare", text=text, device="cpu", progress=False)
+    with pytest.raises(RequestError, match="no chat template: leave `chat_template` out"):
+        evaluate(a, tasks=["piqa"], chat_template=True, device="cpu", progress=False)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models/babyllama105").is_dir(), reason="shared/models/babyllama105 is not there")
 def test_loss_of_a_real_checkpoint():

@@ -27,6 +27,13 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(name, tmp_path, monkey
         patch.setattr(os, "access", lambda *_: False)
         draw(data, tmp_path / "map.png")
 
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(RequestError, match=r"taken\.png is there and no file that this user may write"):
+        draw(data, tmp_path / "taken.png")
+    with monkeypatch.context() as patch, pytest.raises(RequestError, match=r"there\.png is there and no file"):
+        patch.setattr(os, "access", lambda path, _: path != tmp_path / "there.png")  # write-protected
+        draw(data, tmp_path / "there.png")
+
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_every_family import FAMILIES, load, stock_family
 from tiny import stock_checkpoint, stock_model
+from transformers.cache_utils import DynamicCache
 
 from mea_compress.architectures import open_checkpoint
 from mea_compress.heads.statistics import LayerStatistics
@@ -39,6 +41,32 @@ def test_what_the_heads_send_is_what_the_model_computes(tmp_path):
         order = layer["key"]["order"]
         assert sorted(order) == [0, 1, 2, 3]
         np.testing.assert_allclose(layer["key"]["before"], cosines[order][:, order], atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "qwen3_next"])
+def test_heads_of_a_family_composed_at_its_cache_are_those_that_it_caches(name, tmp_path):
+    source = stock_family(name, tmp_path / "SRC")
+    cache = DynamicCache()  # without the configuration, so that no token slides out of a window
+    if name == "qwen3_next":
+        cache = DynamicCache(config=load(source).config)
+    with torch.no_grad():
+        load(source)(TOKENS, past_key_values=cache)
+    found = list(survey_heads(open_checkpoint(source), TOKENS, torch.device("cpu"), progress=False))
+    layers = [number for number, channels in enumerate(FAMILIES[name][1]) if channels is not None]
+    assert [layer["layer"] for layer in found] == layers
+    for layer in found:
+        for side, heads in (("key", cache.layers[layer["layer"]].keys), ("value", cache.layers[layer["layer"]].values)):
+            rows = heads.double().transpose(1, 2).flatten(0, 1)  # (N, H, d)
+            values = torch.linalg.svdvals(rows.flatten(1))
+            shown, ranks = np.array(layer[side]["spectrum"]), np.array(layer[side]["ranks"])
+            assert layer[side]["channels"] == len(values)
+            np.testing.assert_allclose(shown, (values / values[0]).numpy()[ranks - 1], rtol=2e-2, atol=1e-3)
+            gram = torch.einsum("ngc,nhc->gh", rows, rows)
+            cosines = (gram / gram.diag().outer(gram.diag()).sqrt()).abs().numpy()
+            order = layer[side]["order"]
+            np.testing.assert_allclose(layer[side]["before"], cosines[order][:, order], atol=2e-3)
+            assert layer[side]["after"] is None
 
 
 def statistics_of(heads, seed=1):

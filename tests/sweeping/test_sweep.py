@@ -1,10 +1,12 @@
 import csv
 import json
+import os
 import shlex
 
 import pytest
 from click.testing import CliRunner
-from letters import character_tokenizer, tiny_llama
+from letters import VOCABULARY, character_tokenizer, tiny_llama
+from test_every_family import stock_family
 from tiny import contents
 
 import mea_compress.sweeping.run as run_module
@@ -177,6 +179,11 @@ def test_measured_budgets_are_profiled_once_for_all_shares_of_a_method(place, mo
         ({"calibration": "nowhere.txt"}, "nowhere.txt"),
         ({"evaluate.sequence_length": 64}, "context"),
         ({"retrieval": [1000]}, "retrieval"),
+        ({"calibration": "-"}, "standard input (-) can be read once: name a file"),
+        ({"evaluate.agreement": 4}, "`evaluate.agreement` has no place in a sweep"),
+        ({"evaluate.tasks": "piqa"}, "mea-compress evaluate"),
+        ({"evaluate.contexts": "8", "evaluate.batches": "2"}, "`evaluate.contexts` has no place in a sweep"),
+        ({"evaluate.batches": "2"}, "`evaluate.batches` has no place in a sweep"),
     ],
 )
 def test_wrong_requests_leave_nothing_behind(place, settings, told):
@@ -185,6 +192,43 @@ def test_wrong_requests_leave_nothing_behind(place, settings, told):
         swept("WRONG", **settings)
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(place.iterdir()) == before
+
+
+def test_a_text_that_can_be_read_once_is_refused(place):
+    os.mkfifo(place / "pipe")
+    before = sorted(place.iterdir())
+    for text in ("-", ["held out.txt", "-"], "pipe"):
+        with pytest.raises(RequestError, match="reads its texts more than once"):
+            sweep("SRC", "WRONG", text=text, progress=False, **QUICK)
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_command_that_measures_has_what_the_recipe_says_of_it(place):
+    point = swept("NEVER", methods=["head"], bos="never", seed=3, device="cpu").points[0]
+    make, measure = (shlex.split(line) for line in point.commands)
+    make[3] = measure[2] = "NEVER-again"  # where no other test has made it
+    assert command(*make[1:])[0] == 0
+    measured = json.loads(command(*measure[1:], "--json", "-")[1])
+    assert measured["prefix_ids"] == [] and measured["kl"] == pytest.approx(point.kl, rel=1e-9)
+    assert measured["cross_entropy"] == pytest.approx(point.cross_entropy, rel=1e-9)
+    assert all(flag in point.commands[1] for flag in ("--bos never", "--seed 3", "--device cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layers"), [("gpt2", [0, 1]), ("lfm2", [1])])
+def test_a_family_that_is_composed_at_its_cache(family, layers, place):
+    source = stock_family(family, place / family, vocab_size=len(VOCABULARY))
+    character_tokenizer().save_pretrained(source)
+    fit = {"fit": "activations", "refine": 0, "heal": "0", "sequences": 8, "sequence_length": 24}
+    asked = {"text": "held out.txt", "calibration": "held out.txt", "shares": [0.5], **QUICK, **fit}
+    found = sweep(source, f"{family}-SWEEP", progress=False, **asked)
+    (point,) = found.points
+    assert point.reason is None and point.kl > 0
+    assert point.kv_bytes_per_token == found.reference["kv_bytes_per_token"] / 2
+    assert [layer["layer"] for layer in found.heads] == layers
+    assert json.loads((found.out / "sweep.json").read_text())["heads"] == list(found.heads)
+    assert "default-0.5" in (found.out / "index.html").read_text()
 
 
 @pytest.mark.slow
