@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from click.testing import CliRunner
+from tiny import stock_checkpoint
 
 from mea_compress.checkpoint.files import refusals
 from mea_compress.cli import cli
@@ -162,21 +163,21 @@ class TestCommands:
         assert calls == [("run_demo", (Path("demo"),), {"steps": 5, "device": "auto", "seed": 0})]
 
     def test_run(self, calls, tmp_path):
-        text = tmp_path / "t.txt"
+        text, source = tmp_path / "t.txt", stock_checkpoint(tmp_path / "SRC")  # whose context is looked at beforehand
         text.write_text("hello")
         recipe = tmp_path / "r.yaml"
         recipe.write_text(
-            f"source: SRC\nout: A\nkv_ratio: 0.5\nseed: 4\nbos: always\ndevice: cpu\nheal: {{steps: 3, text: {text}}}\n"
+            f"source: {source}\nout: A\nkv_ratio: 0.5\nseed: 4\nbos: always\ndevice: cpu\nheal: {{steps: 3, text: {text}}}\n"
             f"evaluate: {{text: {text}, limit: 2}}\n"
         )
         printed = done("run", recipe, "--out", "B", "--json", tmp_path / "all.json")
         assert "KL" in printed
         assert [name for name, _, _ in calls] == ["compress", "heal", "evaluate"]
-        assert calls[0][1][:2] == (Path("SRC"), Path("B"))
+        assert calls[0][1][:2] == (source, Path("B"))
         shared = {"bos": "always", "device": "cpu", "text": (str(text),), "progress": True}
-        healing = {"seed": 4, "steps": 3, "teacher": Path("SRC"), "resume": False} | shared
+        healing = {"seed": 4, "steps": 3, "teacher": source, "resume": False} | shared
         assert calls[1][1:] == ((Path("B"),), healing)
-        measuring = {"reference": Path("SRC"), "limit": 2} | shared
+        measuring = {"reference": source, "limit": 2} | shared
         assert calls[2][1:] == ((Path("B"),), measuring)
         assert set(json.loads((tmp_path / "all.json").read_text())) == {"plan", "fidelity", "healing", "evaluation"}
 

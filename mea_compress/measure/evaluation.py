@@ -146,6 +146,9 @@ def evaluate(
     _check_checkpoints(paths)
     if agreement is not None and reference is None:
         raise RequestError("`agreement` is that with the original: give `reference` too")
+    tokenizer = load_tokenizer(paths[0])
+    if tasks and chat_template:
+        check_chat_template(tokenizer)
     manager = check_settings(
         text=text,
         batch_size=batch_size,
@@ -159,9 +162,6 @@ def evaluate(
         retrieval=retrieval,
         agreement=agreement,
     )
-    tokenizer = load_tokenizer(paths[0])
-    if chat_template:
-        check_chat_template(tokenizer)
     documents = None if text is None else read_documents(text)
     models = [load_model(path, dtype, device) for path in paths]
     original = None if reference is None else load_model(reference, dtype, device)
