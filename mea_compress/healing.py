@@ -61,6 +61,7 @@ from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.training.stages import Stages, parse_stages
 from mea_compress.training.step_bar import step_bar
+from mea_compress.training.trials import rates_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,8 @@ _MAX_HELD_OUT = 64
 # Decoded with a cache and without before the healed checkpoint appears.
 _PROMPT_TOKENS, _DECODED_TOKENS = 16, 8
 _FINISHED = ("healed", "record")  # of the workspace: what was done, from shortly before the checkpoint is in place
+# Stages that an earlier healing's step size serves: adapters begin at nothing, and compositions are few.
+_SINGLE_RATE = (("attention",), ("all",))
 _ROUGH_TOLERANCE = 0.1  # of bfloat16, whose logits differ by a hundredth or two
 
 
@@ -270,7 +273,8 @@ def heal(
     AdamW without weight decay on float32 masters, KL(teacher ‖ student) per token, a short warm-up and a cosine to a
     twentieth; products are bfloat16 where the student is stored so and the hardware is made for it. A tenth of the
     sequences (64 at most) is held out: the step size and the weights are those that do best there, and the healed
-    weights, rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`.
+    weights, rounded to the dtype they are stored in, are kept only where they lower the KL there. See `distil`. A
+    checkpoint that says how it was healed before, in no more steps, is healed at the step size that was chosen then.
 
     How far it has come is kept beside `out`, in a directory with ``.partial`` behind its name, until it is through.
     Started by ``torchrun`` or ``accelerate launch``, several processes share the sequences of every step; where the
@@ -357,6 +361,9 @@ def heal(
             match_hidden=match_hidden,
             match_attention=match_attention,
         )
+        former = _former_healing(student)
+        if former is not None and learning_rate is None and stages in _SINGLE_RATE:
+            settings = replace(settings, rates=rates_after(*former, settings))
         request = asdict(settings) | {
             "products": None,
             "train": stages,
@@ -397,6 +404,20 @@ def heal(
                 publish_healed(CheckpointReader(student), out, names, changed, record)
             from_first_process(None)  # the others return when it is there
     return result
+
+
+def _former_healing(checkpoint: Path) -> tuple[float, int] | None:
+    """Return the step size and the steps of the last healing of a checkpoint that helped; None where none is told."""
+    for name, place in (("healing.json", ()), ("compression.json", ("fidelity", "healing"))):
+        try:
+            record = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            for key in place:
+                record = record[key]
+            if record["kept"] == "healed" and record["relative_rate"]:
+                return float(record["relative_rate"]), int(record["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def take_finished(out: Path) -> dict[str, Any] | None:

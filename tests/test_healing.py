@@ -332,6 +332,27 @@ def test_the_card_says_what_the_last_healing_did(tmp_path, teacher, monkeypatch)
     assert again[again.index("## How it was made") :] == card[card.index("## How it was made") :]
 
 
+@pytest.mark.parametrize("record", ["healing.json", "compression.json"])
+def test_what_was_healed_before_takes_the_step_size_that_was_found_then(record, tmp_path, teacher):
+    student = make_student(tmp_path / "student")
+    quick = {"teacher": teacher, "batch_size": 4, "sequence_length": 24, "progress": False}
+    first = heal(student, steps=30, **quick)
+    assert first.kept == "healed" and first.stages[0].all_steps > 30  # trials
+    if record == "compression.json":
+        kept = json.loads((student / "healing.json").read_text())
+        (student / "compression.json").write_text(json.dumps({"fidelity": {"healing": kept}}))
+        (student / "healing.json").unlink()
+    again = heal(student, steps=30, out=tmp_path / "again", **quick)
+    assert again.stages[0].all_steps == 30 and again.relative_rate == first.relative_rate
+    shorter = heal(student, steps=20, out=tmp_path / "shorter", **quick)
+    assert shorter.stages[0].all_steps > 20
+    stages = heal(student, steps=60, out=tmp_path / "stages", train="components,attention", **quick)
+    assert all(stage.all_steps > 30 for stage in stages.stages)
+    for text in ('{"kept": "healed"}', "[]", "{", '{"kept": "unhealed", "relative_rate": 0.0005, "steps": 3}'):
+        (student / record).write_text(text if record == "healing.json" else f'{{"fidelity": {{"healing": {text}}}}}')
+        assert healing._former_healing(student) is None
+
+
 def test_several_texts_and_what_stands_in_front(tmp_path, teacher):
     student = make_student(tmp_path / "student")
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -212,6 +212,30 @@ def rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> floa
     return max(rate, min(rate * min(max(1.0, factor), _RAISED), _LARGEST_RAISED))
 
 
+def rates_after(rate: float, steps: int, settings: DistillationSettings) -> tuple[float, ...]:
+    """Return the step sizes to choose from where an earlier distillation, at least as short, has found its own.
+
+    Weights that it has left as its steps grew small lose at first by any step that gains in the end, so that trials
+    would take the smallest: the step size that its trials chose is taken again, for the longer run.
+
+    Args:
+        rate: What it came to take.
+        steps: Of its full run.
+        settings: Of the new one.
+
+    Returns:
+        One, or those of the settings where the new run is shorter or the old one's choice is not known.
+    """
+    if steps > settings.steps or len(settings.rates) == 1:
+        return settings.rates
+    for deadline in (None, math.inf):  # trials are shorter with one
+        old = replace(settings, steps=steps, deadline=deadline)
+        for chosen in settings.rates:
+            if math.isclose(rate_of_run(chosen, steps, old), rate, rel_tol=0.02):
+                return (rate_of_run(chosen, settings.steps, settings),)
+    return settings.rates
+
+
 @dataclass
 class Pace:
     """How long the steps of trials, and looks at held-out text, have taken in seconds."""
@@ -252,4 +276,4 @@ def steps_left(settings: DistillationSettings, pace: Pace) -> int:
     return from_first_process(max(0, min(settings.steps, int(left * pace.steps / pace.in_steps))))
 
 
-__all__ = ["Pace", "Progress", "choose_rate", "keeping", "next_rate", "rate_of_run", "steps_left"]
+__all__ = ["Pace", "Progress", "choose_rate", "keeping", "next_rate", "rate_of_run", "rates_after", "steps_left"]

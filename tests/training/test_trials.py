@@ -34,6 +34,23 @@ def test_a_run_takes_what_long_trials_say(steps, raised):
     assert trials.rate_of_run(0.001, steps, DistillationSettings(steps, 8)) == pytest.approx(0.001 * raised)
 
 
+@pytest.mark.parametrize("rate", [0.00005, 0.0005, 0.0015, 0.05])  # 0.015 can be thrice 0.005 as well
+@pytest.mark.parametrize(("steps", "deadline"), [(100, None), (384, None), (279, 1.0), (960, 1.0), (7000, None)])
+def test_a_longer_run_takes_the_step_size_that_an_earlier_one_was_raised_from(rate, steps, deadline):
+    taken = trials.rate_of_run(rate, steps, DistillationSettings(steps, 8, deadline=deadline))
+    for longer in (steps, 2 * steps):
+        settings = DistillationSettings(longer, 8)
+        assert trials.rates_after(taken, steps, settings) == (trials.rate_of_run(rate, longer, settings),)
+
+
+def test_an_earlier_run_that_says_nothing_of_this_one():
+    settings = DistillationSettings(100, 8)
+    assert trials.rates_after(0.0005, 101, settings) == settings.rates  # longer than this one
+    assert trials.rates_after(0.0001, 100, settings) == settings.rates  # of no trial
+    alone = DistillationSettings(100, 8, rates=(0.3,))
+    assert trials.rates_after(0.0005, 50, alone) == (0.3,)
+
+
 @pytest.mark.parametrize(
     ("steps", "deadline", "taken"),
     [(4, None, 3), (100, None, 5), (1000, None, 20), (7000, None, 140), (100, 1.0, 5), (7000, 1.0, 12)],
