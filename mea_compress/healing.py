@@ -413,9 +413,10 @@ def _former_healing(checkpoint: Path) -> tuple[float, int] | None:
             record = json.loads((checkpoint / name).read_text(encoding="utf-8"))
             for key in place:
                 record = record[key]
-            if record["kept"] == "healed" and record["relative_rate"]:
+            stages = tuple(record.get("train", "attention").split(","))  # `compress` trains nothing else
+            if record["kept"] == "healed" and record["relative_rate"] and stages in _SINGLE_RATE:
                 return float(record["relative_rate"]), int(record["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
 

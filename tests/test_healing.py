@@ -348,7 +348,9 @@ def test_what_was_healed_before_takes_the_step_size_that_was_found_then(record, 
     assert shorter.stages[0].all_steps > 20
     stages = heal(student, steps=60, out=tmp_path / "stages", train="components,attention", **quick)
     assert all(stage.all_steps > 30 for stage in stages.stages)
-    for text in ('{"kept": "healed"}', "[]", "{", '{"kept": "unhealed", "relative_rate": 0.0005, "steps": 3}'):
+    found = '"relative_rate": 0.0005, "steps": 3}'
+    adapters = '{"kept": "healed", "train": "lora", ' + found
+    for text in ('{"kept": "healed"}', "[]", "{", '{"kept": "unhealed", ' + found, adapters):
         (student / record).write_text(text if record == "healing.json" else f'{{"fidelity": {{"healing": {text}}}}}')
         assert healing._former_healing(student) is None
 
