@@ -61,7 +61,6 @@ from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.sharding import all_processes, gathered, in_turns, shard, sharding_asked_for
 from mea_compress.training.stages import Stages, parse_stages
 from mea_compress.training.step_bar import step_bar
-from mea_compress.training.trials import rates_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,12 +87,14 @@ class HealingStage:
         steps: Optimiser steps.
         relative_rate: Peak as a share of each weight's root mean square, where it was found by trials.
         all_steps: Optimiser steps, those of trials among them.
+        trial_rate: The same share, that would have been best in a trial.
     """
 
     train: str
     steps: int
     relative_rate: float | None
     all_steps: int
+    trial_rate: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,6 +124,7 @@ class HealingResult(Shown):
         answers_only: Whether only what answers predict counted, in training and in the losses above.
         stages: What was done, stage by stage.
         losses: The loss of what was trained on by optimiser step, trials left out.
+        trial_rate: As `relative_rate`, that would have been best in a trial: what a healing of the result begins with.
     """
 
     out: Path
@@ -146,6 +148,7 @@ class HealingResult(Shown):
     answers_only: bool = False
     stages: tuple[HealingStage, ...] = ()
     losses: tuple[float, ...] = ()
+    trial_rate: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, as in ``healing.json``."""
@@ -361,9 +364,9 @@ def heal(
             match_hidden=match_hidden,
             match_attention=match_attention,
         )
-        former = _former_healing(student)
-        if former is not None and learning_rate is None and stages in _SINGLE_RATE:
-            settings = replace(settings, rates=rates_after(*former, settings))
+        former = _former_healing(student) if learning_rate is None and stages in _SINGLE_RATE else None
+        if former is not None and former[1] <= steps:
+            settings = replace(settings, trial_rate=former[0])
         request = asdict(settings) | {
             "products": None,
             "train": stages,
@@ -407,15 +410,15 @@ def heal(
 
 
 def _former_healing(checkpoint: Path) -> tuple[float, int] | None:
-    """Return the step size and the steps of the last healing of a checkpoint that helped; None where none is told."""
+    """Return the step size that trials of the last healing of a checkpoint that helped found, and its steps, or None."""
     for name, place in (("healing.json", ()), ("compression.json", ("fidelity", "healing"))):
         try:
             record = json.loads((checkpoint / name).read_text(encoding="utf-8"))
             for key in place:
                 record = record[key]
             stages = tuple(record.get("train", "attention").split(","))  # `compress` trains nothing else
-            if record["kept"] == "healed" and record["relative_rate"] and stages in _SINGLE_RATE:
-                return float(record["relative_rate"]), int(record["steps"])
+            if record["kept"] == "healed" and record["trial_rate"] and stages in _SINGLE_RATE:
+                return float(record["trial_rate"]), int(record["steps"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
@@ -630,7 +633,10 @@ def _train(
             course.curve += [(first + step, value) for step, value in distillation.curve if step or not index]
             course.losses += distillation.losses
             course.tokens += distillation.tokens
-            course.stages.append(HealingStage(stage, distillation.steps, distillation.rate, distillation.all_steps))
+            done = HealingStage(
+                stage, distillation.steps, distillation.rate, distillation.all_steps, distillation.trial_rate
+            )
+            course.stages.append(done)
     return course
 
 
@@ -703,6 +709,7 @@ def _healed(asked: _Request, state: Workspace | None, began: float) -> tuple[Hea
         answers_only=asked.answers_only,
         stages=tuple(course.stages),
         losses=tuple(course.losses),
+        trial_rate=course.stages[-1].trial_rate,
     )
     if not better and is_first_process():
         print(

@@ -24,7 +24,8 @@ from mea_compress.healing import HealingResult, heal
 from mea_compress.layers import runner
 from mea_compress.measure.evaluation import evaluate
 from mea_compress.training import losses, trainer
-from mea_compress.training.settings import MATCH_HIDDEN
+from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
+from mea_compress.training.trials import rate_of_run
 
 
 @pytest.fixture
@@ -343,12 +344,13 @@ def test_what_was_healed_before_takes_the_step_size_that_was_found_then(record, 
         (student / "compression.json").write_text(json.dumps({"fidelity": {"healing": kept}}))
         (student / "healing.json").unlink()
     again = heal(student, steps=30, out=tmp_path / "again", **quick)
-    assert again.stages[0].all_steps == 30 and again.relative_rate == first.relative_rate
+    assert again.stages[0].all_steps == 30 and again.trial_rate == first.trial_rate
+    assert again.relative_rate == rate_of_run(first.trial_rate, 30, DistillationSettings(30, 4))
     shorter = heal(student, steps=20, out=tmp_path / "shorter", **quick)
     assert shorter.stages[0].all_steps > 20
     stages = heal(student, steps=60, out=tmp_path / "stages", train="components,attention", **quick)
     assert all(stage.all_steps > 30 for stage in stages.stages)
-    found = '"relative_rate": 0.0005, "steps": 3}'
+    found = '"trial_rate": 0.0005, "steps": 3}'
     adapters = '{"kept": "healed", "train": "lora", ' + found
     for text in ('{"kept": "healed"}', "[]", "{", '{"kept": "unhealed", ' + found, adapters):
         (student / record).write_text(text if record == "healing.json" else f'{{"fidelity": {{"healing": {text}}}}}')

@@ -151,6 +151,7 @@ def _heal(plan: Plan, workspace: Workspace, tokens: torch.Tensor, progress: bool
             "steps": distillation.steps,
             "tokens": distillation.tokens,
             "relative_rate": distillation.rate,
+            "trial_rate": distillation.trial_rate,
             "trained": ", ".join(sorted({name for weights in trained.values() for name in weights})),
             "text": "of the recipe" if plan.recipe.text else "sampled from the original",
             "sequences": len(training),

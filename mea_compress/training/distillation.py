@@ -31,7 +31,7 @@ from mea_compress.training.losses import autocast, base_states, head_alone_makes
 from mea_compress.training.settings import MATCH_HIDDEN, DistillationSettings
 from mea_compress.training.sharding import is_sharded, reshard, whole
 from mea_compress.training.trainer import Run, set_weights, train_student, trained_sequences
-from mea_compress.training.trials import Progress, choose_rate, next_rate, rate_of_run, steps_left
+from mea_compress.training.trials import Progress, best_rate, next_rate, rate_of_run, steps_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +50,7 @@ class Distillation:
         all_steps: Optimiser steps, those of trials among them.
         tokens: Tokens trained on, those of trials among them.
         losses: What was trained on by optimiser step, of the full run.
+        trial_rate: Step size that is best in a trial, by those that there were or as the settings say; None without.
     """
 
     rate: float | None
@@ -58,6 +59,7 @@ class Distillation:
     all_steps: int
     tokens: int
     losses: tuple[float, ...] = ()
+    trial_rate: float | None = None
 
 
 def distil(
@@ -112,12 +114,10 @@ def distil(
         set_weights(parameters, start if progress.begun is None else progress.begun)
         train_student(model, teacher, training, groups, settings, steps, tick, learnt, run)
 
-    pace = progress.pace
+    pace, best, rate = progress.pace, None, None
     if settings.learning_rate is None:
-        tried = None
-        while (
-            progress.begun is None and (tried := next_rate(settings.rates, progress, settings.trial_steps)) is not None
-        ):
+        tried, tries = None, progress.begun is None and settings.trial_rate is None
+        while tries and (tried := next_rate(settings.rates, progress)) is not None:
             left = steps_left(settings, pace)
             hurries = settings.deadline is not None and left < _TRIALS_WORTH * settings.trial_steps
             if not left or (hurries and progress.gained):
@@ -134,12 +134,12 @@ def distil(
         set_weights(parameters, start)
         if progress.steps is None:
             progress.steps = steps_left(settings, pace) if tried is None or progress.gained else 0
-        rate = choose_rate(settings.rates, progress, settings.trial_steps)
-        if progress.gained:  # otherwise the least bad is large enough
-            rate = rate_of_run(rate, progress.steps, settings)
+        rate = best = settings.trial_rate or best_rate(settings.rates, progress)
+        if progress.gained or settings.trial_rate is not None:  # otherwise the least bad is large enough
+            rate = rate_of_run(best, progress.steps, settings)
         groups = _group(parameters, rate)
     else:
-        rate, progress.steps = None, settings.steps
+        progress.steps = settings.steps
         groups = [{"params": list(parameters.values()), "lr": settings.learning_rate}]
     if progress.begun is None:  # what the trials have gained is not thrown away
         progress.begun = start = progress.best_weights
@@ -163,7 +163,8 @@ def distil(
     set_weights(parameters, progress.best_weights)
     runs = [*[settings.trial_steps] * (progress.taken // settings.trial_steps), progress.steps]
     tokens = sum(trained_sequences(steps, len(training), settings.batch_size) for steps in runs) * training.shape[1]
-    return Distillation(rate, tuple(progress.curve), progress.steps, all_steps, tokens, tuple(progress.losses))
+    curve, losses = tuple(progress.curve), tuple(progress.losses)
+    return Distillation(rate, curve, progress.steps, all_steps, tokens, losses, best)
 
 
 @torch.no_grad()

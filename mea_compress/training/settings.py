@@ -28,6 +28,8 @@ class DistillationSettings:
         learning_rate: Peak, the same for all tensors; None tries `rates`.
         rates: Step sizes to choose from, ascending, as a share of a tensor's root mean square; see `next_rate`. One
             alone is taken as it is. The full run goes on from the best that a trial has come to.
+        trial_rate: What is best in a trial, as an earlier, no longer distillation found it, in place of trials of this
+            one: weights that it has left as its steps grew small lose at first by any step that gains in the end.
         products: What matrix products are computed in; trained weights are float32 all the same.
         seed: Of the order of sequences.
         temperature: By which the logits of both are divided; the loss is multiplied by its square, as usual.
@@ -48,6 +50,7 @@ class DistillationSettings:
     batch_size: int
     learning_rate: float | None = None
     rates: tuple[float, ...] = _RATES
+    trial_rate: float | None = None
     products: torch.dtype = torch.float32
     seed: int = 0
     temperature: float = 1.0
@@ -76,8 +79,8 @@ class DistillationSettings:
     @property
     def all_steps(self) -> int:
         """Optimiser steps, trials among them, of which there are more or fewer as they turn out."""
-        trials = 0 if self.learning_rate is not None or len(self.rates) == 1 else min(_TRIALS, len(self.rates))
-        return self.steps + trials * self.trial_steps
+        known = self.learning_rate is not None or self.trial_rate is not None or len(self.rates) == 1
+        return self.steps + (0 if known else min(_TRIALS, len(self.rates)) * self.trial_steps)
 
 
 __all__ = ["LOOKS", "MATCH_HIDDEN", "DistillationSettings"]

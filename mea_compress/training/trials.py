@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +24,11 @@ from mea_compress.processes import from_first_process, is_first_process, wait_fo
 from mea_compress.training.settings import LOOKS, DistillationSettings
 from mea_compress.training.sharding import gathered, part_of
 
-_LEAST_GAIN = 0.5
-"""Share of the best trial's gain that one of a larger step size must have to be chosen, where trials are short."""
 _SHORT = 20
 """Steps of a trial that favours small step sizes; one of 140 favours them no longer (`benchmarks/NOTES.md`)."""
-_LONGER, _RAISED, _LARGEST_RAISED = 4, 3, 0.015
-"""A run that is four times as long as a short trial takes the step size that it found, a longer one more, as the root
-of its length, up to three times as much and up to 0.015 (`benchmarks/NOTES.md`)."""
+_LONGER, _RAISED, _LARGEST_RAISED = 4, 3, 0.005
+"""A run that is four times as long as a short trial takes the step size that is best in one, a longer one more, as the
+root of its length, up to three times as much and up to 0.005 (`benchmarks/NOTES.md`)."""
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _PROGRESS = "progress.json"
@@ -149,13 +147,12 @@ def keeping(directory: Path) -> Iterator[None]:
         raise refusal(OSError(errno.ENOSPC, ""), directory) from error
 
 
-def next_rate(rates: Sequence[float], progress: Progress, trial: int) -> float | None:
-    """Return the step size to try next: from the middle up for as long as that is good enough, or down until one gains.
+def next_rate(rates: Sequence[float], progress: Progress) -> float | None:
+    """Return the step size to try next: from the middle up for as long as that ends lower, or down until one gains.
 
     Args:
         rates: To choose from, ascending.
         progress: What those tried have come to.
-        trial: Optimiser steps of a trial.
 
     Returns:
         One of `rates`, or None if enough was tried.
@@ -168,72 +165,56 @@ def next_rate(rates: Sequence[float], progress: Progress, trial: int) -> float |
     climbs = progress.found[str(rates[middle])] < start
     order = rates[middle:] if climbs else rates[middle::-1]
     tried = [rate for rate in order if str(rate) in progress.found]
-    last = tried[-1]
-    enough = choose_rate(rates, progress, trial) != last if climbs else progress.found[str(last)] < start
+    last = progress.found[str(tried[-1])]
+    enough = last > min(progress.found.values()) if climbs else last < start
     return None if enough or len(tried) == len(order) else order[len(tried)]
 
 
-def choose_rate(rates: Sequence[float], progress: Progress, trial: int) -> float:
-    """Return the largest step size whose trial gained at least half of the best one's, or the one that ended lowest.
+def best_rate(rates: Sequence[float], progress: Progress) -> float:
+    """Return the step size that would have done best in a trial, by the trials that there were.
 
-    A short run favours small steps: on babyllama105 at half of its cache 0.003 is ahead of 0.01 after 12 of 60 steps,
-    and behind it at their end (KL 0.0317 and 0.0272). The longer a trial is, the more of the best one's gain it takes.
+    A step size r changes KL by -a r + b r²: it gains with r at first, and what it upsets grows with its square. The
+    start, the trial that ended lowest and that of the next larger step size say what a and b are, and a / 2b is best.
 
     Args:
-        rates: To choose from.
+        rates: To choose from, ascending.
         progress: What those tried have come to.
-        trial: Optimiser steps of a trial.
+
+    Returns:
+        Nearer to that which ended lowest than to its neighbours, by their ratios; that itself where nothing larger was
+        tried or nothing gained.
     """
     start = progress.curve[0][1]
-    found = {rate: progress.found.get(str(rate), math.inf) for rate in rates}
-    best = min(rates, key=lambda rate: found[rate])
+    found = {rate: progress.found[str(rate)] for rate in rates if str(rate) in progress.found}
+    if not found:
+        return rates[0]
+    best = min(found, key=lambda rate: found[rate])
+    above = next((rate for rate in found if rate > best), None)
+    below = max((rate for rate in rates if rate < best), default=best)
     gain = start - found[best]
-    if not gain > 0:
+    if above is None or not gain > 0 or not math.isfinite(found[above]):
         return best
-    return max(rate for rate, value in found.items() if start - value >= (1 - _LEAST_GAIN * _shortness(trial)) * gain)
-
-
-def _shortness(trial: int) -> float:
-    """Return how far a trial favours small step sizes, 1 for the shortest."""
-    return min(1.0, _SHORT / trial)
+    # start - KL = a r - b r² at both.
+    per_rate, other = gain / best, (start - found[above]) / above
+    curvature = (per_rate - other) / (above - best)  # b
+    if not curvature > 0:
+        return best
+    lowest = (per_rate + curvature * best) / (2 * curvature)
+    return min(max(lowest, math.sqrt(below * best)), math.sqrt(best * above))
 
 
 def rate_of_run(rate: float, steps: int, settings: DistillationSettings) -> float:
-    """Return the step size of a run of so many steps where trials have chosen one: what larger steps upset, more mend.
+    """Return the step size of a run of so many steps: what larger steps upset, more of them mend.
 
     Args:
-        rate: What was chosen, or the only one there is, which is taken as it is.
+        rate: What is best in a trial, or the only one there is, which is taken as it is.
         steps: Of the full run.
         settings: With the steps of a trial.
     """
     if len(settings.rates) == 1:
         return rate
-    factor = math.sqrt(steps / (_LONGER * settings.trial_steps)) * _shortness(settings.trial_steps)
+    factor = math.sqrt(steps / (_LONGER * settings.trial_steps)) * min(1.0, _SHORT / settings.trial_steps)
     return max(rate, min(rate * min(max(1.0, factor), _RAISED), _LARGEST_RAISED))
-
-
-def rates_after(rate: float, steps: int, settings: DistillationSettings) -> tuple[float, ...]:
-    """Return the step sizes to choose from where an earlier distillation, at least as short, has found its own.
-
-    Weights that it has left as its steps grew small lose at first by any step that gains in the end, so that trials
-    would take the smallest: the step size that its trials chose is taken again, for the longer run.
-
-    Args:
-        rate: What it came to take.
-        steps: Of its full run.
-        settings: Of the new one.
-
-    Returns:
-        One, or those of the settings where the new run is shorter or the old one's choice is not known.
-    """
-    if steps > settings.steps or len(settings.rates) == 1:
-        return settings.rates
-    for deadline in (None, math.inf):  # trials are shorter with one
-        old = replace(settings, steps=steps, deadline=deadline)
-        for chosen in settings.rates:
-            if math.isclose(rate_of_run(chosen, steps, old), rate, rel_tol=0.02):
-                return (rate_of_run(chosen, settings.steps, settings),)
-    return settings.rates
 
 
 @dataclass
@@ -276,4 +257,4 @@ def steps_left(settings: DistillationSettings, pace: Pace) -> int:
     return from_first_process(max(0, min(settings.steps, int(left * pace.steps / pace.in_steps))))
 
 
-__all__ = ["Pace", "Progress", "choose_rate", "keeping", "next_rate", "rate_of_run", "rates_after", "steps_left"]
+__all__ = ["Pace", "Progress", "best_rate", "keeping", "next_rate", "rate_of_run", "steps_left"]
