@@ -61,7 +61,7 @@ def test_step_sizes_are_tried_from_the_middle_on(values, tried, chosen):
     assert tuple(order) == tried
     best = trials.best_rate(rates, progress)
     assert chosen - 1 <= best <= chosen + 1  # between its neighbours
-    if chosen == tried[-1] and chosen == rates[-1] or min(values[rate - 1] for rate in tried) >= 1.0:
+    if (chosen == tried[-1] and chosen == rates[-1]) or min(values[rate - 1] for rate in tried) >= 1.0:
         assert best == chosen
 
 
