@@ -410,7 +410,7 @@ def heal(
 
 
 def _former_healing(checkpoint: Path) -> tuple[float, int] | None:
-    """Return the step size that trials of a checkpoint's last healing that helped have found, and its steps, or None."""
+    """Return the step size that trials of the last healing that helped a checkpoint found, and its steps, or None."""
     for name, place in (("healing.json", ()), ("compression.json", ("fidelity", "healing"))):
         try:
             record = json.loads((checkpoint / name).read_text(encoding="utf-8"))
