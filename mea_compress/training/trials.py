@@ -26,9 +26,9 @@ from mea_compress.training.sharding import gathered, part_of
 
 _SHORT = 20
 """Steps of a trial that favours small step sizes; one of 140 favours them no longer (`benchmarks/NOTES.md`)."""
-_LONGER, _RAISED, _LARGEST_RAISED = 4, 3, 0.005
+_LONGER, _RAISED, _LARGEST_RAISED = 4, 2, 0.015
 """A run that is four times as long as a short trial takes the step size that is best in one, a longer one more, as the
-root of its length, up to three times as much and up to 0.005 (`benchmarks/NOTES.md`)."""
+root of its length, up to twice as much and up to 0.015 (`benchmarks/NOTES.md`)."""
 _LAST_LOOKS = 7  # with a deadline: as long as measuring all in the end takes, and writing and checking what was learnt
 _SURE = 0.96  # share of the time that is left to count on: steps of the full run are slower by what is kept of them
 _PROGRESS = "progress.json"
