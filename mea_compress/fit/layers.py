@@ -47,6 +47,7 @@ from mea_compress.layers.blocks import BlockHeadRunner, BlockRunner, embed_token
 from mea_compress.layers.output_map import OutputMap, find_output_map
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
+from mea_compress.layers.stream import stream_size
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
 from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
 from mea_compress.planning.types import LayerPlan, Plan
@@ -375,10 +376,10 @@ class CalibratedFit:
             if sample is None and self.mixed is not None:
                 self.mixed[part] = mixed
             if part.start >= self.held_out:
-                stream = self.original[part].to(mixed.device)
-                missing = stream - self.compressed[part].to(mixed.device)
+                wanted, given = (stream[part].to(mixed.device) for stream in (self.original, self.compressed))
+                missing = wanted - given if bias is None else wanted - given - bias
                 turns = self.share.index[part] - first if self.share.is_part else None
-                regression.add(mixed, missing if bias is None else missing - bias, stream, turns)
+                regression.add(mixed, missing, stream_size(wanted, given), turns)
             self.work.add(ATTENTION)
         if self.share.is_part:
             regression.add_processes()
@@ -430,9 +431,8 @@ class CalibratedFit:
             with torch.no_grad():
                 sent = runner.send(self.compressed[part])
             if part.start >= self.held_out:
-                stream = self.original[part].to(sent.device)
-                missing = stream - self.compressed[part].to(sent.device)
-                size = stream.square().mean(-1, keepdim=True).clamp(min=1e-12)
+                wanted, given = (stream[part].to(sent.device) for stream in (self.original, self.compressed))
+                missing, size = wanted - given, stream_size(wanted, given)
                 error += float(((missing - sent).square() / size).sum())
                 whole += float((missing.square() / size).sum())
             self.work.add(ATTENTION)

@@ -20,6 +20,7 @@ from mea_compress.heads.composed import Array, FactoredHeads, split_heads
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.blocks import BlockRunner
 from mea_compress.layers.runner import Activations, LayerRunner, batches
+from mea_compress.layers.stream import stream_size
 from mea_compress.modeling.attention_mea import MeaAttention
 from mea_compress.modeling.encoded_mea import EncodedAttention
 from mea_compress.processes import add_up
@@ -166,7 +167,8 @@ class _Run:
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.share, first = refiner.share, self.settings.held_out
         reach = self.share.between(first, first + self.settings.batch)
-        moved = (self.targets[reach] - self.inputs[reach]).square() / _size(self.targets[reach])
+        moved = (self.targets[reach] - self.inputs[reach]).square()
+        moved = moved / stream_size(self.targets[reach], self.inputs[reach])
         mean = moved.mean()
         if self.share.is_part:
             total, count = add_up(torch.tensor([float(moved.double().sum()), moved.numel()], dtype=torch.float64))
@@ -178,7 +180,8 @@ class _Run:
         """Return the squared error of the residual stream, relative to each token's size, over that of no attention."""
         inputs = self.inputs[index].to(self.runner.device)
         target = self.targets[index].to(inputs.device)
-        return ((inputs + self.runner.send(inputs) - target).square() / _size(target)).mean() / self.scale
+        errors = (inputs + self.runner.send(inputs) - target).square()
+        return (errors / stream_size(target, inputs)).mean() / self.scale
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -257,11 +260,6 @@ class _Descent:
         run.best.offer(value, run.parameters)
         self.reached = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
         return value
-
-
-def _size(target: torch.Tensor) -> torch.Tensor:
-    """Return the mean square of each token's stream, (…, 1)."""
-    return target.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
 def trainable_parameters(attention: Any) -> dict[str, torch.nn.Parameter]:

@@ -3,7 +3,7 @@
 A composed layer's attention sends other heads than the original's. Its o_proj is fitted again, so that the residual
 stream behind the attention comes as close as can be to the original's: the regressors are the heads' outputs in the
 compressed model, the target is what is missing to the original's stream, so that errors of earlier layers are corrected
-as well. Every token counts relative to the size of its stream, for the next norm divides by it. The penalty pulls
+as well. Every token counts relative to the size of its stream (`stream_size`). The penalty pulls
 towards the old weight; its strength is the one that does best on sequences that the weight was not fitted to.
 """
 
@@ -39,7 +39,7 @@ class OutputRegression:
         self,
         mixed: torch.Tensor,
         missing: torch.Tensor,
-        stream: torch.Tensor,
+        size: torch.Tensor,
         turns: torch.Tensor | None = None,
     ) -> None:
         """Add one batch; sequences go to the folds in turn.
@@ -47,11 +47,11 @@ class OutputRegression:
         Args:
             mixed: What o_proj reads in the composed layer, (B, T, Hq * d).
             missing: What it should send, (B, T, D).
-            stream: The original's residual stream behind the attention, (B, T, D), for the size of each token.
+            size: Mean square of each token's stream, (B, T, 1).
             turns: Whose turn each sequence is, (B,), where other processes have those between.
         """
-        size = stream.float().square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()  # (B, T, 1)
-        mixed, missing = mixed.float() * size, missing.float() * size
+        share = size.float().rsqrt()
+        mixed, missing = mixed.float() * share, missing.float() * share
         for fold in range(_FOLDS):
             own: Any = slice((fold - self.rows) % _FOLDS, None, _FOLDS)
             if turns is not None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mea_compress.errors import RequestError
+from mea_compress.layers.stream import stream_size
 from mea_compress.training.head_loss import HeadLoss, whole_row
 from mea_compress.training.settings import DistillationSettings
 from mea_compress.training.sharding import reshard, run_base
@@ -245,10 +246,11 @@ def _matched(
 def _relative_error(
     found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return |found - expected|² / |expected|² of states (…, B, T, D), averaged over tokens and layers.
+    """Return |found - expected|² of states (…, B, T, D) over the size of each token, averaged over tokens and layers.
 
     Each token is measured by its own size, of which the first of a sequence has often a thousand times as much as the
-    others. With weights (B, T) it counts as much as what is predicted from it.
+    others, and by what it has in the model where that is more (`stream_size`). With weights (B, T) it counts as much as
+    what is predicted from it.
     """
     # Made again for its gradients, so that of a layer no more is kept than its two outputs.
     errors = [
@@ -259,7 +261,7 @@ def _relative_error(
 
 def _error_of(found: torch.Tensor, expected: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     found, expected = found.float(), expected.float()
-    errors = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+    errors = (found - expected).square().mean(-1) / stream_size(expected, found.detach())[..., 0]
     return errors.mean() if weights is None else (errors * weights).sum((-2, -1)).mean()
 
 

@@ -41,7 +41,7 @@ def runner_of(plan, composed):
 def held_out_error(runner, inputs, targets, batch):
     """Relative squared error of the stream behind the attention over that of leaving it out, float64."""
     inputs, targets = inputs[:].double(), targets[:].double()
-    size = targets.square().mean(-1, keepdim=True)
+    size = torch.maximum(targets.square().mean(-1, keepdim=True), inputs.square().mean(-1, keepdim=True))
     reach = slice(HELD_OUT, HELD_OUT + batch)
     scale = ((targets - inputs)[reach].square() / size[reach]).mean()
     with torch.no_grad():
