@@ -6,6 +6,7 @@ pair). Each group can then be a key/value head of its own in a stock checkpoint:
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def compose_groups(
     factored, parts = zip(*fitted, strict=True)
     sides = ("query", "key", "value", "output")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in sides}
-    return join(factored), replace(parts[0], **joined)
+    orders = [part.order for part in parts if part.order is not None]
+    return join(factored), replace(parts[0], order=tuple(chain.from_iterable(orders)) or None, **joined)
 
 
 def divided(
@@ -73,6 +75,7 @@ def divided(
             key=heads.key[members],
             value=heads.value[members],
             output=heads.output[queries],
+            order=None if heads.order is None else tuple(heads.order[head] for head in members),
         )
         yield part, None if statistics is None else statistics.of_heads(members)
 

@@ -104,6 +104,7 @@ def reorder(heads: AttentionHeads, order: list[int]) -> AttentionHeads:
         key=heads.key[order],
         value=heads.value[order],
         output=heads.output[queries],
+        order=tuple(order if heads.order is None else (heads.order[head] for head in order)),
     )
 
 

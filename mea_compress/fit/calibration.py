@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from mea_compress.errors import RequestError
+from mea_compress.fit.scores import OriginalScores
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.layers.runner import CapturedAttention
 from mea_compress.modeling.attention_mea import rotate_heads
 from mea_compress.modeling.section_mea import rotary_pairs
+from mea_compress.planning.sizes import SAMPLED_QUERIES
 from mea_compress.processes import add_up
 
-# Queries per sequence whose attention is evaluated: each costs as much as a head as wide as the model.
-SAMPLED_QUERIES = 64
 # Attention weights that sum to less leave something to a sink.
 _WHOLE = 0.999
 
@@ -50,7 +50,7 @@ class SensitivityAccumulator:
 
     def accumulate_key_sensitivity(
         self, weights: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    ) -> torch.Tensor:
         """Accumulate the first-order sensitivity of one sequence's attention output to key errors, through the softmax.
 
         To first order, errors e[t] of the logits of one query move the output of its head by sum over t of
@@ -65,12 +65,16 @@ class SensitivityAccumulator:
             queries: (H, G, S, d), rotated.
             keys: (H, T, d), rotated.
             values: (H, T, d).
+
+        Returns:
+            r of every query, (H, G, S).
         """
         # Variances do not see it, and in float32 they would be lost beside the square of a large mean. Only beside an
         # attention sink, whose logit no error moves, is what all keys have in common an error as well.
         if float(weights.sum(-1).mean()) > _WHOLE:
             keys = keys - keys.mean(1, keepdim=True)
-        importance = self._leverage(weights, values)[..., None] * self._energy(queries)  # (H, G, S, P)
+        leverage = self._leverage(weights, values)
+        importance = leverage[..., None] * self._energy(queries)  # (H, G, S, P)
         rows = weights.flatten(1, 2)  # (H, G S, T)
         variance = rows @ self._energy(keys) - self._energy(rows @ keys)  # (H, G S, P)
         self.sensitivity += (importance.flatten(1, 2) * variance.clamp(min=0)).sum(1).cpu().double()
@@ -80,6 +84,7 @@ class SensitivityAccumulator:
         weight = importance.sum((0, 1))  # (S,)
         centre = common @ keys / weight.clamp(min=1e-30)[:, None]  # (H, S, d)
         self.key_covariance += self._inner(keys, common.sum(0)) - self._inner(centre, weight)
+        return leverage
 
     def _leverage(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return the output sensitivity of each query to its logits, r in `accumulate_key_sensitivity`: (H, G, S).
@@ -155,8 +160,13 @@ class StatisticsAccumulator(SensitivityAccumulator):
         self.metric = metric.unflatten(0, (attention.heads, -1))  # (H, G, d, d)
 
     @torch.no_grad()
-    def add(self, captured: CapturedAttention) -> None:
-        """Add one batch of the attention's inputs."""
+    def add(self, captured: CapturedAttention, scores: OriginalScores | None = None) -> None:
+        """Add one batch of the attention's inputs.
+
+        Args:
+            captured: The inputs.
+            scores: Gets what makes the scores of sampled queries, as far as it wants more sequences.
+        """
         attention = self.attention
         cos, sin = captured.position_embeddings
         x = captured.inputs  # (B, T, D)
@@ -186,7 +196,10 @@ class StatisticsAccumulator(SensitivityAccumulator):
             weights = (logits.unflatten(1, query.shape[1:3]) + hidden).softmax(-1)  # (H, G, S, T)
             averaged = weights.flatten(0, 2) @ stream  # (Hq S, D + 1)
             self.attention_weighted_moment += self._second_moment(averaged) / attention.query_heads
-            self.accumulate_key_sensitivity(weights, query, key, value)
+            leverage = self.accumulate_key_sensitivity(weights, query, key, value)
+            if scores is not None and scores.wants_more:
+                scores.at, scores.hidden = at, hidden
+                scores.add(query, key, leverage)
         self.queries += len(at) * len(x)
 
     def finish(self) -> LayerStatistics:

@@ -65,6 +65,7 @@ def compose(
         query=None if heads.query is original.query else heads.query,
         output=None if heads.output is original.output else heads.output,
         head_norm=None if heads.head_norm is original.head_norm else heads.head_norm,
+        order=heads.order,
     )
     dtype = plan.decisions.stored_dtype
     lost = {

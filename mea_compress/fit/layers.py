@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -34,22 +35,25 @@ from mea_compress.fit.progress import (
     Work,
     measured_count,
     measured_window,
+    score_units,
     solution_units,
 )
 from mea_compress.fit.refinement import Refined, Refiner, Settings
 from mea_compress.fit.regression import OutputRegression
+from mea_compress.fit.scores import OriginalScores, ScoreRegression
 from mea_compress.fit.sharing import Share
 from mea_compress.fit.split import kv_split_candidates
-from mea_compress.heads.composed import Array
+from mea_compress.heads.composed import Array, split_heads
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import ComposedLayer
 from mea_compress.layers.blocks import BlockHeadRunner, BlockRunner, embed_tokens
 from mea_compress.layers.output_map import OutputMap, find_output_map
+from mea_compress.layers.read import read_projection
 from mea_compress.layers.runner import Activations, HeadRunner, LayerRunner, batches, embed, fast_products
 from mea_compress.layers.store import StoredLayer, store_layer
 from mea_compress.layers.stream import stream_size
 from mea_compress.loading import check_ids, load_model, load_tokenizer, resolve_device
-from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch
+from mea_compress.planning.sizes import TOKENS_PER_STEP, fits_scores, healing_batch, scored_sequences
 from mea_compress.planning.types import LayerPlan, Plan
 from mea_compress.processes import add_up, from_first_process, is_first_process, process_count
 from mea_compress.text.kept_samples import kept_samples
@@ -199,7 +203,8 @@ class CalibratedFit:
         self.work.begin_fit()
         if self.compressed is self.original:
             self.compressed = self.original.copy()
-        statistics = self.pass_original(layer.layer, with_statistics=self.plan.recipe.fit != "weights")
+        scores = self._scores_of(layer)
+        statistics = self.pass_original(layer.layer, self.plan.recipe.fit != "weights", scores)
         candidates = [layer]
         if self.plan.decisions.searches_kv_split and statistics is not None:
             candidates += kv_split_candidates(layer, self.plan)
@@ -207,6 +212,8 @@ class CalibratedFit:
         for composed, _ in fits:
             check_finite(composed, layer.layer)
         composed, report = self._agreed(self._best_split(layer.layer, fits))
+        if scores is not None:
+            composed = self._agreed(self.regress_scores(layer.layer, composed, scores))
         if self.plan.recipe.fit == "aligned":
             composed, error = self._agreed(self.regress(layer.layer, composed))
             report = {**report, "attention_relative_error": error}
@@ -316,10 +323,24 @@ class CalibratedFit:
             return CacheAccumulator(geometry, self.runner, self.plan.recipe.fit == "aligned")
         return StatisticsAccumulator(self.runner.attention, self.products)
 
-    def pass_original(self, layer: int | None, with_statistics: bool) -> LayerStatistics | CacheStatistics | None:
+    def _scores_of(self, layer: LayerPlan) -> OriginalScores | None:
+        """Return what is to take the scores of the original's queries, None where q_proj is not fitted to them."""
+        if not fits_scores(self.plan.source, self.plan.recipe, layer):
+            return None
+        wanted = scored_sequences(self.plan.source, self.original.shape[1])
+        return OriginalScores(ceil(wanted / process_count()) if self.share.is_part else wanted)
+
+    def pass_original(
+        self, layer: int | None, with_statistics: bool, scores: OriginalScores | None = None
+    ) -> LayerStatistics | CacheStatistics | None:
         """Run the original layer once over the text, and keep everything that is wanted of it.
 
         Afterwards `following` is the stream behind the layer, and `original` that behind its attention.
+
+        Args:
+            layer: Its number; None for a layer of which nothing is wanted.
+            with_statistics: Take its statistics.
+            scores: Gets what makes the scores of sampled queries.
 
         Returns:
             The layer's statistics, where they are asked for.
@@ -335,8 +356,12 @@ class CalibratedFit:
             if accumulator and part.start >= self.held_out:
                 if isinstance(accumulator, CacheAccumulator):
                     accumulator.observe(self.compressed[part] if sequential else hidden)
+                elif sequential:
+                    accumulator.add(self.runner.attend(self.compressed[part]))
+                    if scores is not None and scores.wants_more:  # which are the original's
+                        StatisticsAccumulator(self.runner.attention, self.products).add(captured, scores)
                 else:
-                    accumulator.add(self.runner.attend(self.compressed[part]) if sequential else captured)
+                    accumulator.add(captured, scores)
             self.following[part] = behind
             self.original[part] = hidden.to(captured.outputs.device) + captured.outputs
             self.work.add(1.0 + (STATISTICS if accumulator else 0.0))
@@ -393,6 +418,33 @@ class CalibratedFit:
             return replace(composed, refitted={f"{output.name}.weight": stored}), error
         heads = fitted.reshape(len(fitted), -1, self.plan.source.head_dim).swapaxes(0, 1).copy()
         return replace(composed, output=heads), error
+
+    def regress_scores(self, layer: int, composed: ComposedLayer, scores: OriginalScores) -> ComposedLayer:
+        """Fit q_proj again, to the scores that the original's queries give.
+
+        Args:
+            layer: Its number.
+            composed: The layer.
+            scores: Of the original's, as `pass_original` has taken them.
+        """
+        source, runner = self.plan.source, self.runner_of(layer, self._stored(composed))
+        regression = ScoreRegression(scores, runner.attention, self.products, self.share.is_part)
+        self.work.say(layer, "queries")
+        for part in batches(self.held_out + len(scores), self.batch, self.held_out):
+            turns = self.share.index[part] - self.share.held_out
+            size = stream_size(self.original[part], self.compressed[part])
+            regression.add(runner.attend(self.compressed[part]), size, turns)
+            self.work.add(ATTENTION)
+        query = composed.query
+        if query is None:
+            query = split_heads(read_projection(source, layer, "query"), source.head_dim)
+        heads = source.config.num_key_value_heads
+        places = np.arange(len(query)).reshape(heads, -1)[list(composed.order or range(heads))].reshape(-1)
+        width = query.shape[-1] - (runner.attention.q_proj.bias is None)  # without a bias its column stays zero
+        fitted = query.copy()
+        fitted[..., :width] = regression.solve(torch.from_numpy(query[..., :width]), places.tolist()).numpy()
+        self.work.add(score_units(self.plan))
+        return replace(composed, query=fitted)
 
     def output_map(self, layer: int) -> OutputMap | str:
         """Return the linear map that the present layer's block ends in, or why it is not fitted again.

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from mea_compress.architectures.families import LayerGeometry
-from mea_compress.fit.calibration import SAMPLED_QUERIES, SensitivityAccumulator, check_finite
+from mea_compress.fit.calibration import SensitivityAccumulator, check_finite
 from mea_compress.heads.alignment import sqrt_and_inverse_sqrt
 from mea_compress.heads.composed import Array
 from mea_compress.heads.statistics import LayerStatistics
 from mea_compress.heads.types import AttentionHeads
 from mea_compress.layers.blocks import BlockRunner, ObservedAttention
+from mea_compress.planning.sizes import SAMPLED_QUERIES
 
 
 @dataclass(frozen=True)

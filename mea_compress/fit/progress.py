@@ -21,9 +21,18 @@ from mea_compress.loading import resolve_device
 from mea_compress.planning.budget import candidates
 from mea_compress.planning.decisions import kept_healing_steps
 from mea_compress.planning.plans import equal_widths
-from mea_compress.planning.sizes import TOKENS_PER_STEP, healing_batch, largest_layer
+from mea_compress.planning.sizes import (
+    SAMPLED_QUERIES,
+    TOKENS_PER_STEP,
+    fits_scores,
+    healing_batch,
+    largest_layer,
+    scored_sequences,
+)
 from mea_compress.planning.types import Plan
 
+# Passes over the queries that a fit to their scores makes, and what a number of these costs beside one of a layer's.
+_SCORE_PASSES, _SCORE_COST = 24, 2.0
 # In units; measured on SmolLM2-135M (two cores, bfloat16) and babyllama105 (float32).
 STATISTICS, ATTENTION, MLP, STEP = 0.8, 0.4, 0.6, 1.3
 # Of a regression of o_proj, its solutions for every strength of the ridge, for each channel of the model; and of the
@@ -196,6 +205,16 @@ def solution_units(plan: Plan) -> float:
     return _SOLUTION * plan.source.config.hidden_size
 
 
+def score_units(plan: Plan) -> float:
+    """Return the work of fitting q_proj of a layer to the scores of the original's queries."""
+    source, length = plan.source, plan.decisions.sequence_length
+    sequences = min(plan.decisions.sequences, scored_sequences(source, length))
+    queries = sequences * min(length, SAMPLED_QUERIES) * source.config.num_attention_heads
+    numbers = length * source.head_dim**2  # of a query's moments
+    numbers += _SCORE_PASSES * source.head_dim * (2 * source.config.hidden_size + source.head_dim)
+    return _SCORE_COST * queries * numbers / (TOKENS_PER_STEP * largest_layer(source))
+
+
 def comparison_units(plan: Plan, batches: float) -> float:
     """Return the work of comparing one model's next-token distributions on so many batches."""
     return batches * _HEAD * _head_layers(plan)
@@ -212,6 +231,9 @@ def _closed_units(plan: Plan, batches: int, trial_batches: int) -> float:
     units = batches * (1.0 + (STATISTICS if recipe.fit != "weights" else 0.0) + MLP + ATTENTION)
     if recipe.fit == "aligned":
         units += batches * ATTENTION + solution_units(plan)
+    if any(fits_scores(plan.source, recipe, layer) for layer in plan.layers):
+        sequences = min(plan.decisions.sequences, scored_sequences(plan.source, plan.decisions.sequence_length))
+        units += ATTENTION * sequences * plan.decisions.sequence_length / TOKENS_PER_STEP + score_units(plan)
     if plan.decisions.searches_kv_split:
         units += (1 + _TRIALS) * (trial_batches * ATTENTION + solution_units(plan))
     return units

@@ -22,6 +22,7 @@ class AttentionHeads:
         rotary_dim: Channels of a head that RoPE rotates.
         norm_eps: Epsilon of the norms.
         interleaved: Whether RoPE rotates neighbouring channels together.
+        order: Which of the checkpoint's key/value heads each of them is, H; None where they stand as there.
     """
 
     query: Array
@@ -33,6 +34,7 @@ class AttentionHeads:
     rotary_dim: int
     norm_eps: float
     interleaved: bool = False
+    order: tuple[int, ...] | None = None
 
     @property
     def group(self) -> int:
@@ -58,6 +60,7 @@ class ComposedLayer:
         block: Where the layer's attention stays as it is and is composed at its cache: what its entry in the ``mea``
             section says of that. Component projections are encoders then, whose inputs are the heads.
         refitted: Weights of that block that were fitted again, by their names below it, as they are stored.
+        order: Which of the checkpoint's key/value heads each of them is, H; None where they stand as there.
     """
 
     key: FactoredHeads
@@ -67,3 +70,4 @@ class ComposedLayer:
     head_norm: Array | None = None
     block: Mapping[str, Any] | None = None
     refitted: Mapping[str, Array] = field(default_factory=dict)
+    order: tuple[int, ...] | None = None

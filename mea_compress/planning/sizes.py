@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import ceil, prod
 
 from mea_compress.architectures import Checkpoint
 from mea_compress.architectures.checkpoint import FLOATS
@@ -25,6 +25,11 @@ _WORKING_BYTES = 100 << 20
 SPILL_BYTES = 4 << 30
 # Tokens that a layer is run on at once.
 TOKENS_PER_STEP = 4096
+# Queries of a sequence whose attention is evaluated: each costs as much as a head as wide as the model.
+SAMPLED_QUERIES = 64
+# Queries that q_proj is fitted to the scores of, for each channel of the model, and what their moments may take.
+_SCORED_QUERIES = 16
+SCORE_BYTES = 1 << 30
 # Tokens of a step of distillation. Many small steps gain more of the same text than a few large ones: SmolLM2-135M at
 # half of its cache goes from KL 0.277 to 0.139 in 48 steps of 1,024 tokens; 20 of 4,096 take it from 0.159 to 0.120.
 HEALING_TOKENS = 1024
@@ -32,6 +37,28 @@ HEALING_TOKENS = 1024
 HEALING_MICRO_TOKENS = 1024
 # Sequences of such a step at most.
 _HEALING_SEQUENCES = 16
+
+
+def fits_scores(source: Checkpoint, recipe: Recipe, layer: LayerPlan) -> bool:
+    """Return whether a layer's q_proj is fitted again, to the scores of the original's queries."""
+    changed = layer.spec.key != layer.before.key
+    return changed and recipe.fit == "aligned" and not source.at_cache and not source.config.mea["qk_norm"]
+
+
+def scored_sequences(source: Checkpoint, length: int) -> int:
+    """Return how many sequences of so many tokens q_proj is fitted to the scores of, if there are as many."""
+    queries = min(_SCORED_QUERIES * source.config.hidden_size, SCORE_BYTES // (4 * source.head_dim**2))
+    return ceil(queries / min(length, SAMPLED_QUERIES))
+
+
+def _score_bytes(source: Checkpoint, sequences: int, length: int) -> int:
+    """Return the memory of fitting q_proj to the scores of so many sequences: moments, and what makes them."""
+    config, count = source.config, min(sequences, scored_sequences(source, length))
+    queries, inner = count * min(length, SAMPLED_QUERIES), config.num_attention_heads * source.head_dim
+    one = 4 * queries * source.head_dim**2  # of a head; those that share keys are solved for together
+    moments = min(one * (config.num_attention_heads // config.num_key_value_heads), max(SCORE_BYTES, one))
+    keys = 2 * config.num_key_value_heads * source.head_dim * length * count
+    return moments + 4 * (queries * (inner + 2 * config.hidden_size) + keys)
 
 
 def layer_window(source: Checkpoint, layer: int) -> int | None:
@@ -121,6 +148,8 @@ def whole_costs(source: Checkpoint, recipe: Recipe, decisions: Decisions, layers
         if recipe.fit == "aligned":  # what o_proj reads of all text, and the normal equations of its regression
             inner = config.num_attention_heads * source.head_dim
             memory += min(SPILL_BYTES, 4 * inner * tokens) + 8 * 4 * inner * (inner + config.hidden_size)
+        if any(fits_scores(source, recipe, layer) for layer in layers):
+            memory += _score_bytes(source, decisions.sequences, decisions.sequence_length)
         # The layer as it is composed, and what a step of it keeps for its gradients.
         memory += 4 * decoder + step_bytes(source, decisions.refinement_steps > 0)
         if decisions.refinement_steps:  # gradients, Adam's two moments, and where the weights began and were best
