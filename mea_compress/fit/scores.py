@@ -101,7 +101,7 @@ class ScoreRegression:
         self.inputs += own.cpu()
         self.folds += (turns % _FOLDS).tolist()
         self.keys += keys.cpu()
-        self.sizes += size[:, at, 0].cpu()
+        self.sizes += size.to(at.device)[:, at, 0].cpu()
         self.rotation = cos[:1, at].float(), sin[:1, at].float()
 
     def solve(self, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
