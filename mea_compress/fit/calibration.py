@@ -198,8 +198,7 @@ class StatisticsAccumulator(SensitivityAccumulator):
             self.attention_weighted_moment += self._second_moment(averaged) / attention.query_heads
             leverage = self.accumulate_key_sensitivity(weights, query, key, value)
             if scores is not None and scores.wants_more:
-                scores.at, scores.hidden = at, hidden
-                scores.add(query, key, leverage)
+                scores.add(query, key, leverage, at, hidden)
         self.queries += len(at) * len(x)
 
     def finish(self) -> LayerStatistics:

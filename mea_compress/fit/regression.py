@@ -3,8 +3,8 @@
 A composed layer's attention sends other heads than the original's. Its o_proj is fitted again, so that the residual
 stream behind the attention comes as close as can be to the original's: the regressors are the heads' outputs in the
 compressed model, the target is what is missing to the original's stream, so that errors of earlier layers are corrected
-as well. Every token counts relative to the size of its stream (`stream_size`). The penalty pulls
-towards the old weight; its strength is the one that does best on sequences that the weight was not fitted to.
+as well. Every token counts relative to the size of its stream (`stream_size`). The penalty pulls towards the old
+weight; its strength is the one that does best on sequences that the weight was not fitted to.
 """
 
 from typing import Any

@@ -56,8 +56,16 @@ class OriginalScores:
         """Whether there are fewer sequences than wanted."""
         return len(self) < self.wanted
 
-    def add(self, queries: torch.Tensor, keys: torch.Tensor, importance: torch.Tensor) -> None:
-        """Add one sequence: queries (H, G, S, d), keys (H, T, d), importance (H, G, S)."""
+    def add(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        importance: torch.Tensor,
+        at: torch.Tensor,
+        hidden: torch.Tensor,
+    ) -> None:
+        """Add one sequence: queries (H, G, S, d), keys (H, T, d), importance (H, G, S); at and hidden are all one's."""
+        self.at, self.hidden = at, hidden
         self.queries.append(queries.flatten(0, 1).cpu())
         self.keys.append(keys.cpu())
         self.importance.append(importance.flatten(0, 1).cpu())
